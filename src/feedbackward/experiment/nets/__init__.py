@@ -1,0 +1,136 @@
+"""The networks of the experiments: `NETS`, and `build` by name.
+
+Every activation, pool and norm is a module of its own, used once and not in place, so that each name is a
+possible site (a name means that module's output). Weights are drawn from PyTorch's global generator.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from ...errors import ConfigError
+from . import alexnet, small_cnn, vgg
+from .blocks import Shape
+from .custom import build_custom
+from .mlp import MLP
+from .resnet import ResNet
+
+__all__ = ["NETS", "Net", "build", "default_sites", "published_sites"]
+
+
+@dataclass(frozen=True)
+class Net:
+    """One row of `NETS`."""
+
+    build: Callable[..., nn.Module]
+    """`build(in_shape, classes, norm)` -> a module [N, *in_shape] -> [N, classes]."""
+    about: str
+    """One line: what it is and where it comes from."""
+    sites: tuple[str, ...] | str = "layers"
+    """Sites used unless the user names others."""
+    published_sites: tuple[str, ...] | None = None
+    """The module names at which the net's authors injected feedback, if they published any."""
+    min_side: int = 1
+    """Smallest height and width in pixels that its unpadded layers leave something of."""
+
+
+_cifar_resnet = partial(ResNet, widths=(16, 32, 64), project=False)
+
+NETS: dict[str, Net] = {
+    "small_cnn": Net(
+        small_cnn.SmallCNN,
+        "2 conv + 2 fc with batch norm: the small net of the DKP authors (Webster et al. 2020, dkp-gist)",
+        published_sites=small_cnn.PUBLISHED_SITES,
+        min_side=6,
+    ),
+    "alexnet": Net(
+        alexnet.AlexNet,
+        "5 conv + 3 fc with batch norm: AlexNet (Krizhevsky 2014) as in dkp-gist; smaller stem up to 96 px",
+        published_sites=alexnet.PUBLISHED_SITES,
+        min_side=15,
+    ),
+    "vgg6": Net(
+        partial(vgg.VGG, stages=vgg.STAGES_6, hidden=(128,)),
+        "6 conv + 2 fc with batch norm: a VGG small enough for a CPU",
+    ),
+    "vgg11": Net(
+        partial(vgg.VGG, stages=vgg.STAGES_11, hidden=(512, 512)),
+        "8 conv + 3 fc with batch norm: VGG A (Simonyan and Zisserman 2015), 512-wide fc",
+    ),
+    "vgg13": Net(
+        partial(vgg.VGG, stages=vgg.STAGES_13, hidden=(512, 512)),
+        "10 conv + 3 fc with batch norm: VGG B (Simonyan and Zisserman 2015), 512-wide fc",
+    ),
+    "vgg16": Net(
+        partial(vgg.VGG, stages=vgg.STAGES_16, hidden=(512, 512)),
+        "13 conv + 3 fc with batch norm: VGG D (Simonyan and Zisserman 2015), 512-wide fc",
+    ),
+    "resnet18": Net(
+        partial(ResNet, widths=(64, 128, 256, 512), depth=2, project=True),
+        "17 conv + 1 fc, 1x1 shortcuts (He et al. 2016); 3x3 stem up to 64 px",
+    ),
+    "resnet20": Net(
+        partial(_cifar_resnet, depth=3),
+        "19 conv + 1 fc: CIFAR form, parameter-free shortcuts (He et al. 2016)",
+    ),
+    "resnet56": Net(
+        partial(_cifar_resnet, depth=9),
+        "55 conv + 1 fc: CIFAR form, parameter-free shortcuts (He et al. 2016)",
+    ),
+    "resnet110": Net(
+        partial(_cifar_resnet, depth=18),
+        "109 conv + 1 fc: CIFAR form, parameter-free shortcuts (He et al. 2016)",
+    ),
+    "mlp": Net(MLP, "4 fc, three hidden layers of 1000 ReLU units (after Nøkland 2016)"),
+}
+
+
+def build(name: str, in_shape: Shape, classes: int, norm: bool = True) -> nn.Module:
+    """The net `name` for images of `in_shape` (C, H, W): [N, C, H, W] -> [N, classes].
+
+    `name` is a key of `NETS`, or `package.module:callable` for a model of the user's own. `norm=False` drops
+    batch norm; convolutions then have a bias. Raises ConfigError for an unknown name or an unusable shape.
+    """
+    if len(in_shape) != 3 or min(in_shape) < 1:
+        raise ConfigError(
+            f"in_shape of the net {name!r} is {in_shape}, expected (channels, height, width) >= 1."
+        )
+    if classes < 2:
+        raise ConfigError(f"classes of the net {name!r} is {classes}, expected at least 2.")
+    if ":" in name:
+        return build_custom(name, in_shape, classes, norm)
+    net = _find(name)
+    if min(in_shape[1:]) < net.min_side:
+        raise ConfigError(
+            f"the net {name!r} needs images of at least {net.min_side} x {net.min_side} px, got "
+            f"{in_shape[1]} x {in_shape[2]}: its unpadded layers would leave nothing. "
+            "Enlarge the images or choose vgg6."
+        )
+    return net.build(in_shape, classes, norm)
+
+
+def default_sites(name: str) -> tuple[str, ...] | str:
+    """The sites used unless the user names others; `"layers"` for a model of the user's own."""
+    return "layers" if ":" in name else _find(name).sites
+
+
+def published_sites(name: str) -> tuple[str, ...]:
+    """The module names at which the net's authors injected feedback. Raises ConfigError if there are none."""
+    sites = None if ":" in name else _find(name).published_sites
+    if sites is None:
+        known = ", ".join(key for key, net in NETS.items() if net.published_sites)
+        raise ConfigError(f"the net {name!r} has no published sites (only {known} have): use sites='layers'.")
+    return sites
+
+
+def _find(name: str) -> Net:
+    if name in NETS:
+        return NETS[name]
+    near = difflib.get_close_matches(name.lower(), NETS, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(
+        f"unknown net {name!r}. {hint}Known nets: {', '.join(NETS)}; or package.module:callable for your own."
+    )
