@@ -1,0 +1,99 @@
+"""The feedback graph: which activities are cut, and which edges carry the error to them.
+
+Legend used throughout: N batch, T tokens, C units of the source (classes), n features of a site.
+A *site* is an activity `h` at which the network is cut; a *source* is an activity whose error
+`d = dLoss/dsource` becomes known during backward; an *edge* sends `d` to a site through feedback weights `B`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .operators.base import Operator
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in the forward pass: the input or the output of one call of one module.
+
+    `leaf` counts the tensors of a structured output (tuple, dict, ModelOutput); None for a plain tensor.
+    """
+
+    module: str
+    kind: str  # "input" | "output"
+    call: int = 0
+    leaf: int | None = None
+
+
+@dataclass(frozen=True)
+class Activity:
+    """A tensor of the forward pass: its name, where it is tapped, and its shape without the batch.
+
+    `tokens` is how many of the leading dimensions of `shape` are token dimensions (0 unless the layer
+    that produced it works on the last dimension only).
+    """
+
+    name: str
+    taps: tuple[Tap, ...]
+    shape: tuple[int, ...]
+    tokens: int = 0
+
+
+class Site(Activity):
+    """An activity at which the network is cut: everything above sees it detached."""
+
+
+class Source(Activity):
+    """An activity whose error is sent to sites."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A feedback connection from a source to a site, with its own weights `B: [C, *site features]`."""
+
+    source: Source
+    site: Site
+    operator: Operator
+    key: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", self.site.name.replace(".", "/"))
+
+    @property
+    def leading(self) -> int:
+        """Leading dimensions kept by the edge: the batch, and the tokens where both ends are token-wise."""
+        source, site = self.source, self.site
+        kept = source.tokens
+        if kept and kept == site.tokens and source.shape[:kept] == site.shape[:kept]:
+            return 1 + kept
+        return 1
+
+    @property
+    def source_size(self) -> int:
+        """C: the source's features, all dimensions after the leading ones flattened."""
+        return math.prod(self.source.shape[self.leading - 1 :])
+
+    @property
+    def site_shape(self) -> tuple[int, ...]:
+        """The site's feature dimensions."""
+        return self.site.shape[self.leading - 1 :]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Where the network is cut, and what is sent where. Sites without an edge get no signal."""
+
+    sites: tuple[Site, ...] = ()
+    edges: tuple[Edge, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(dict.fromkeys(edge.source for edge in self.edges))
+
+
+def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
+    """The error of one source is sent directly to every site."""
+    return Graph(tuple(sites), tuple(Edge(source, site, operator) for site in sites))

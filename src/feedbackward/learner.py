@@ -1,0 +1,181 @@
+"""`attach` and the `Learner`: a model that is trained by a rule."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import AttachError
+from .graph import Edge, Graph, Site, Source
+from .plan import Plan, describe, make_plan
+from .rules.base import Rule
+from .seams import Seams
+from .sites import Sites, find_sites, find_source
+from .trace import trace
+
+
+def attach(
+    model: nn.Module,
+    rule: Rule,
+    *,
+    example: Any,
+    sites: Sites = "layers",
+    error_at: str | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+) -> Learner:
+    """Train `model` with `rule`: find the sites, make the feedback weights, and return the Learner.
+
+    The model's class, parameters and `state_dict` keys stay as they are; `learner(x)` gives bit-identical outputs,
+    and `loss.backward()` on them sends the error along the rule's feedback graph instead of through the layers.
+
+    Args:
+        model: any module whose first dimension is the batch.
+        rule: a rule instance, for example `DKP()`.
+        example: inputs the model accepts (a tensor, a tuple of arguments or a dict of keywords), of the shape used in
+            training. The model runs on it twice, in training mode; buffers, modes and random state are restored.
+        sites: `"layers"`: the activity that enters each Linear or convolution after the first; `"blocks"`: outputs of
+            residual or transformer blocks; a list of module names (their outputs); or a predicate `(name, module) -> bool`.
+        error_at: the module whose output's error is broadcast; layers above it learn by their true gradient. Default:
+            the model's output.
+        output: which tensor of a structured output is the model's output, for example `lambda o: o.logits`.
+        seed: feedback weights depend on it and on the site's name only, so they are the same on every rank and device.
+
+    Raises:
+        AttachError: the model, the example and the sites do not fit, naming the fix.
+        SiteError: a named site is unknown, called twice, or beyond the source.
+    """
+    if not isinstance(rule, Rule):
+        hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
+        raise AttachError(f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}.")
+    if isinstance(model, Learner):
+        raise AttachError("the model is a Learner already: attach to `learner.detach()`, which gives the plain model back.")
+    recorded = trace(model, example)
+    source = find_source(model, recorded, error_at, output)
+    found = find_sites(model, recorded, sites, source)
+    if not found:
+        raise AttachError(
+            f"{type(model).__name__} has no activity to feed between its first layer and the source {source.name!r}: a network "
+            "without hidden layers has nothing to send the error to. Name sites yourself, or choose a later error_at."
+        )
+    del recorded
+    return Learner(model, rule, tuple(found), source, seed)._with_plan(example)
+
+
+class Learner(nn.Module):
+    """A model that a rule trains. Call it like the model; `loss.backward()` and the optimizer stay as they are.
+
+    Attributes:
+        model: the user's model, unchanged.
+        feedback: the feedback weights, one per edge: Parameters where the rule learns them, buffers where it does not.
+        rule, graph, source, sites, plan: what is sent where, and which parameters each segment trains.
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule, sites: tuple[Site, ...], source: Source, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.rule, self.sites, self.source, self.seed = rule, sites, source, seed
+        self.graph: Graph = rule.graph(sites, source)
+        self.feedback = _make_feedback(model, self.graph, rule, seed)
+        self.seams = Seams(self.graph, rule, self.feedback)
+        self.plan: Plan
+        self._exact = False
+        self._detached = False
+        self._handles = self.seams.install(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own output; under gradients, with the rule's cuts and broadcasts in place.
+
+        Raises SiteError where the pass does not match what was attached, AttachError for inputs that require gradients.
+        """
+        if self._detached:
+            raise AttachError("this learner was detached; attach the model again.")
+        cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
+        self.seams.recompute = cut
+        if not cut:
+            return self.model(*args, **kwargs)
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
+            raise AttachError(
+                "an input requires a gradient, but under cuts its gradient is not the true one. Use `with learner.exact():` for "
+                "input gradients, or detach the input."
+            )
+        with self.seams.recording():
+            return self.model(*args, **kwargs)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within this context forward passes are plain, so that their backward is exact backpropagation."""
+        before, self._exact = self._exact, True
+        try:
+            yield
+        finally:
+            self._exact = before
+
+    def detach(self) -> nn.Module:
+        """Remove every hook and give the plain model back; the learner cannot be used any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._detached = True
+        return self.model
+
+    def feedback_of(self, edge: Edge) -> Tensor:
+        """The feedback weights of an edge."""
+        return getattr(self.feedback, edge.key)
+
+    @property
+    def feedback_bytes(self) -> int:
+        """Bytes of all feedback weights."""
+        return sum(t.numel() * t.element_size() for t in (*self.feedback.parameters(), *self.feedback.buffers()))
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    def _with_plan(self, example: Any) -> Learner:
+        try:
+            self.plan = make_plan(self, example)
+        except Exception:
+            self.detach()
+            raise
+        if self.plan.unreached:
+            names = ", ".join(self.plan.unreached)
+            warnings.warn(f"no segment trains these parameters: {names}. Freeze them, or choose other sites.", stacklevel=3)
+        return self
+
+
+def param_groups(
+    learner: Learner, model: dict[str, Any] | None = None, feedback: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer parameter groups for the network's weights and for the feedback weights.
+
+    `model` and `feedback` are the groups' options, for example `model={"lr": 0.1}, feedback={"lr": 0.01}`. A rule without
+    learned feedback gives one group.
+    """
+    groups = [{"params": list(learner.model.parameters()), **(model or {})}]
+    learned = list(learner.feedback.parameters())
+    return [*groups, {"params": learned, **(feedback or {})}] if learned else groups
+
+
+def _make_feedback(model: nn.Module, graph: Graph, rule: Rule, seed: int) -> nn.Module:
+    """One weight per edge, on the model's device; float64 for a float64 model, else float32."""
+    holder = nn.Module()
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if reference is None:
+        raise AttachError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
+    dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    for edge in graph.edges:
+        digest = hashlib.sha256(f"{seed}:{edge.key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        B = edge.operator.create(edge.source_size, edge.site_shape, generator).to(reference.device, dtype)
+        if rule.learned:
+            holder.register_parameter(edge.key, nn.Parameter(B))
+        else:
+            holder.register_buffer(edge.key, B)
+    return holder

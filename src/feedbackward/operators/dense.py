@@ -1,0 +1,68 @@
+"""Dense feedback: one weight from every source unit to every feature of the site."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import AttachError
+from .base import Operator
+
+INITS = ("zeros", "kaiming_uniform", "scaled_normal", "scaled_uniform")
+
+
+@dataclass(frozen=True)
+class Dense(Operator):
+    r"""`B: [C, *site]`, signal `d B`, i.e. :math:`\delta h_{mj} = \sum_c d_{mc} B_{cj}`.
+
+    init (n = number of features of the site):
+        `"zeros"`; `"kaiming_uniform"`: U(-b, b), b = sqrt(6 / n) (the DKP authors' CIFAR-10 net);
+        `"scaled_normal"`: N(0, 1) / sqrt(n); `"scaled_uniform"`: U(-1, 1) / sqrt(n). The last three
+        give a signal whose norm does not depend on the width of the site.
+    scale: a factor on the initial weights.
+    """
+
+    init: str = "kaiming_uniform"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise AttachError(f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(INITS)}.")
+
+    def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        B = torch.zeros(size, *site)
+        root = math.sqrt(math.prod(site))
+        if self.init == "kaiming_uniform":
+            B.uniform_(-math.sqrt(6) / root, math.sqrt(6) / root, generator=generator)
+        elif self.init == "scaled_normal":
+            B.normal_(generator=generator).div_(root)
+        elif self.init == "scaled_uniform":
+            B.uniform_(-1.0, 1.0, generator=generator).div_(root)
+        return B.mul_(self.scale)
+
+    def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
+        if _channels_last(B):
+            last = (*site[1:], site[0])
+            return (d @ B.movedim(1, -1).flatten(1)).unflatten(1, last).movedim(-1, 1)
+        return (d @ B.flatten(1)).unflatten(1, site)
+
+    def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
+        moved = _channels_last(B)
+        if moved:
+            h = h.movedim(1, -1)
+        shape, h = h.shape[1:], h.flatten(1)
+        grad = d.t() @ h
+        if center:  # d^T (h - mean h) without a centred copy of h
+            grad = grad - torch.outer(d.sum(0), h.mean(0))
+        grad = grad.unflatten(1, shape)
+        return grad.movedim(-1, 1) if moved else grad
+
+
+def _channels_last(B: Tensor) -> bool:
+    """Whether `B` is laid out channels-last, so that flattening in that order copies nothing."""
+    if B.dim() not in (4, 5) or B.is_contiguous():
+        return False
+    return B.is_contiguous(memory_format=torch.channels_last if B.dim() == 4 else torch.channels_last_3d)

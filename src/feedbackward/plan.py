@@ -1,0 +1,115 @@
+"""What a learner will train, and how: the table that `print(learner)` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .trace import preserved, run
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of the network below one site and above the cuts before it (or the head, above all cuts)."""
+
+    site: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Segments in forward order, the head last, and what is irregular about them."""
+
+    segments: tuple[Segment, ...]
+    head: Segment
+    unreached: tuple[str, ...]  # trainable parameters that no segment holds
+
+    @property
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """Parameters that belong to several segments and receive the sum of their gradients."""
+        holders: dict[str, list[str]] = {}
+        for segment in (*self.segments, self.head):
+            for name in segment.parameters:
+                holders.setdefault(name, []).append(segment.site)
+        return {name: tuple(sites) for name, sites in holders.items() if len(sites) > 1}
+
+
+def make_plan(learner: Learner, example: Any) -> Plan:
+    """Run the cut network once on the example and read from autograd's graph which parameters each segment trains."""
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    with preserved(learner.model), torch.enable_grad(), learner.seams.recording() as tape:
+        output = run(learner.model, example)
+    above = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    segments = tuple(
+        Segment(site.name, _held([h] if h is not None else [], names))
+        for site, h in zip(learner.seams.sites, tape.h, strict=True)
+    )
+    head = Segment("head", _held([*tape.sources.values(), *above], names))
+    held = {name for segment in (*segments, head) for name in segment.parameters}
+    unreached = tuple(name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held)
+    return Plan(segments, head, unreached)
+
+
+def _held(tensors: Iterable[Tensor], names: dict[int, str]) -> tuple[str, ...]:
+    """The names of the parameters whose gradients these tensors' autograd graphs accumulate. A broadcast on the way
+    leads on to its source only: what it feeds belongs to other segments."""
+    seen: set[Any] = set()
+    found: set[str] = set()
+    stack = [t.grad_fn for t in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        parents = [parent for parent, _ in node.next_functions]
+        stack += parents[:1] if node.name() == "BroadcastBackward" else parents
+    return tuple(name for name in names.values() if name in found)
+
+
+def describe(learner: Learner) -> str:
+    """The plan as text: a row per site, then the head, then whatever is irregular."""
+    plan = learner.plan
+    edges = {edge.site: edge for edge in learner.graph.edges}
+    rows = [("site", "activity", "feedback", "bytes", "trains")]
+    for site, segment in zip(learner.graph.sites, plan.segments, strict=True):
+        edge = edges.get(site)
+        form = f"{edge.source_size} x {_size(edge.site_shape)}" if edge else "none: frozen"
+        size = _bytes(learner.feedback_of(edge).nbytes) if edge else ""
+        rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
+    rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
+    title = (
+        f"{learner.rule} on {type(learner.model).__name__}: {len(learner.graph.sites)} sites, "
+        f"error of {learner.source.name!r}, feedback {_bytes(learner.feedback_bytes)}"
+    )
+    notes = [f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in plan.shared.items()]
+    notes += [f"not trained, no segment reaches it: {name}" for name in plan.unreached]
+    return "\n".join([title, *("  " + line for line in lines), *("  " + note for note in notes)])
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])}, ... ({len(names)} tensors)"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,51 @@
+"""Direct feedback alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import AttachError
+from ..graph import Graph, Site, Source, star
+from ..operators import Dense
+from .base import Properties, Rule
+
+
+@dataclass(frozen=True)
+class DFA(Rule):
+    r"""Direct feedback alignment: the output error reaches every site through a fixed random matrix.
+
+    .. math:: \delta h_l = e\, B_l, \qquad B_l\ \text{fixed},\quad e: [N, C],\ B_l: [C, n_l]
+
+    in place of backprop's :math:`e\, \partial a_L / \partial h_l`. All sites get their signal at once.
+
+    init, scale: of the feedback weights, see :class:`feedbackward.Dense`.
+
+    Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016
+    (arXiv:1609.01596). The paper draws B from a uniform distribution of width 1/sqrt(fan); the DKP
+    authors' code, whose comparison is reproduced here, uses `kaiming_uniform` on CIFAR-10, the default.
+    """
+
+    init: str = "kaiming_uniform"
+    scale: float = 1.0
+
+    name = "dfa"
+    label = "DFA"
+    paper = "Nokland 2016"
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=False,
+        backward_steps="1",
+        extra_memory="C n",
+        extra_compute="N C n, for backprop's input gradients",
+    )
+
+    def __post_init__(self) -> None:
+        if self.init == "zeros" or self.scale == 0:
+            raise AttachError("DFA's feedback is fixed: zero feedback would never train a hidden layer. Use another init.")
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, Dense(self.init, self.scale))

@@ -1,0 +1,250 @@
+"""Finding the sites of a model: `"layers"`, `"blocks"`, names, or a predicate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import AttachError, SiteError
+from .graph import Site, Source, Tap
+from .trace import PARAMETRIC, Call, Trace
+
+Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Site]:
+    """The sites in forward order, all of them before the source and on the way to it.
+
+    Raises SiteError for names that are unknown, not called, called twice or beyond the source, and
+    AttachError where the model has no site.
+    """
+    finder = _Finder(trace, source)
+    if sites == "layers":
+        return finder.layers()
+    if sites == "blocks":
+        return finder.named(_blocks(model, trace), chosen=False)
+    if isinstance(sites, str):
+        sites = [sites]
+    if callable(sites):
+        return finder.named([name for name, module in model.named_modules() if name and sites(name, module)])
+    return finder.named(_known(model, sites))
+
+
+def find_source(model: nn.Module, trace: Trace, error_at: str | None, output: Callable[[Any], Tensor] | None) -> Source:
+    """The tensor whose error is broadcast: the model's output, or the output of the module `error_at`."""
+    if error_at is not None:
+        call = _called_once(trace, _known(model, [error_at])[0])
+        return _source(trace, call, _float_leaf(call))
+    tensor = _output_tensor(trace, output)
+    found = trace.producer(tensor, tensor._version, trace.by_end[-1].end + 1)
+    if found is None:
+        raise AttachError(
+            "output= must return one of the tensors that the model returns, as it is (for example "
+            "`output=lambda o: o.logits`); compute anything further in the loss."
+        )
+    return _source(trace, *found)
+
+
+class _Finder:
+    """Turns tensors and module names into sites, keeping only those whose error the source can carry."""
+
+    def __init__(self, trace: Trace, source: Source) -> None:
+        self.trace = trace
+        (tap,) = source.taps
+        call = next(c for c in trace.calls if c.name == tap.module)
+        self.source_tensor = call.outputs[tap.leaf or 0][0]
+        self.source_end = call.end
+        self.upstream = _ancestors(self.source_tensor)
+
+    def layers(self) -> list[Site]:
+        """The activity that enters each parametric layer after the first; one site per distinct tensor."""
+        calls = [c for c in self.trace.calls if isinstance(c.module, PARAMETRIC)]
+        if not calls:
+            raise AttachError(
+                "the model has no Linear or convolution layer that runs as a module, so there is nothing to "
+                'feed; name the sites yourself with `sites=["name", ...]`.'
+            )
+        for call in calls:
+            if not call.grad_enabled and self._trains(call.module):
+                raise AttachError(
+                    f"layer {call.name!r} runs without gradients (torch.no_grad, or a reentrant checkpoint), yet its "
+                    "parameters are trainable. Use checkpoint(..., use_reentrant=False), or freeze them."
+                )
+        entering = [(call, *call.inputs[0]) for call in calls if call.inputs]
+        first = entering[0][1]
+        found: dict[int, Site] = {}
+        for call, tensor, version in entering:
+            if tensor is first or id(tensor) in found or not self._reaches_source(tensor, call.start):
+                continue
+            consumers = [c for c, t, v in entering if t is tensor and v == version]
+            found[id(tensor)] = self._site(call, tensor, version, consumers)
+        return list(found.values())
+
+    def named(self, names: Iterable[str], chosen: bool = True) -> list[Site]:
+        """The outputs of these modules. Names that somebody chose must all be usable."""
+        sites = []
+        for name in names:
+            call = _called_once(self.trace, name)
+            leaf = _float_leaf(call)
+            tensor, _ = call.outputs[leaf]
+            if self._reaches_source(tensor, call.end):
+                tap = Tap(name, "output", 0, leaf if call.structured else None)
+                sites.append((call.end, _activity(Site, self.trace, name, (tap,), tensor, call.end)))
+            elif chosen:
+                raise SiteError(
+                    f"site {name!r} is not on the way to the source: its output comes after the tensor whose error is "
+                    "broadcast, does not lead to it, or depends on no parameter. Choose an earlier site or a later error_at."
+                )
+        return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
+
+    def _site(self, call: Call, tensor: Tensor, version: int, consumers: list[Call]) -> Site:
+        """Cut where the tensor is made, so that every consumer sees the cut; else at the layers' inputs."""
+        made = self.trace.producer(tensor, version, call.start)
+        if made is not None:
+            maker, leaf = made
+            tap = Tap(maker.name, "output", 0, leaf if maker.structured else None)
+            return _activity(Site, self.trace, maker.name, (tap,), tensor, maker.end)
+        taps = tuple(Tap(c.name, "input", c.index) for c in consumers)
+        name = f"{call.name}.input" + (f"#{call.index}" if call.index else "")
+        return _activity(Site, self.trace, name, taps, tensor, call.start)
+
+    def _reaches_source(self, tensor: Tensor, when: int) -> bool:
+        if when >= self.source_end or tensor is self.source_tensor or not tensor.requires_grad:
+            return False
+        return tensor.grad_fn in self.upstream
+
+    @staticmethod
+    def _trains(module: nn.Module) -> bool:
+        return any(p.requires_grad for p in module.parameters())
+
+
+def _ancestors(tensor: Tensor) -> set[Any]:
+    """Every autograd node above `tensor`, its own included."""
+    seen: set[Any] = set()
+    stack = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+def _source(trace: Trace, call: Call, leaf: int) -> Source:
+    tensor, _ = call.outputs[leaf]
+    tap = Tap(call.name, "output", 0, leaf if call.structured else None)
+    return _activity(Source, trace, call.name or "output", (tap,), tensor, call.end)
+
+
+def _activity(kind: type, trace: Trace, name: str, taps: tuple[Tap, ...], tensor: Tensor, when: int) -> Any:
+    tokens = trace.tokens(tensor, when)
+    if tokens and tensor.shape[0] in tensor.shape[1 : 1 + tokens] and _sequence_first(trace):
+        raise AttachError(
+            f"{name!r} has shape {list(tensor.shape)}: with equal batch and token counts it cannot be told whether the "
+            "batch comes first. Attach with an example whose batch size differs from its sequence length."
+        )
+    return kind(name, taps, tuple(tensor.shape[1:]), tokens)
+
+
+def _sequence_first(trace: Trace) -> bool:
+    return any(getattr(call.module, "batch_first", True) is False for call in trace.calls)
+
+
+def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tensor:
+    value = trace.output if output is None else output(trace.output)
+    if isinstance(value, Tensor):
+        return value
+    fields = list(value.keys()) if hasattr(value, "keys") else [f"[{i}]" for i in range(len(value))] if isinstance(value, tuple) else []
+    what = f"{type(value).__name__} with {', '.join(fields)}" if fields else type(value).__name__
+    raise AttachError(
+        f"the model returns {what}: say which tensor's error is broadcast, for example `output=lambda o: o.logits` or "
+        "`output=lambda o: o[0]`, or name its module with `error_at=`."
+    )
+
+
+def _known(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The names, each checked to be a module of the model."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if not isinstance(name, str) or not name or name not in modules:
+            near = difflib.get_close_matches(str(name), [m for m in modules if m], n=3, cutoff=0.4)
+            hint = f"nearest names: {', '.join(near)}" if near else f"its modules are {', '.join(list(modules)[1:9])}, ..."
+            raise SiteError(f"the model has no module named {name!r}; {hint}.")
+    return list(dict.fromkeys(names))
+
+
+def _called_once(trace: Trace, name: str) -> Call:
+    calls = [c for c in trace.calls if c.name == name]
+    if len(calls) != 1:
+        what = f"is called {len(calls)} times in one forward pass" if calls else "is not called in the forward pass"
+        raise SiteError(f"module {name!r} {what}, so its output is not one site. Name a module that is called once.")
+    return calls[0]
+
+
+def _float_leaf(call: Call) -> int:
+    for leaf, (tensor, _) in enumerate(call.outputs):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            return leaf
+    raise SiteError(f"module {call.name!r} returns no floating-point tensor, so it cannot be a site or a source.")
+
+
+def _blocks(model: nn.Module, trace: Trace) -> list[str]:
+    """Items of the outermost Sequential or ModuleList runs, and modules that add or concatenate their own input."""
+    called = set(trace.counts)
+    listed = [name for name in _items(model) if name in called]
+    residual = [call.name for call in trace.calls if call.name and _is_residual(call)]
+    inside = [name for name in residual if not any(_within(name, other) for other in [*listed, *residual] if other != name)]
+    blocks = list(dict.fromkeys(listed + inside))
+    if not blocks:
+        near = [c.name for c in trace.calls if c.name and _holds_layers(c.module) and trace.counts[c.name] == 1][:6]
+        hint = f"modules that could be named instead: {', '.join(near)}" if near else 'use sites="layers"'
+        raise AttachError(f'sites="blocks" found no residual or repeated block in {type(model).__name__}; {hint}.')
+    return blocks
+
+
+def _items(module: nn.Module, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        inner = _items(child, f"{name}.")
+        if isinstance(child, (nn.Sequential, nn.ModuleList)) and inner:
+            names += inner
+        elif isinstance(module, (nn.Sequential, nn.ModuleList)) and _holds_layers(child):
+            names.append(name)
+        else:
+            names += inner
+    return names
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return not isinstance(module, PARAMETRIC) and any(isinstance(m, PARAMETRIC) for m in module.modules())
+
+
+def _within(name: str, other: str) -> bool:
+    return name.startswith(other + ".")
+
+
+_PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
+
+
+def _is_residual(call: Call) -> bool:
+    """Whether a path without any matrix product or convolution leads from the input to the output."""
+    if not _holds_layers(call.module) or not call.outputs or not call.inputs:
+        return False
+    goals = {t.grad_fn for t, _ in call.inputs if t.grad_fn is not None}
+    stack = [t.grad_fn for t, _ in call.outputs if isinstance(t, Tensor)]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in goals:
+            return True
+        seen.add(node)
+        if not node.name().startswith(_PRODUCTS):
+            stack.extend(parent for parent, _ in node.next_functions)
+    return False

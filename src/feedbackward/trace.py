@@ -1,0 +1,185 @@
+"""One recorded forward pass: which module made which tensor, when, and what it depends on."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import AttachError
+
+PARAMETRIC = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_CHANNELS_FIRST = (*PARAMETRIC[1:], nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
+
+
+@dataclass
+class Call:
+    """One call of one module: its tensors, with the version each had, and when it began and ended."""
+
+    name: str
+    module: nn.Module
+    index: int  # how many calls of this module came before
+    start: int
+    inputs: list[tuple[Tensor, int]]
+    end: int = -1
+    outputs: list[tuple[Tensor, int]] = field(default_factory=list)
+    structured: bool = False
+    grad_enabled: bool = True
+
+
+@dataclass
+class Trace:
+    """All module calls of one forward pass in the order in which they began, and the pass's output."""
+
+    calls: list[Call]
+    output: Any
+    inputs: list[Tensor]
+
+    def __post_init__(self) -> None:
+        self.counts = Counter(call.name for call in self.calls)
+        self.by_end = sorted(self.calls, key=lambda call: call.end)
+
+    def producer(self, tensor: Tensor, version: int, before: int) -> tuple[Call, int] | None:
+        """The innermost module, called once, whose output is `tensor` at that version; and which leaf.
+
+        A module that only passes its input through (Identity) did not produce it.
+        """
+        for call in self.by_end:
+            if call.end >= before or self.counts[call.name] > 1:
+                continue
+            if any(t is tensor and v == version for t, v in call.inputs):
+                continue
+            for leaf, (t, v) in enumerate(call.outputs):
+                if t is tensor and v == version:
+                    return call, leaf
+        return None
+
+    def tokens(self, tensor: Tensor, when: int) -> int:
+        """How many token dimensions follow the batch: those between it and the features of the last
+        layer that ran before, when that layer works on the last dimension only."""
+        last = None
+        for call in self.by_end:
+            if call.end > when:
+                break
+            if isinstance(call.module, _CHANNELS_FIRST + _FEATURES_LAST):
+                last = call.module
+        return tensor.dim() - 2 if isinstance(last, _FEATURES_LAST) and tensor.dim() > 2 else 0
+
+
+def run(model: nn.Module, example: Any) -> Any:
+    """`model(example)` for a tensor, `model(*example)` for a tuple or list, `model(**example)` for a dict."""
+    if isinstance(example, Tensor):
+        return model(example)
+    if isinstance(example, (tuple, list)):
+        return model(*example)
+    if isinstance(example, dict) or hasattr(example, "keys"):
+        return model(**example)
+    raise AttachError(f"the example must be a tensor, a tuple or a dict of the model's inputs, not {type(example).__name__}.")
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Restore buffers, random number generators and the gradients' mode after a pass nobody asked for."""
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    state = random.getstate()
+    devices = list({t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode, where the model is in evaluation mode as a whole; restored module by module."""
+    modes = [(m, m.training) for m in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[None]:
+    """Every parameter requires a gradient, so that the graph shows what depends on parameters at all."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def trace(model: nn.Module, example: Any) -> Trace:
+    """Run the model once on the example and record every module call; nothing of the model changes.
+
+    Raises AttachError where the model cannot run on the example.
+    """
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+    seen: Counter[str] = Counter()
+    clock = iter(range(1 << 62))
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        call = Call(name, module, seen[name], next(clock), inputs, grad_enabled=torch.is_grad_enabled())
+        seen[name] += 1
+        calls.append(call)
+        open_calls.append(call)
+
+    def leave(output: Any) -> None:
+        call = open_calls.pop()
+        call.end = next(clock)
+        call.structured = not isinstance(output, Tensor)
+        call.outputs = [(t, t._version) if isinstance(t, Tensor) else (t, -1) for t in tree_leaves(output)]
+
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        stack.enter_context(_training(model))
+        stack.enter_context(_all_trainable(model))
+        stack.enter_context(torch.enable_grad())
+        for name, module in model.named_modules():
+            pre = module.register_forward_pre_hook(
+                lambda m, a, k, name=name: enter(name, m, a, k), prepend=True, with_kwargs=True
+            )
+            post = module.register_forward_hook(lambda m, a, out: leave(out))
+            stack.callback(pre.remove)
+            stack.callback(post.remove)
+        try:
+            output = run(model, example)
+        except AttachError:
+            raise
+        except Exception as error:
+            shapes = [tuple(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
+            advice = " Batch norm in training mode needs a batch of at least 2." if "more than 1 value" in str(error) else ""
+            raise AttachError(
+                f"{type(model).__name__} failed on the example (tensors {shapes}): {error}.{advice} "
+                "Pass an `example` that the model accepts, as tensor, tuple or dict."
+            ) from error
+    return Trace(calls, output, [t for t in tree_leaves(example) if isinstance(t, Tensor)])
