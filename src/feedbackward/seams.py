@@ -176,7 +176,8 @@ class Seams(_Hooked):
                 f"site {site.name!r} was not reached before the source {edge.source.name!r} in this forward pass, so its "
                 "layers would not be trained. The model must run the same modules in every training pass; name other sites."
             )
-        if h._version != version:
+        # a compiler cannot branch on versions; attach's own eager pass has checked them
+        if not torch.compiler.is_compiling() and h._version != version:
             raise SiteError(
                 f"the activity at site {site.name!r} was changed in place after the cut (an inplace=True activation?), so "
                 "feedback would learn from the wrong tensor. Use inplace=False there, or choose the changed tensor as site."
