@@ -1,0 +1,416 @@
+"""The report: statistics against hand-made numbers, claims, and files that are whole, valid and safe."""
+
+import io
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from feedbackward.errors import FeedbackError
+from feedbackward.experiment.report import print_summary, size, summarise, table, write_report
+from feedbackward.experiment.summary import conclusion, notes
+
+SITES = [f"features.act{i}" for i in range(1, 8)] + ["classifier.act1"]
+LEVEL = {"bp": 88.0, "dkp": 84.0, "dfa": 79.0, "frozen": 66.0}
+ANGLE = {"bp": 0.0, "dkp": 62.0, "dfa": 78.0}
+
+
+def make_run(rule, seed, epochs=6, sites=SITES):
+    """A finished run with plausible curves and angles: DKP's improve with training, most near the output."""
+    rng = random.Random(f"{rule} {seed}")
+    rise = [LEVEL[rule] * (1 - 0.45 * math.exp(-e / 1.8)) + rng.gauss(0, 0.5) for e in range(1, epochs + 1)]
+    history = [
+        {
+            "epoch": epoch,
+            "train_loss": 2.2 - accuracy / 48,
+            "train_accuracy": accuracy + 1.5,
+            "validation_loss": 2.25 - accuracy / 48,
+            "validation_accuracy": accuracy,
+            "seconds": 3.1,
+        }
+        for epoch, accuracy in enumerate(rise, 1)
+    ]
+    return {
+        "seed": seed,
+        "status": "done",
+        "message": None,
+        "test_accuracy": rise[-1] - 0.6,
+        "validation_accuracy": rise[-1],
+        "seconds": 19.4,
+        "epochs": history,
+        "alignment": [make_probe(rule, epoch, epochs, rng, sites) for epoch in range(epochs + 1)],
+    }
+
+
+def make_probe(rule, epoch, epochs, rng, sites):
+    """Every site and two tensors per site; DFA's first site sinks to the numerical floor at the end."""
+
+    def entry(depth, floor=False):
+        learned = {"dkp": 26, "dfa": 9}.get(rule, 0) * epoch / epochs
+        angle = 0.0 if rule == "bp" else 90 - learned - 28 * depth * min(epoch, 3) / 3 + rng.gauss(0, 2)
+        norm = 3e-8 if floor else 10 ** (-3.5 + 1.5 * depth)
+        cosine = math.cos(math.radians(angle))
+        return {"cosine": cosine, "angle": angle, "norm_ratio": 1.2, "sign_agreement": 0.6, "bp_norm": norm}
+
+    entries, tensors = {}, {}
+    for index, site in enumerate(sites if rule != "frozen" else []):
+        depth = index / len(sites)
+        floor = rule == "dfa" and index == 0 and epoch >= epochs - 1
+        jacobian = 0.7 * depth * epoch / epochs if rule == "dkp" else None
+        entries[site] = {**entry(depth, floor), "jacobian_cosine": jacobian, "readout": None}
+        for kind in ("weight", "bias"):
+            tensors[f"{site.replace('act', 'conv')}.{kind}"] = entry(depth)
+    return {"epoch": epoch, "sites": entries, "parameters": tensors}
+
+
+RATIOS = {"bp": (1.0, 1.0), "dkp": (0.85, 0.97), "dfa": (0.79, 0.91), "frozen": (0.41, 0.38)}
+
+
+def make_rule(rule, seeds, epochs, sites):
+    step, peak = RATIOS[rule]
+    return {
+        "rule": rule,
+        "label": "Frozen" if rule == "frozen" else rule.upper(),
+        "options": {},
+        "rates": {"lr": 0.02},
+        "feedback_bytes": 1_843_200 if rule in ("dkp", "dfa") else 0,
+        "cost": {"backward_steps": len(sites) + 1 if rule == "bp" else 1},
+        "step_ms": 41.0 * step,
+        "step_ratio": step,
+        "peak_bytes": int(9e7 * peak),
+        "peak_ratio": peak,
+        "runs": [make_run(rule, seed, epochs, sites) for seed in range(seeds)],
+    }
+
+
+def make_results(rules=("bp", "dkp", "dfa", "frozen"), seeds=3, epochs=6, sites=SITES):
+    """Results as `feedbackward compare` hands them over, the same on every call."""
+    return {
+        "version": 1,
+        "title": "Fashion-MNIST, VGG-11: backprop and direct feedback",
+        "command": f"feedbackward compare --rules {','.join(rules)} --seeds {seeds} --train.epochs {epochs}",
+        "created": "2025-11-23T12:00:00+00:00",
+        "environment": {"python": "3.12.1", "torch": "2.13.0", "device": "cpu", "git_commit": "0123abc"},
+        "config": {
+            "train": {"epochs": epochs, "batch": 100},
+            "data": {"name": "fashion-mnist", "crop": True},
+        },
+        "data": {"name": "Fashion-MNIST", "train": 4000, "validation": 1000, "test": 2000, "classes": 10},
+        "model": {"name": "vgg11", "parameters": 9_231_114},
+        "sites": list(sites),
+        "rules": [make_rule(rule, seeds, epochs, sites) for rule in rules],
+    }
+
+
+def small(**accuracies):
+    """Results with nothing but test accuracies of seeds 0, 1, ... per rule; None for a diverged run."""
+    rules = [
+        {
+            "rule": rule,
+            "label": rule.upper(),
+            "runs": [
+                {"seed": seed, "status": "diverged" if value is None else "done", "test_accuracy": value}
+                for seed, value in enumerate(values)
+            ],
+        }
+        for rule, values in accuracies.items()
+    ]
+    return {"version": 1, "rules": rules}
+
+
+def rows(results):
+    return {row["rule"]: row for row in summarise(results)}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; checks that every element is closed in order."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "path", "use", "rect", "image", "circle", "line", "hr"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The files of the full fixture."""
+    return write_report(make_results(), tmp_path_factory.mktemp("report"))
+
+
+def test_statistics_equal_hand_computed_numbers():
+    found = rows(small(bp=[90.0, 88.0, 89.0], dkp=[86.0, 85.0, 84.0], frozen=[60.0, 64.0, 62.0]))
+    assert (found["dkp"]["mean"], found["dkp"]["n"], found["dkp"]["planned"]) == (85.0, 3, 3)
+    assert found["dkp"]["std"] == pytest.approx(1.0)  # deviations 1, 0, -1: sqrt(2 / 2)
+    gap = found["dkp"]["gap"]  # differences 4, 3, 5: mean 4, std 1, standard error 1 / sqrt(3)
+    assert gap == {"mean": pytest.approx(4.0), "se": pytest.approx(3**-0.5), "n": 3}
+    frozen = found["dkp"]["frozen"]  # differences 26, 21, 22: mean 23, std sqrt(14 / 2)
+    assert frozen == {"mean": pytest.approx(23.0), "se": pytest.approx((7 / 3) ** 0.5), "n": 3}
+    assert found["bp"]["gap"] is None
+    assert found["frozen"]["frozen"] is None
+
+
+def test_differences_are_paired_by_seed_not_by_position():
+    results = small(bp=[90.0, 80.0], dkp=[70.0, 79.0])
+    results["rules"][1]["runs"].reverse()
+    assert rows(results)["dkp"]["gap"] == {"mean": pytest.approx(10.5), "se": pytest.approx(9.5), "n": 2}
+
+
+def test_mean_angle_is_over_sites_then_seeds_of_the_last_probe():
+    results = small(dkp=[80.0, 80.0])
+    first, second = results["rules"][0]["runs"]
+    sites = {"a": {"angle": 40.0, "bp_norm": 1e-8}, "b": {"angle": 60.0, "bp_norm": 0.1}}
+    first["alignment"] = [{"epoch": 2, "sites": sites}, {"epoch": 1, "sites": {"a": {"angle": 90.0}}}]
+    second["alignment"] = [{"epoch": 2, "sites": {"a": {"angle": 70.0}, "b": {"angle": None}}}]
+    row = rows(results)["dkp"]
+    assert row["angle"] == pytest.approx((50.0 + 70.0) / 2)
+    assert row["floor_sites"] == 1
+
+
+def test_a_diverged_run_is_counted_and_named_but_not_averaged():
+    results = small(bp=[90.0, 90.0, 90.0], dkp=[80.0, None, 84.0])
+    results["rules"][1]["runs"][1]["message"] = "loss became NaN in epoch 2."
+    row = rows(results)["dkp"]
+    assert (row["mean"], row["n"], row["planned"], row["diverged"]) == (82.0, 2, 3, 1)
+    assert row["gap"]["n"] == 2
+    cells = table(results)
+    assert (cells["n"], cells["Diverged"]) == (["3", "2/3"], ["–", "1"])
+    assert "DKP, seed 1: diverged (loss became NaN in epoch 2); not counted in the mean." in notes(results)
+
+
+CLAIMS = [
+    (
+        {
+            "bp": [88.0, 89.0, 87.0],
+            "dkp": [84.0, 84.5, 83.5],
+            "dfa": [79.0, 80.0, 79.0],
+            "frozen": [60.0] * 3,
+        },
+        "DKP reaches 84.0 % (BP 88.0 %, gap 4.0 ± 0.3 points over 3 seeds); "
+        "it beats DFA and the frozen control.",
+    ),
+    (  # differences to DFA 1, -1, 1.5: mean 0.5, standard error 0.76
+        {"bp": [90.0] * 3, "dkp": [80.0, 79.0, 81.5], "dfa": [79.0, 80.0, 80.0], "frozen": [60.0] * 3},
+        "DKP reaches 80.2 % (BP 90.0 %, gap 9.8 ± 0.7 points over 3 seeds); "
+        "it beats the frozen control and it is not distinguishable from DFA.",
+    ),
+    (
+        {"bp": [88.0], "dkp": [84.0]},
+        "DKP reaches 84.0 % (BP 88.0 %, gap 4.0 points over one seed); "
+        "one seed: no claim that it beats another rule.",
+    ),
+    (
+        {"dkp": [84.0, 83.0], "frozen": [70.0, 71.0]},
+        "DKP reaches 83.5 % over 2 seeds; 2 seeds: no claim that it beats another rule.",
+    ),
+    (
+        {"bp": [88.0] * 3, "dkp": [84.0, 84.0, 84.0], "dfa": [79.0, None, 79.0]},
+        "DKP reaches 84.0 % (BP 88.0 %, gap 4.0 ± 0.0 points over 3 seeds); "
+        "too few common seeds for a claim about DFA.",
+    ),
+    (
+        {"bp": [80.0, 81.0, 82.0], "dkp": [85.0, 86.0, 87.0]},
+        "DKP reaches 86.0 % (BP 81.0 %, ahead by 5.0 ± 0.0 points over 3 seeds); it beats BP.",
+    ),
+    (
+        {"dfa": [50.0, 51.0, 52.0], "frozen": [60.0, 61.0, 62.0]},
+        "DFA reaches 51.0 % over 3 seeds; it falls behind the frozen control.",
+    ),
+    ({"bp": [88.0] * 3}, "BP reaches 88.0 % over 3 seeds."),
+    ({"bp": [None], "dkp": []}, "No run has finished, so there is nothing to compare yet."),
+]
+
+
+@pytest.mark.parametrize(("accuracies", "expected"), CLAIMS)
+def test_the_conclusion_claims_no_more_than_the_numbers_allow(accuracies, expected):
+    assert conclusion(small(**accuracies)) == expected
+
+
+def test_without_bp_there_is_no_gap_column_and_the_report_says_so():
+    results = small(dkp=[80.0], dfa=[79.0])
+    assert "Gap to BP" not in table(results)
+    assert any("BP was not run" in note for note in notes(results))
+    assert any("Frozen control was not run" in note for note in notes(results))
+
+
+def test_a_rule_that_does_not_beat_frozen_is_named():
+    results = small(bp=[90.0] * 3, dfa=[60.0, 61.0, 62.0], frozen=[61.0, 60.0, 62.0])
+    assert any(note.startswith("DFA does not beat Frozen") for note in notes(results))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(None, "–"), (0, "none"), (12, "12 B"), (1_843_200, "1.84 MB"), (999_600, "1 MB")]
+)
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+def test_four_whole_files_and_nothing_else(report):
+    assert set(report) == {"results.json", "report.md", "report.html", "picture.png"}
+    folder = report["report.html"].parent
+    assert sorted(path.name for path in folder.iterdir()) == sorted(report)
+    assert report["picture.png"].read_bytes().startswith(b"\x89PNG")
+    saved = json.loads(report["results.json"].read_text())
+    assert {key: saved[key] for key in make_results()} == make_results()
+    assert saved["summary"] == summarise(make_results())
+
+
+def test_the_saved_results_make_the_same_report(report, tmp_path):
+    again = write_report(json.loads(report["results.json"].read_text()), tmp_path)
+    for name in ("report.html", "report.md"):
+        assert again[name].read_text() == report[name].read_text()
+
+
+def test_the_page_is_well_formed_and_loads_nothing(report):
+    text = report["report.html"].read_text()
+    page = Page(text)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in page.elements}
+    for _, attrs in page.elements:
+        for key in ("src", "href", "xlink:href"):
+            assert attrs.get(key, "#").startswith(("#", "data:image/png;base64,"))
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    references = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
+    assert references <= set(ids)
+
+
+def test_the_page_is_accessible(report):
+    page = Page(report["report.html"].read_text())
+    assert page.of("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.of("meta")
+    pictures = [attrs for _, attrs in page.elements if attrs.get("role") == "img"]
+    assert len(pictures) == len(page.of("svg")) == 6  # two curves, two heat maps, tensors, Jacobian
+    assert all(len(attrs["aria-label"]) > 40 for attrs in pictures)
+    assert all(attrs.get("scope") in ("col", "row") for attrs in page.of("th"))
+
+
+def test_the_page_tells_the_numbers(report):
+    results = make_results()
+    text = " ".join(Page(report["report.html"].read_text()).text)
+    for cells in table(results).values():
+        assert all(cell in text for cell in cells)
+    assert conclusion(results) in text
+    assert results["command"] in text
+    for site in SITES:
+        assert site in text
+
+
+def test_special_characters_are_text(tmp_path):
+    results = make_results(seeds=1, epochs=1)
+    evil = "<script>alert('&')</script> | $x_1$ \\"
+    results.update(title=evil, command=evil, sites=[evil, *SITES[1:]], config={evil: evil})
+    results["environment"][evil] = evil
+    results["data"]["note"] = evil
+    rule = results["rules"][1]
+    rule.update(label=evil, options={evil: evil})
+    rule["runs"][0]["alignment"][-1]["sites"][evil] = {"angle": 45.0, "bp_norm": 1.0, "jacobian_cosine": 0.1}
+    rule["runs"][0]["alignment"][-1]["parameters"][evil] = {"angle": 45.0}
+    rule["runs"].append({"seed": 1, "status": "diverged", "message": evil})
+    paths = write_report(results, tmp_path)
+    assert not Page(paths["report.html"].read_text()).of("script")
+    outside_code = re.sub(r"```.*?```", "", paths["report.md"].read_text(), flags=re.DOTALL)
+    assert "<script" not in outside_code
+    assert "\\|" in outside_code
+
+
+def test_nan_becomes_null(tmp_path):
+    results = make_results(seeds=2, epochs=2)
+    run = results["rules"][1]["runs"][1]
+    run.update(status="diverged", test_accuracy=float("nan"), message="loss became NaN")
+    run["epochs"][-1].update(train_loss=float("inf"), validation_accuracy=float("nan"))
+    run["alignment"][-1]["sites"][SITES[0]]["angle"] = float("nan")
+    results["rules"][2]["step_ratio"] = float("nan")
+    paths = write_report(results, tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    saved = json.loads(paths["results.json"].read_text(), parse_constant=refuse)
+    assert saved["rules"][1]["runs"][1]["test_accuracy"] is None
+    assert not re.search(r"\bnan\b", paths["report.html"].read_text())
+
+
+def test_little_data_still_makes_a_report(tmp_path):
+    bare = write_report(small(dkp=[80.0], dfa=[None]), tmp_path / "bare")
+    assert not Page(bare["report.html"].read_text()).of("svg")
+    nothing = write_report({"version": 1}, tmp_path / "nothing")
+    assert "No run has finished" in nothing["report.md"].read_text()
+    unprobed = make_results(seeds=1, epochs=1)
+    for rule in unprobed["rules"]:
+        rule["runs"][0]["alignment"] = []
+    page = Page(write_report(unprobed, tmp_path / "unprobed")["report.html"].read_text())
+    assert len(page.of("svg")) == 2
+
+
+def test_another_schema_version_is_refused():
+    with pytest.raises(FeedbackError, match=r"schema version 2.*reads version 1"):
+        summarise({"version": 2, "rules": []})
+
+
+def test_an_unwritable_folder_is_one_clear_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FeedbackError, match=r"cannot be written to .*file.*Name a folder"):
+        write_report(small(dkp=[80.0]), tmp_path / "file")
+
+
+def printed(results, **options):
+    stream = io.StringIO()
+    print_summary(results, Console(file=stream, **options))
+    return stream.getvalue()
+
+
+def test_the_terminal_table_fits_eighty_columns():
+    text = printed(make_results(), force_terminal=True, width=80, color_system=None)
+    assert "…" not in text
+    for cell in ("85.6±0.2", "1.84 MB", "0.85×"):
+        assert cell in text
+
+
+def test_a_log_file_gets_whole_lines_and_no_colour():
+    results = make_results()
+    results["rules"][1]["label"] = "DKP [red]"  # square brackets are text, not markup
+    lines = printed(results, width=80).splitlines()
+    assert conclusion(results) in lines
+    assert "\x1b" not in "".join(lines)
+    cells = [
+        cell.strip()
+        for line in lines
+        if line.startswith("| DKP [red]")
+        for cell in line.strip("|").split("|")
+    ]
+    assert cells == [column[1] for column in table(results).values()]
+
+
+def test_a_log_file_without_unicode_is_no_error():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    print_summary(make_results(), Console(file=stream))
+    stream.flush()
+    assert "85.6 +/- 0.2" in raw.getvalue().decode("ascii")
