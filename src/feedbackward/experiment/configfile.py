@@ -29,7 +29,7 @@ def write_yaml(config: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError where the file is missing or is not YAML of that kind."""
+    """The mapping in a YAML file. Raises ConfigError where the file is missing or is no such YAML."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

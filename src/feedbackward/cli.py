@@ -1,0 +1,182 @@
+"""The command line: `feedbackward train`, `compare`, `probe` and `rules`.
+
+Exit codes: 0 success; 2 anything that feedbackward refuses, a diverged run included, with one sentence on
+stderr; 130 and 143 a run stopped by Ctrl-C or SIGTERM, after saving it; 1 a fault of feedbackward itself, with
+its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import errors
+
+USAGE = """\
+usage: feedbackward COMMAND [options]
+
+  train    train one network by one rule
+  compare  train by several rules and seeds under one recipe, and report
+  probe    how near a trained run's gradients are to backprop's
+  rules    what each rule needs and costs
+
+feedbackward COMMAND --help lists the options. A first look, in under four minutes:
+  feedbackward compare --config demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except errors.FeedbackError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader, `head` for one, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return _fail(f"{error}")
+    except KeyboardInterrupt:
+        print("\nfeedbackward: stopped at once; what was saved before is kept", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        from . import __version__
+
+        print(f"feedbackward {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        raise errors.ConfigError(f"unknown command '{command}': {hint}")
+    _check_installed()
+    return COMMANDS[command](rest)
+
+
+def _train(arguments: list[str]) -> int:
+    from .experiment.arguments import parse
+    from .experiment.config import TrainConfig
+    from .experiment.interrupts import InterruptedRunError, Interrupts
+    from .experiment.progress import Progress
+
+    config = parse(TrainConfig, arguments, "feedbackward train", "Train one network by one rule.").resolved()
+    from .experiment.train import train
+
+    with Interrupts() as interrupts, Progress() as progress:
+        try:
+            result = train(config, progress, interrupts)
+        except InterruptedRunError as stop:
+            again = f"feedbackward train --config {config.out}/config.yaml --resume"
+            return _stopped(stop.signum, f"saved to {config.out}; go on with: {again}")
+    print(f"test accuracy {result['test_accuracy']:.2f} %, on images that no choice was made with")
+    print(f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl")
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from .experiment.arguments import parse
+    from .experiment.config import CompareConfig
+    from .experiment.interrupts import InterruptedRunError, Interrupts
+
+    about = "Train by several rules and seeds under one recipe, and report."
+    config = parse(CompareConfig, arguments, "feedbackward compare", about).resolved()
+    from rich.console import Console
+
+    from .experiment.compare import compare
+    from .experiment.report import print_summary, write_report
+
+    console = Console()
+    with Interrupts() as interrupts:
+        try:
+            results = compare(config, console, interrupts)
+        except InterruptedRunError as stop:
+            again = f"feedbackward compare --config {config.out}/config.yaml"
+            return _stopped(stop.signum, f"saved to {config.out}; go on with: {again}")
+    assert config.out is not None
+    paths = write_report(results, config.out)
+    print_summary(results, console)
+    print(f"\nreport: {paths['report.html']}")
+    return 0
+
+
+def _probe(arguments: list[str]) -> int:
+    parser = _Parser("probe", "How near a trained run's gradients are to backprop's, on held-out images.")
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--images", type=int, help="held-out images (default: as in the run's config)")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    options = parser.parse_args(arguments)
+    from .experiment.inspect import probe_run
+
+    probe_run(options.run, options.images, options.json)
+    return 0
+
+
+def _rules(arguments: list[str]) -> int:
+    parser = _Parser("rules", "What each rule needs and costs.")
+    parser.add_argument("--format", choices=["table", "markdown", "json"], default="table")
+    options = parser.parse_args(arguments)
+    from .experiment.inspect import print_rules
+
+    print_rules(options.format)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "compare": _compare,
+    "probe": _probe,
+    "rules": _rules,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are ConfigErrors, as everywhere else."""
+
+    def __init__(self, command: str, about: str) -> None:
+        super().__init__(prog=f"feedbackward {command}", description=about, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise errors.ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _check_installed() -> None:
+    """The experiment layer needs more than the library does."""
+    from importlib.util import find_spec
+
+    needed = [
+        "jsonargparse",
+        "yaml",
+        "rich",
+        "safetensors",
+        "datasets",
+        "jinja2",
+        "matplotlib",
+        "tensorboard",
+    ]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise errors.ConfigError(
+            f"the command line needs {', '.join(missing)}: pip install 'feedbackward[experiment]'"
+        )
+
+
+def _stopped(signum: int, text: str) -> int:
+    print(f"feedbackward: stopped; {text}", file=sys.stderr)
+    return 128 + signum
+
+
+def _fail(text: str) -> int:
+    print(f"feedbackward: error: {' '.join(text.split())}", file=sys.stderr)
+    return 2

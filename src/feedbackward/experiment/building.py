@@ -1,0 +1,91 @@
+"""From names in a config to a rule, a device and a learner."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..learner import Learner, attach
+from ..rules import RULES, Rule
+from . import nets
+from .config import TrainConfig
+from .data import Data, Loader
+from .randomness import seed_everything
+from .suggest import hint
+
+
+def find_rule(name: str) -> type[Rule]:
+    """The rule called ``name``, or the class ``package.module:Class``. Raises ConfigError for others."""
+    if name in RULES:
+        return RULES[name]
+    if ":" not in name:
+        raise ConfigError(f"unknown rule '{name}': {hint(name, RULES)} (or package.module:Class)")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the rule '{name}' cannot be imported ({error}): check its spelling") from error
+    if not (isinstance(found, type) and issubclass(found, Rule)):
+        raise ConfigError(f"'{name}' is not a subclass of feedbackward.Rule")
+    return found
+
+
+def make_rule(name: str, options: dict[str, Any]) -> Rule:
+    """The rule with its options. Raises ConfigError for an option it does not have."""
+    kind = find_rule(name)
+    fields = getattr(kind, "__dataclass_fields__", {})
+    for key in options:
+        if key not in fields:
+            known = hint(key, fields) if fields else "it has no options"
+            raise ConfigError(f"the rule '{name}' has no option '{key}': {known}")
+    return kind(**options)
+
+
+def find_device(name: str) -> torch.device:
+    """cpu, cuda, or the best there is for auto."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch sees no CUDA device: use --device cpu or auto")
+    chosen = "cuda" if name == "auto" and torch.cuda.is_available() else name
+    return torch.device("cpu" if chosen == "auto" else chosen)
+
+
+def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Learner:
+    """The net with its rule attached, on the device; everything random comes from ``config.seed``."""
+    seed_everything(config.seed)
+    rule = make_rule(config.rule, config.rule_options)
+    model = nets.build(config.model, data.shape, data.num_classes, norm=config.norm).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sites: Any = nets.default_sites(config.model) if config.sites is None else config.sites
+    if sites == "published":
+        sites = nets.published_sites(config.model)
+    loader = Loader(data.train, data, 4, device=device)
+    example, _ = next(loader.epoch(0))
+    learner = attach(model, rule, example=example, sites=sites, error_at=config.error_at, seed=config.seed)
+    _check_output(learner, example, data.num_classes, config.model)
+    return learner
+
+
+def _check_output(learner: Learner, example: Tensor, classes: int, name: str) -> None:
+    learner.eval()
+    with torch.no_grad():
+        output = learner(example)
+    learner.train()
+    if not isinstance(output, Tensor) or output.shape != (len(example), classes):
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ConfigError(
+            f"the model '{name}' returned {got} for {len(example)} images: expected logits "
+            f"[{len(example)}, {classes}], one per class of the data"
+        )
+
+
+def import_from_here() -> None:
+    """Let package.module:name find modules in the working directory, as `python -m` does."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())

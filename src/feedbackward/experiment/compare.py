@@ -1,0 +1,233 @@
+"""Several rules over several seeds under one recipe: run what is missing, measure costs, gather results."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import ConfigError, DivergenceError
+from .building import find_device, find_rule, import_from_here, make_rule
+from .config import CompareConfig, RuleEntry, TrainConfig, slug
+from .configfile import to_dict, write_yaml
+from .costs import Costs, measure_costs
+from .data import load_data
+from .environment import environment
+from .interrupts import Interrupts
+from .progress import Progress
+from .runfolder import RunFolder
+from .search import pick, trial_rates
+from .train import train
+
+BASELINE = "bp"  # comes first, and times and memory are relative to it
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A rule of the comparison, under its label, and the trials by which its rates were picked."""
+
+    entry: RuleEntry
+    label: str
+    trials: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of the comparison and what to call it."""
+
+    title: str
+    config: TrainConfig
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it lives."""
+        return RunFolder(Path(self.config.out or ""))
+
+
+def compare(config: CompareConfig, console: Console, interrupts: Interrupts) -> dict[str, Any]:
+    """Run what has not been run yet, and return the results of all (as in results.json).
+
+    A run that is finished is skipped and an interrupted one is resumed. Rates are picked on held-out images
+    only; the test images are used once per finished run.
+
+    Raises:
+        InterruptedRunError: a signal came; the running cell is saved.
+        FeedbackError: the config, the data or the folder is not usable. Divergence of a cell is a result.
+    """
+    config = config.resolved()
+    import_from_here()
+    folder = _claim(config)
+    contenders = _contenders(config)
+    if config.search.run:
+        contenders = _search(config, contenders, console, interrupts)
+    cells = [
+        Cell(f"{c.label}, seed {seed}", _cell(config, c, seed)) for seed in config.seeds for c in contenders
+    ]
+    _run_all(cells, Progress(console, log=folder / "compare.log"), interrupts)
+    console.print("measuring time and memory per step ...", highlight=False)
+    costs = measure_costs([_cell(config, c, config.seeds[0]) for c in contenders], config.timing_steps)
+    return _results(config, contenders, costs)
+
+
+def _claim(config: CompareConfig) -> Path:
+    """The comparison's folder, holding its config. The cells look after themselves."""
+    assert config.out is not None  # a resolved config has one
+    folder = Path(config.out)
+    file = folder / "config.yaml"
+    try:
+        if folder.exists() and any(folder.iterdir()) and not file.is_file():
+            raise ConfigError(
+                f"{folder} is not the folder of a comparison: choose another with --out, or empty it"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        RunFolder(folder).write(file, write_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {folder} cannot be written ({error.strerror}): choose one with --out"
+        ) from error
+    return folder
+
+
+def _contenders(config: CompareConfig) -> list[Contender]:
+    """The rules in order, the baseline first, each with its own label."""
+    made = []
+    for entry in sorted(config.entries(), key=lambda entry: entry.rule != BASELINE):
+        make_rule(entry.rule, entry.options)  # refuses wrong options before anything is trained
+        options = ", ".join(f"{key}={value}" for key, value in entry.options.items())
+        label = entry.label or find_rule(entry.rule).label + (f" ({options})" if options else "")
+        made.append(Contender(entry, label))
+    names = [slug(contender.label) for contender in made]
+    for name, contender in zip(names, made, strict=True):
+        if names.count(name) > 1:
+            raise ConfigError(f"two rules have the label '{contender.label}': give each its own label")
+    return made
+
+
+def _cell(config: CompareConfig, contender: Contender, seed: int) -> TrainConfig:
+    """The run of one rule and seed, to be resumed where it exists."""
+    out = f"{config.out}/{slug(contender.label)}-s{seed}"
+    return replace(config.cell(contender.entry, seed), out=out, resume=not config.overwrite).resolved()
+
+
+def _run_all(cells: Sequence[Cell], progress: Progress, interrupts: Interrupts, test: bool = True) -> None:
+    """Train every cell that is not finished, telling how it goes."""
+    progress.runs = sum(cell.config.overwrite or cell.folder.result() is None for cell in cells)
+    with progress:
+        for number, cell in enumerate(cells, 1):
+            interrupts.check()
+            progress.prefix = f"[{number}/{len(cells)}] {cell.title}: "
+            try:
+                result = train(cell.config, progress, interrupts, test=test)
+            except DivergenceError as error:
+                progress.say(f"diverged: {error}")
+                continue
+            accuracy = f", test {result['test_accuracy']:.2f} %" if test else ""
+            progress.say(f"finished in {result['seconds']:.0f} s{accuracy}")
+
+
+def _search(
+    config: CompareConfig, contenders: Sequence[Contender], console: Console, interrupts: Interrupts
+) -> list[Contender]:
+    """The contenders with the rates that do best on the held-out images, equal trials for each."""
+    cells: dict[str, list[Cell]] = {contender.label: [] for contender in contenders}
+    for contender in contenders:
+        learned = find_rule(contender.entry.rule).properties.learned_feedback
+        for number, (lr, feedback_lr) in enumerate(trial_rates(config.search, learned)):
+            entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
+            trial = replace(
+                config.cell(entry, config.search.seed),
+                out=f"{config.out}/search/{slug(contender.label)}-{number}",
+                resume=not config.overwrite,
+                epochs=config.search.epochs,
+                probe_every=0,
+                tensorboard=False,
+            ).resolved()
+            rates = f"lr {lr:.3g}" + ("" if feedback_lr is None else f", feedback lr {feedback_lr:.3g}")
+            cells[contender.label].append(Cell(f"{contender.label}, {rates}", trial))
+    progress = Progress(console, log=Path(config.out or "") / "compare.log")
+    _run_all([cell for row in cells.values() for cell in row], progress, interrupts, test=False)
+    found = []
+    for contender in contenders:
+        trials = [_trial(cell) for cell in cells[contender.label]]
+        lr, feedback_lr = pick(trials, contender.label)
+        entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
+        found.append(replace(contender, entry=entry, trials=trials))
+    return found
+
+
+def _trial(cell: Cell) -> dict[str, Any]:
+    run = _run(cell)
+    learned = find_rule(cell.config.rule).properties.learned_feedback
+    return {
+        **_rates(cell.config, learned),
+        "status": run["status"],
+        "validation_accuracy": run["validation_accuracy"],
+    }
+
+
+def _rates(config: TrainConfig, learned: bool) -> dict[str, float | None]:
+    return {"lr": config.forward.lr, "feedback_lr": config.feedback.lr if learned else None}
+
+
+def _run(cell: Cell) -> dict[str, Any]:
+    """A finished cell as the results hold it."""
+    rows, result = cell.folder.rows(), cell.folder.result() or {}
+    epochs = [row for row in rows if row.pop("kind") == "epoch"]
+    diverged = result["status"] != "done"
+    return {
+        "seed": cell.config.seed,
+        "status": result["status"],
+        "message": result["message"],
+        "test_accuracy": result["test_accuracy"],
+        "validation_accuracy": None if diverged or not epochs else epochs[-1]["validation_accuracy"],
+        "seconds": result["seconds"],
+        "epochs": epochs,
+        "alignment": [row for row in rows if "sites" in row],
+    }
+
+
+def _results(
+    config: CompareConfig, contenders: Sequence[Contender], costs: Sequence[Costs]
+) -> dict[str, Any]:
+    """Everything the report needs, and nothing it has to look up."""
+    data = load_data(config.data)
+    baseline = costs[0] if contenders[0].entry.rule == BASELINE else None
+    rules = []
+    for contender, cost in zip(contenders, costs, strict=True):
+        runs = [_run(Cell("", _cell(config, contender, seed))) for seed in config.seeds]
+        cell = _cell(config, contender, config.seeds[0])
+        rules.append(
+            {
+                "rule": contender.entry.rule,
+                "label": contender.label,
+                "options": contender.entry.options,
+                "rates": _rates(cell, find_rule(contender.entry.rule).properties.learned_feedback),
+                "search": contender.trials,
+                **cost.as_dict(baseline),
+                "runs": runs,
+            }
+        )
+    return {
+        "version": 1,
+        "title": config.title or f"{config.model} on {data.name}",
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(find_device(config.device)),
+        "config": to_dict(config),
+        "data": {
+            "name": data.name,
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "test": len(data.test),
+            "classes": data.num_classes,
+            "note": data.note,
+        },
+        "model": {"name": config.model, "parameters": costs[0].parameters},
+        "sites": list(costs[0].sites),
+        "rules": rules,
+    }

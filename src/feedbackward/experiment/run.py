@@ -1,0 +1,178 @@
+"""One run in memory: network, rule, optimizers and data, one step at a time, and its state."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DivergenceError
+from ..probe import Probe, probe
+from .building import build_learner
+from .checkpoint import check_same_tensors
+from .config import TrainConfig
+from .data import Data, Images, Loader
+from .diagnose import first_non_finite
+from .optimizing import Weights
+from .randomness import random_state, restore_random_state, seed_everything
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Position:
+    """How far a run is, and the sums of the epoch it is in."""
+
+    epoch: int = 0
+    batch: int = 0
+    rows: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def next_epoch(self) -> None:
+        """To the start of the next epoch."""
+        self.epoch += 1
+        self.batch = self.seen = self.correct = 0
+        self.loss_sum = self.epoch_seconds = 0.0
+
+
+class Run:
+    """A network that a rule trains on a data set."""
+
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        recipe = config.training()
+        self.epochs = recipe.epochs
+        self.learner = build_learner(config, data, device)
+        self.loader = Loader(
+            data.train, data, recipe.batch_size, device=device, augment=config.data.augment, seed=config.seed
+        )
+        if not len(self.loader):
+            raise ConfigError(f"{len(data.train)} training images give no batch: use more images")
+        assert recipe.feedback is not None
+        settings = {"model": recipe.forward, "feedback": recipe.feedback}
+        self.weights = {
+            part: Weights(getattr(self.learner, part).parameters(), chosen, self.epochs, len(self.loader))
+            for part, chosen in settings.items()
+            if any(p.requires_grad for p in getattr(self.learner, part).parameters())
+        }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.forward: nn.Module = self.learner
+        if config.compile:
+            self.forward = torch.compile(self.learner)  # type: ignore[assignment]
+        self.position = Position()
+        seed_everything(config.seed)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Images in the memory format of this run."""
+        return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Autocast, where the config asks for it."""
+        dtype = _DTYPES.get(self.config.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            yield
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """One update; returns the mean loss of the batch.
+
+        Raises:
+            DivergenceError: the loss is NaN or infinite; no weight has then been changed.
+        """
+        images = self.prepared(images)
+        with self.precision():
+            output = self.forward(images)
+            loss = F.cross_entropy(output.float(), labels)
+        self.scaler.scale(loss).backward()
+        correct = (output.argmax(1) == labels).sum()
+        value, hits = torch.stack(
+            [loss.detach().double(), correct]
+        ).tolist()  # one wait for the device, not two
+        if not math.isfinite(value):
+            self._diverged(value, images)
+        for weights in self.weights.values():
+            weights.step(self.scaler)
+        self.scaler.update()
+        position = self.position
+        position.loss_sum += value * len(labels)
+        position.correct += int(hits)
+        position.seen += len(labels)
+        position.batch += 1
+        return value
+
+    def evaluate(self, images: Images, check: Callable[[], None] | None = None) -> tuple[float, float]:
+        """Mean loss and accuracy in percent; ``check()`` is called between batches and may raise."""
+        loader = Loader(
+            images, self.data, max(250, self.loader.batch_size), device=self.device, shuffle=False
+        )
+        loss, correct = 0.0, 0
+        self.learner.eval()
+        try:
+            with torch.no_grad(), self.precision():
+                for inputs, labels in loader.epoch(0):
+                    output = self.learner(self.prepared(inputs)).float()
+                    loss += F.cross_entropy(output, labels, reduction="sum").item()
+                    correct += int((output.argmax(1) == labels).sum())
+                    if check:
+                        check()
+        finally:
+            self.learner.train()
+        return loss / len(images), 100 * correct / len(images)
+
+    def probe(self) -> Probe:
+        """The alignment with backprop on the first held-out images, always the same ones."""
+        count = min(self.config.probe_images, len(self.data.validation))
+        chosen = self.data.validation.take(torch.arange(count))
+        images, labels = next(Loader(chosen, self.data, count, device=self.device, shuffle=False).epoch(0))
+        return probe(self.learner, lambda out: F.cross_entropy(out.float(), labels), self.prepared(images))
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on as if it had not stopped."""
+        return {
+            "rule": self.config.rule,
+            "position": asdict(self.position),
+            "model": self.learner.model.state_dict(),
+            "feedback": self.learner.feedback.state_dict(),
+            "weights": {part: weights.state_dict() for part, weights in self.weights.items()},
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+        }
+
+    def load_weights(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
+        """Restore model and feedback. Raises CheckpointError if they belong to another model."""
+        for part in ("model", "feedback"):
+            module = getattr(self.learner, part)
+            check_same_tensors(state[part], module.state_dict(), f"the {part} in {where}")
+            module.load_state_dict(state[part])
+
+    def load(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
+        """Restore what `state` gave."""
+        self.load_weights(state, where)
+        for part, weights in self.weights.items():
+            weights.load_state_dict(state["weights"][part])
+        self.scaler.load_state_dict(state["scaler"])
+        self.position = Position(**state["position"])
+        restore_random_state(state["random"])
+
+    def _diverged(self, value: float, images: Tensor) -> None:
+        with self.precision():
+            where = first_non_finite(self.learner, images)
+        rates = f"--forward.lr (now {self.weights['model'].settings.lr:g})"
+        if "feedback" in self.weights:
+            rates += f" or --feedback.lr (now {self.weights['feedback'].settings.lr:g})"
+        position = self.position
+        raise DivergenceError(
+            f"the loss is {value} in epoch {position.epoch + 1}, batch {position.batch + 1}: {where}; "
+            f"lower {rates}, or clip gradients with --forward.clip 1"
+        )
