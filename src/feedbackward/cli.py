@@ -1,8 +1,8 @@
 """The command line: `feedbackward train`, `compare`, `probe` and `rules`.
 
 Exit codes: 0 success; 2 anything that feedbackward refuses, a diverged run included, with one sentence on
-stderr; 130 and 143 a run stopped by Ctrl-C or SIGTERM, after saving it; 1 a fault of feedbackward itself, with
-its traceback.
+stderr; 130 and 143 a run stopped by Ctrl-C or SIGTERM, after saving it; 1 a fault of feedbackward itself,
+with its traceback.
 """
 
 from __future__ import annotations

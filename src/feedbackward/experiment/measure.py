@@ -36,8 +36,8 @@ def step_times(steps: Sequence[Callable[[], Any]], repeats: int, device: torch.d
 def peak_bytes(step: Callable[[], Any], alive: Iterable[Tensor], device: torch.device) -> int:
     """The most bytes of tensors alive at any moment of one step, weights and optimizer included.
 
-    Take a step before: the first one makes the optimizer's state. On CUDA the allocator tells. On the CPU every
-    tensor that a step makes is counted from its birth to its death, besides those in ``alive``; the scratch
+    Take a step before: the first one makes the optimizer's state. On CUDA the allocator tells. On the CPU
+    every tensor that a step makes is counted from its birth to its death, besides those in ``alive``; the scratch
     memory inside a kernel is not seen.
     """
     if device.type == "cuda":

@@ -1,52 +1,86 @@
-"""Progress of decoding on the terminal, and silence elsewhere."""
+"""Telling how a run goes: a live bar in a terminal, plain lines elsewhere, and a log file."""
 
-import sys
+from __future__ import annotations
+
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 
-
-@contextmanager
-def quiet_unless_terminal() -> Iterator[None]:
-    """Keep the download bars of `datasets` out of log files."""
-    import datasets
-
-    hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if hide:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            datasets.enable_progress_bars()
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 
 class Progress:
-    """A bar on stderr, from the third second on and only on a terminal."""
+    """What `train` and `compare` report to.
 
-    def __init__(self, what: str, total: int | None) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.start, self.bar = time.monotonic(), None
+    In a terminal a bar shows the running epoch, images per second, the loss and the time left, and with
+    several runs a second bar the whole. Elsewhere, and in ``log``, there is one line per finished thing.
+    """
 
-    def __enter__(self) -> "Progress":
+    def __init__(self, console: Console | None = None, runs: int = 1, log: Path | None = None) -> None:
+        self.console = console or Console()
+        self.runs, self.log = runs, log
+        self.prefix = ""  # of every line and of the bar: which run this is
+        self._bars: Bars | None = None
+        self._run: TaskID | None = None
+        self._whole: TaskID | None = None
+        self._steps_left = 0
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            ]
+            self._bars = Bars(*columns, console=self.console, transient=True, speed_estimate_period=60)
+            self._bars.start()
         return self
 
-    def advance(self, images: int) -> None:
-        """Count `images` more as done."""
-        self.done += images
-        if self.bar is None and sys.stderr.isatty() and time.monotonic() - self.start > 2:
-            self._show()
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bars:
+            self._bars.stop()
+        self._bars = self._run = self._whole = None
 
-    def _show(self) -> None:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
+    def say(self, text: str) -> None:
+        """One line, above the bars and into the log."""
+        self.console.print(escape(self.prefix + text), soft_wrap=True, highlight=False)
+        if self.log:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.prefix}{text}\n")
 
-        self.bar = Bar(console=Console(stderr=True), transient=True)
-        self.task = self.bar.add_task(self.what, total=self.total)
-        self.bar.start()
+    def begin_run(self, steps: int, done: int) -> None:
+        """A run of so many steps in all starts, or continues where it was."""
+        self._steps_left = steps - done
+        if not self._bars:
+            return
+        if self.runs > 1:
+            if self._whole is None:
+                self._whole = self._bars.add_task("all runs", total=steps * self.runs, note="")
+            self._shorten(done)
+        self._run = self._bars.add_task("", total=steps, completed=done, note="")
 
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    def step(self, label: str, note: str) -> None:
+        """One more step of the running run is done."""
+        self._steps_left -= 1
+        if self._bars and self._run is not None:
+            self._bars.update(self._run, advance=1, description=escape(label), note=escape(note))
+        if self._bars and self._whole is not None:
+            self._bars.advance(self._whole)
+
+    def end_run(self) -> None:
+        """The run is over, one way or another."""
+        self._shorten(self._steps_left)
+        if self._bars and self._run is not None:
+            self._bars.remove_task(self._run)
+        self._run = None
+
+    def _shorten(self, steps: int) -> None:
+        """Take steps that will not be done off the whole: counting them as done would spoil the time left."""
+        if self._bars and self._whole is not None and steps:
+            total = self._bars.tasks[self._bars.task_ids.index(self._whole)].total or 0
+            self._bars.update(self._whole, total=total - steps)
