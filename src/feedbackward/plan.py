@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .trace import preserved, run
+from .trace import preserved, run, training_mode
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -45,8 +45,9 @@ class Plan:
 def make_plan(learner: Learner, example: Any) -> Plan:
     """Run the cut network once on the example and read from autograd's graph which parameters each segment trains."""
     names = {id(p): name for name, p in learner.model.named_parameters()}
-    with preserved(learner.model), torch.enable_grad(), learner.seams.recording() as tape:
-        output = run(learner.model, example)
+    model = learner.model
+    with preserved(model), training_mode(model), torch.enable_grad(), learner.seams.recording() as tape:
+        output = run(model, example)
     above = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
     segments = tuple(
         Segment(site.name, _held([h] if h is not None else [], names))

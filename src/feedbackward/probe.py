@@ -39,7 +39,7 @@ class SiteAlignment(ParameterAlignment):
 
     jacobian_cosine: between the feedback `B_l` and the batch-mean Jacobian `dsource/dh_l`, as [C, n] matrices.
     readout: mean over samples of `cos(a_L, h_l B_l^T)`, the measure of the DKP authors' code.
-    Both are None for rules without learned feedback, and for edges that keep token dimensions.
+    Both are None unless asked for (see `probe`), and for edges that keep token dimensions.
     """
 
     jacobian_cosine: float | None = None
@@ -90,15 +90,15 @@ def probe(learner: Learner, loss_fn: Callable[[Any], Tensor], batch: Any, *, jac
         learner: as `attach` returned it.
         loss_fn: `loss_fn(output) -> scalar`, for example `lambda out: F.cross_entropy(out, y)`.
         batch: the model's inputs (tensor, tuple or dict).
-        jacobian: compare learned feedback with the batch-mean Jacobian, at the cost of C backward passes. Default:
-            where the rule learns its feedback and C <= 256.
+        jacobian: compare the feedback with the batch-mean Jacobian, at the cost of C backward passes, and measure its
+            readout alignment. Default: where the rule learns its feedback, with the Jacobian only if C <= 256.
     """
     params = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
     rule_signals, rule_grads, _ = _gradients(learner, loss_fn, batch, params, exact=False)
     bp_signals, bp_grads, activities = _gradients(learner, loss_fn, batch, params, exact=True)
     weights = _compare_feedback(learner, batch, jacobian, activities)
     sites = {
-        name: SiteAlignment(*_site_measures(rule_signals[name], bp), *weights.get(name, (None, None)))
+        name: SiteAlignment(*_site_measures(rule_signals.get(name), bp), *weights.get(name, (None, None)))
         for name, bp in bp_signals.items()
     }
     parameters = {
@@ -153,21 +153,21 @@ def _compare_feedback(
     learner: Learner, batch: Any, jacobian: bool | None, activities: Mapping[str, Tensor]
 ) -> dict[str, tuple[float | None, float | None]]:
     """Per site: the cosine of B with the mean Jacobian, and the readout alignment."""
-    if jacobian is None:
-        jacobian = learner.rule.learned
+    wanted = learner.rule.learned if jacobian is None else jacobian
     edges = [e for e in learner.graph.edges if e.leading == 1 and e.source == learner.source and e.site.name in activities]
-    if not jacobian or not edges:
+    if not wanted or not edges:
         return {}
     with preserved(learner), _observed(learner) as tape, learner.exact():
         run(learner, batch)
         hs = {site.name: h for site, h in zip(learner.sites, tape.h, strict=True)}
-        source = tape.sources[learner.source.name].flatten(1)
-        means = _mean_jacobian(source, [hs[e.site.name] for e in edges]) if source.shape[1] <= 256 else None
+        source = _rows(tape.sources[learner.source.name])
+        affordable = jacobian or source.shape[1] <= 256
+        means = _mean_jacobian(source, [hs[e.site.name] for e in edges]) if affordable else None
     found: dict[str, tuple[float | None, float | None]] = {}
     with torch.no_grad():
         for i, edge in enumerate(edges):
             B = _dense(learner, edge)
-            readout = hs[edge.site.name].flatten(1).double() @ B.t()
+            readout = _rows(hs[edge.site.name]).double() @ B.t()
             cosine = _measures(B, means[i])[0] if means is not None else None
             found[edge.site.name] = (cosine, _cosines(readout, source.double()).nanmean().item())
     return found
@@ -177,7 +177,7 @@ def _dense(learner: Learner, edge: Edge) -> Tensor:
     """The edge's feedback as a matrix [C, n], whatever its operator: what it sends for each unit error."""
     B = learner.feedback_of(edge).detach()
     eye = torch.eye(edge.source_size, dtype=B.dtype, device=B.device)
-    return edge.operator.send(B, eye, edge.site_shape).flatten(1).double()
+    return edge.operator.send(B, eye, edge.site_shape).reshape(edge.source_size, -1).double()
 
 
 def _mean_jacobian(source: Tensor, hs: list[Tensor]) -> list[Tensor]:
@@ -186,8 +186,13 @@ def _mean_jacobian(source: Tensor, hs: list[Tensor]) -> list[Tensor]:
     for c in range(source.shape[1]):
         grads = torch.autograd.grad(source[:, c].sum(), hs, retain_graph=True, materialize_grads=True)
         for i, g in enumerate(grads):
-            rows[i].append(g.flatten(1).double().mean(0))
+            rows[i].append(_rows(g).double().mean(0))
     return [torch.stack(r) for r in rows]
+
+
+def _rows(t: Tensor) -> Tensor:
+    """One row per sample; also of a tensor [N]."""
+    return t.reshape(len(t), -1)
 
 
 def _flat(grad: Tensor | None) -> Tensor | None:
@@ -212,7 +217,7 @@ def _measures(rule: Tensor | None, bp: Tensor | None) -> tuple[float, float, flo
 def _site_measures(rule: Tensor | None, bp: Tensor | None) -> tuple[float, float, float, float, float]:
     if bp is None:
         return (math.nan,) * 5
-    return _row_measures(rule.double().flatten(1) if rule is not None else None, bp.double().flatten(1))
+    return _row_measures(_rows(rule).double() if rule is not None else None, _rows(bp).double())
 
 
 def _row_measures(rule: Tensor | None, bp: Tensor) -> tuple[float, float, float, float, float]:

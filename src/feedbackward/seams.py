@@ -36,7 +36,7 @@ class Broadcast(torch.autograd.Function):
         ctx.rule, ctx.edges = rule, edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
         ctx.save_for_backward(*(tensors if rule.learned else tensors[k:]))
-        return source.view_as(source)
+        return source.detach()  # not a view: an in-place operation may follow
 
     @staticmethod
     @once_differentiable
@@ -47,7 +47,7 @@ class Broadcast(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for i, (edge, B, (shape, dtype)) in enumerate(zip(ctx.edges, weights, ctx.kinds, strict=True)):
             lead = edge.leading
-            error = d.to(dtype).flatten(0, lead - 1).flatten(1)
+            error = d.to(dtype).reshape(d.shape[:lead].numel(), edge.source_size)
             signal = edge.operator.send(B.to(dtype), error, edge.site_shape) if ctx.needs_input_grad[3 + i] else None
             signals.append(None if signal is None else signal.reshape(shape))
             grad = None
@@ -121,7 +121,7 @@ class Observer(_Hooked):
     def fire(self, index: int, tensor: Tensor) -> Tensor:
         if self.tape is not None:
             self.tape.sources[self.sources[index].name] = tensor
-        return tensor
+        return tensor.clone()  # an in-place operation that follows must not change the tensor that was kept
 
 
 class Seams(_Hooked):

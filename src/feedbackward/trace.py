@@ -96,7 +96,8 @@ def run(model: nn.Module, example: Any) -> Any:
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
     """Restore buffers, random number generators and the gradients' mode after a pass nobody asked for."""
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    slots = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    saved = [b.detach().clone() for _, _, b in slots]
     state = random.getstate()
     devices = list({t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"})
     with ExitStack() as stack:
@@ -105,13 +106,13 @@ def preserved(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             random.setstate(state)
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
+            for (m, name, buffer), values in zip(slots, saved, strict=True):
+                m._buffers[name] = buffer
+                buffer.data.copy_(values)  # .data: a backward pass that is still to come may hold this buffer
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def training_mode(model: nn.Module) -> Iterator[None]:
     """Training mode, where the model is in evaluation mode as a whole; restored module by module."""
     modes = [(m, m.training) for m in model.modules()]
     if not model.training:
@@ -161,7 +162,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
-        stack.enter_context(_training(model))
+        stack.enter_context(training_mode(model))
         stack.enter_context(_all_trainable(model))
         stack.enter_context(torch.enable_grad())
         for name, module in model.named_modules():

@@ -47,17 +47,17 @@ class Dense(Operator):
         if _channels_last(B):
             last = (*site[1:], site[0])
             return (d @ B.movedim(1, -1).flatten(1)).unflatten(1, last).movedim(-1, 1)
-        return (d @ B.flatten(1)).unflatten(1, site)
+        return (d @ B.reshape(len(B), -1)).reshape(len(d), *site)
 
     def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
         moved = _channels_last(B)
         if moved:
             h = h.movedim(1, -1)
-        shape, h = h.shape[1:], h.flatten(1)
+        shape, h = h.shape[1:], h.reshape(len(h), -1)
         grad = d.t() @ h
         if center:  # d^T (h - mean h) without a centred copy of h
             grad = grad - torch.outer(d.sum(0), h.mean(0))
-        grad = grad.unflatten(1, shape)
+        grad = grad.reshape(len(grad), *shape)
         return grad.movedim(-1, 1) if moved else grad
 
 
