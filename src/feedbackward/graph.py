@@ -72,9 +72,14 @@ class Edge:
         return 1
 
     @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The source's feature dimensions."""
+        return self.source.shape[self.leading - 1 :]
+
+    @property
     def source_size(self) -> int:
-        """C: the source's features, all dimensions after the leading ones flattened."""
-        return math.prod(self.source.shape[self.leading - 1 :])
+        """C: the number of the source's features."""
+        return math.prod(self.source_shape)
 
     @property
     def site_shape(self) -> tuple[int, ...]:

@@ -56,7 +56,9 @@ def attach(
         hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
         raise AttachError(f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}.")
     if isinstance(model, Learner):
-        raise AttachError("the model is a Learner already: attach to `learner.detach()`, which gives the plain model back.")
+        raise AttachError(
+            "the model is a Learner already: attach to `learner.detach()`, which gives the plain model back."
+        )
     recorded = trace(model, example)
     source = find_source(model, recorded, error_at, output)
     found = find_sites(model, recorded, sites, source)
@@ -78,7 +80,9 @@ class Learner(nn.Module):
         rule, graph, source, sites, plan: what is sent where, and which parameters each segment trains.
     """
 
-    def __init__(self, model: nn.Module, rule: Rule, sites: tuple[Site, ...], source: Source, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, rule: Rule, sites: tuple[Site, ...], source: Source, seed: int
+    ) -> None:
         super().__init__()
         self.model = model
         self.rule, self.sites, self.source, self.seed = rule, sites, source, seed
@@ -133,7 +137,9 @@ class Learner(nn.Module):
     @property
     def feedback_bytes(self) -> int:
         """Bytes of all feedback weights."""
-        return sum(t.numel() * t.element_size() for t in (*self.feedback.parameters(), *self.feedback.buffers()))
+        return sum(
+            t.numel() * t.element_size() for t in (*self.feedback.parameters(), *self.feedback.buffers())
+        )
 
     def __str__(self) -> str:
         return describe(self)
@@ -146,7 +152,10 @@ class Learner(nn.Module):
             raise
         if self.plan.unreached:
             names = ", ".join(self.plan.unreached)
-            warnings.warn(f"no segment trains these parameters: {names}. Freeze them, or choose other sites.", stacklevel=3)
+            warnings.warn(
+                f"no segment trains these parameters: {names}. Freeze them, or choose other sites.",
+                stacklevel=3,
+            )
         return self
 
 

@@ -55,7 +55,9 @@ def make_plan(learner: Learner, example: Any) -> Plan:
     )
     head = Segment("head", _held([*tape.sources.values(), *above], names))
     held = {name for segment in (*segments, head) for name in segment.parameters}
-    unreached = tuple(name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held)
+    unreached = tuple(
+        name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held
+    )
     return Plan(segments, head, unreached)
 
 
@@ -90,7 +92,10 @@ def describe(learner: Learner) -> str:
         rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
     rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in rows
+    ]
     title = (
         f"{learner.rule} on {type(learner.model).__name__}: {len(learner.graph.sites)} sites, "
         f"error of {learner.source.name!r}, feedback {_bytes(learner.feedback_bytes)}"

@@ -81,7 +81,9 @@ class Probe:
         return "\n".join(rows)
 
 
-def probe(learner: Learner, loss_fn: Callable[[Any], Tensor], batch: Any, *, jacobian: bool | None = None) -> Probe:
+def probe(
+    learner: Learner, loss_fn: Callable[[Any], Tensor], batch: Any, *, jacobian: bool | None = None
+) -> Probe:
     """Compare the rule's teaching signals and gradients with backprop's on one batch, in the learner's current mode.
 
     Nothing is changed: no `.grad`, buffer, random state, mode or weight. Both passes draw the same dropout masks.
@@ -121,8 +123,14 @@ def _gradients(
             output = run(learner, batch)
         loss = loss_fn(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise FeedbackError(f"loss_fn must return one number, got {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}.")
-        hs = {site.name: h for site, h in zip(learner.sites, tape.h, strict=True) if h is not None and h.requires_grad}
+            raise FeedbackError(
+                f"loss_fn must return one number, got {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}."
+            )
+        hs = {
+            site.name: h
+            for site, h in zip(learner.sites, tape.h, strict=True)
+            if h is not None and h.requires_grad
+        }
         grads = torch.autograd.grad(loss, [*hs.values(), *params.values()], allow_unused=True)
     signals = dict(zip(hs, grads[: len(hs)], strict=True))
     return signals, dict(zip(params, grads[len(hs) :], strict=True)), hs
@@ -154,7 +162,11 @@ def _compare_feedback(
 ) -> dict[str, tuple[float | None, float | None]]:
     """Per site: the cosine of B with the mean Jacobian, and the readout alignment."""
     wanted = learner.rule.learned if jacobian is None else jacobian
-    edges = [e for e in learner.graph.edges if e.leading == 1 and e.source == learner.source and e.site.name in activities]
+    edges = [
+        e
+        for e in learner.graph.edges
+        if e.leading == 1 and e.source == learner.source and e.site.name in activities
+    ]
     if not wanted or not edges:
         return {}
     with preserved(learner), _observed(learner) as tape, learner.exact():
@@ -176,7 +188,7 @@ def _compare_feedback(
 def _dense(learner: Learner, edge: Edge) -> Tensor:
     """The edge's feedback as a matrix [C, n], whatever its operator: what it sends for each unit error."""
     B = learner.feedback_of(edge).detach()
-    eye = torch.eye(edge.source_size, dtype=B.dtype, device=B.device)
+    eye = torch.eye(edge.source_size, dtype=B.dtype, device=B.device).reshape(-1, *edge.source_shape)
     return edge.operator.send(B, eye, edge.site_shape).reshape(edge.source_size, -1).double()
 
 

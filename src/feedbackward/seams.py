@@ -48,7 +48,11 @@ class Broadcast(torch.autograd.Function):
         for i, (edge, B, (shape, dtype)) in enumerate(zip(ctx.edges, weights, ctx.kinds, strict=True)):
             lead = edge.leading
             error = d.to(dtype).reshape(d.shape[:lead].numel(), edge.source_size)
-            signal = edge.operator.send(B.to(dtype), error, edge.site_shape) if ctx.needs_input_grad[3 + i] else None
+            signal = (
+                edge.operator.send(B.to(dtype), error, edge.site_shape)
+                if ctx.needs_input_grad[3 + i]
+                else None
+            )
             signals.append(None if signal is None else signal.reshape(shape))
             grad = None
             if ctx.needs_input_grad[3 + k + i]:
@@ -94,10 +98,14 @@ class _Hooked(ABC):
                         inputs.setdefault(tap.module, {})[tap.call] = index
                     else:
                         hook = _OutputHook(self, kind, index, tap)
-                        handles.append(model.get_submodule(tap.module).register_forward_hook(hook, prepend=prepend))
+                        handles.append(
+                            model.get_submodule(tap.module).register_forward_hook(hook, prepend=prepend)
+                        )
         for name, calls in inputs.items():
             hook = _InputHook(self, name, calls)
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend))
+            handles.append(
+                model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+            )
         return handles
 
     @contextmanager
@@ -131,8 +139,12 @@ class Seams(_Hooked):
         super().__init__(graph.sites, graph.sources)
         self.rule, self.feedback = rule, feedback
         place = {site: i for i, site in enumerate(graph.sites)}
-        self.routes = [[(place[e.site], e) for e in graph.edges if e.source == source] for source in graph.sources]
-        self.recompute = False  # whether the latest forward was cut, for a checkpoint that repeats a part of it
+        self.routes = [
+            [(place[e.site], e) for e in graph.edges if e.source == source] for source in graph.sources
+        ]
+        self.recompute = (
+            False  # whether the latest forward was cut, for a checkpoint that repeats a part of it
+        )
 
     def meet(self, index: int, h: Tensor) -> Tensor:
         """Keep `h` and return it detached; a second consumer of the same tensor gets the same detached one."""

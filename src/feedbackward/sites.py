@@ -33,7 +33,9 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     return finder.named(_known(model, sites))
 
 
-def find_source(model: nn.Module, trace: Trace, error_at: str | None, output: Callable[[Any], Tensor] | None) -> Source:
+def find_source(
+    model: nn.Module, trace: Trace, error_at: str | None, output: Callable[[Any], Tensor] | None
+) -> Source:
     """The tensor whose error is broadcast: the model's output, or the output of the module `error_at`."""
     if error_at is not None:
         call = _called_once(trace, _known(model, [error_at])[0])
@@ -158,7 +160,13 @@ def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tens
     value = trace.output if output is None else output(trace.output)
     if isinstance(value, Tensor):
         return value
-    fields = list(value.keys()) if hasattr(value, "keys") else [f"[{i}]" for i in range(len(value))] if isinstance(value, tuple) else []
+    fields = (
+        list(value.keys())
+        if hasattr(value, "keys")
+        else [f"[{i}]" for i in range(len(value))]
+        if isinstance(value, tuple)
+        else []
+    )
     what = f"{type(value).__name__} with {', '.join(fields)}" if fields else type(value).__name__
     raise AttachError(
         f"the model returns {what}: say which tensor's error is broadcast, for example `output=lambda o: o.logits` or "
@@ -172,7 +180,11 @@ def _known(model: nn.Module, names: Sequence[str]) -> list[str]:
     for name in names:
         if not isinstance(name, str) or not name or name not in modules:
             near = difflib.get_close_matches(str(name), [m for m in modules if m], n=3, cutoff=0.4)
-            hint = f"nearest names: {', '.join(near)}" if near else f"its modules are {', '.join(list(modules)[1:9])}, ..."
+            hint = (
+                f"nearest names: {', '.join(near)}"
+                if near
+                else f"its modules are {', '.join(list(modules)[1:9])}, ..."
+            )
             raise SiteError(f"the model has no module named {name!r}; {hint}.")
     return list(dict.fromkeys(names))
 
@@ -180,8 +192,14 @@ def _known(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _called_once(trace: Trace, name: str) -> Call:
     calls = [c for c in trace.calls if c.name == name]
     if len(calls) != 1:
-        what = f"is called {len(calls)} times in one forward pass" if calls else "is not called in the forward pass"
-        raise SiteError(f"module {name!r} {what}, so its output is not one site. Name a module that is called once.")
+        what = (
+            f"is called {len(calls)} times in one forward pass"
+            if calls
+            else "is not called in the forward pass"
+        )
+        raise SiteError(
+            f"module {name!r} {what}, so its output is not one site. Name a module that is called once."
+        )
     return calls[0]
 
 
@@ -189,7 +207,9 @@ def _float_leaf(call: Call) -> int:
     for leaf, (tensor, _) in enumerate(call.outputs):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             return leaf
-    raise SiteError(f"module {call.name!r} returns no floating-point tensor, so it cannot be a site or a source.")
+    raise SiteError(
+        f"module {call.name!r} returns no floating-point tensor, so it cannot be a site or a source."
+    )
 
 
 def _blocks(model: nn.Module, trace: Trace) -> list[str]:
@@ -197,12 +217,20 @@ def _blocks(model: nn.Module, trace: Trace) -> list[str]:
     called = set(trace.counts)
     listed = [name for name in _items(model) if name in called]
     residual = [call.name for call in trace.calls if call.name and _is_residual(call)]
-    inside = [name for name in residual if not any(_within(name, other) for other in [*listed, *residual] if other != name)]
+    inside = [
+        name
+        for name in residual
+        if not any(_within(name, other) for other in [*listed, *residual] if other != name)
+    ]
     blocks = list(dict.fromkeys(listed + inside))
     if not blocks:
-        near = [c.name for c in trace.calls if c.name and _holds_layers(c.module) and trace.counts[c.name] == 1][:6]
+        near = [
+            c.name for c in trace.calls if c.name and _holds_layers(c.module) and trace.counts[c.name] == 1
+        ][:6]
         hint = f"modules that could be named instead: {', '.join(near)}" if near else 'use sites="layers"'
-        raise AttachError(f'sites="blocks" found no residual or repeated block in {type(model).__name__}; {hint}.')
+        raise AttachError(
+            f'sites="blocks" found no residual or repeated block in {type(model).__name__}; {hint}.'
+        )
     return blocks
 
 

@@ -90,7 +90,9 @@ def run(model: nn.Module, example: Any) -> Any:
         return model(*example)
     if isinstance(example, dict) or hasattr(example, "keys"):
         return model(**example)
-    raise AttachError(f"the example must be a tensor, a tuple or a dict of the model's inputs, not {type(example).__name__}.")
+    raise AttachError(
+        f"the example must be a tensor, a tuple or a dict of the model's inputs, not {type(example).__name__}."
+    )
 
 
 @contextmanager
@@ -178,7 +180,11 @@ def trace(model: nn.Module, example: Any) -> Trace:
             raise
         except Exception as error:
             shapes = [tuple(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
-            advice = " Batch norm in training mode needs a batch of at least 2." if "more than 1 value" in str(error) else ""
+            advice = (
+                " Batch norm in training mode needs a batch of at least 2."
+                if "more than 1 value" in str(error)
+                else ""
+            )
             raise AttachError(
                 f"{type(model).__name__} failed on the example (tensors {shapes}): {error}.{advice} "
                 "Pass an `example` that the model accepts, as tensor, tuple or dict."

@@ -11,7 +11,8 @@ from torch import Tensor
 class Operator(ABC):
     """The form of a feedback connection. It holds hyper-parameters only, never tensors.
 
-    Shapes: the error `d` is `[M, C]` (M = batch, or batch x tokens), an activity `h` is `[M, *site]`.
+    Shapes: the error `d` is `[M, *source]` (M = batch, or batch x tokens; C = the size of `source`), an activity `h`
+    is `[M, *site]`.
     """
 
     @abstractmethod
@@ -20,7 +21,7 @@ class Operator(ABC):
 
     @abstractmethod
     def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
-        """The teaching signal `[M, *site]` of the error `d: [M, C]`."""
+        """The teaching signal `[M, *site]` of the error `d: [M, *source]`."""
 
     @abstractmethod
     def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:

@@ -30,7 +30,9 @@ class Dense(Operator):
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
-            raise AttachError(f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(INITS)}.")
+            raise AttachError(
+                f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(INITS)}."
+            )
 
     def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:
         B = torch.zeros(size, *site)
@@ -46,19 +48,24 @@ class Dense(Operator):
     def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
         if _channels_last(B):
             last = (*site[1:], site[0])
-            return (d @ B.movedim(1, -1).flatten(1)).unflatten(1, last).movedim(-1, 1)
-        return (d @ B.reshape(len(B), -1)).reshape(len(d), *site)
+            return (_rows(d) @ _rows(B.movedim(1, -1))).unflatten(1, last).movedim(-1, 1)
+        return (_rows(d) @ _rows(B)).reshape(len(d), *site)
 
     def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
         moved = _channels_last(B)
         if moved:
             h = h.movedim(1, -1)
-        shape, h = h.shape[1:], h.reshape(len(h), -1)
+        shape, h, d = h.shape[1:], _rows(h), _rows(d)
         grad = d.t() @ h
         if center:  # d^T (h - mean h) without a centred copy of h
             grad = grad - torch.outer(d.sum(0), h.mean(0))
         grad = grad.reshape(len(grad), *shape)
         return grad.movedim(-1, 1) if moved else grad
+
+
+def _rows(t: Tensor) -> Tensor:
+    """One row per item of the first dimension; also of a tensor [M]."""
+    return t.reshape(len(t), -1)
 
 
 def _channels_last(B: Tensor) -> bool:

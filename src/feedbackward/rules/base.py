@@ -57,5 +57,5 @@ class Rule(ABC):
         return 1
 
     def feedback_grad(self, edge: Edge, B: Tensor, d: Tensor, h: Tensor) -> Tensor:
-        """The gradient of `B`, to be descended by the user's optimizer. `d: [M, C]`, `h: [M, *site]`."""
+        """The gradient of `B`, to be descended by the user's optimizer. `d: [M, *source]`, `h: [M, *site]`."""
         raise NotImplementedError(f"{type(self).__name__} says that it learns its feedback, but not how.")

@@ -45,7 +45,9 @@ class DFA(Rule):
 
     def __post_init__(self) -> None:
         if self.init == "zeros" or self.scale == 0:
-            raise AttachError("DFA's feedback is fixed: zero feedback would never train a hidden layer. Use another init.")
+            raise AttachError(
+                "DFA's feedback is fixed: zero feedback would never train a hidden layer. Use another init."
+            )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return star(sites, source, Dense(self.init, self.scale))

@@ -1,0 +1,40 @@
+# make demo: compare BP, DFA, DKP and frozen features on the embedded images (creates .venv first)
+# make test: everything that CI runs
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test lint types unit end-to-end bench-step clean
+
+demo: .venv/demo
+	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite true
+
+test: lint types unit end-to-end
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+unit: .venv/dev
+	$(BIN)/pytest
+
+end-to-end: .venv/dev
+	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true
+
+bench-step: .venv/dev
+	$(BIN)/python bench/step_time.py --out bench/results/step_time.json
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[experiment]'
+	@touch $@
+
+.venv/dev: .venv/demo
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[experiment,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs build dist src/*.egg-info
