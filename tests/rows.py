@@ -1,0 +1,40 @@
+"""One row per rule: the rule, its equations as naive loops, and the properties that the laws rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import oracles
+from oracles import Array, Known
+
+from feedbackward import BP, DFA, DKP, Frozen, Rule
+
+
+@dataclass(frozen=True)
+class Row:
+    """signal, feedback: the oracle's teaching signal and feedback gradient (None: nothing is learned).
+
+    direct: whether each site is fed straight from the source by weights `B` of its own.
+    """
+
+    name: str
+    rule: Rule
+    signal: Callable[[Known], Array | None]
+    feedback: Callable[[Known], Array] | None = None
+    direct: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ROWS = (
+    Row("bp", BP(), oracles.backprop, direct=False),
+    Row("frozen", Frozen(), oracles.nothing, direct=False),
+    Row("dfa", DFA(), oracles.direct),
+    Row("dfa-normal", DFA(init="scaled_normal", scale=0.5), oracles.direct),
+    Row("dkp", DKP(), oracles.direct, oracles.outer_product),
+    Row("dkp-centred", DKP(center=True), oracles.direct, oracles.centred_outer_product),
+)
+DIRECT = tuple(row for row in ROWS if row.direct)
+LEARNED = tuple(row for row in ROWS if row.feedback is not None)
