@@ -55,10 +55,7 @@ def attach(
     if not isinstance(rule, Rule):
         hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
         raise AttachError(f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}.")
-    if isinstance(model, Learner):
-        raise AttachError(
-            "the model is a Learner already: attach to `learner.detach()`, which gives the plain model back."
-        )
+    _refuse_wrapped(model)
     recorded = trace(model, example)
     source = find_source(model, recorded, error_at, output)
     found = find_sites(model, recorded, sites, source)
@@ -157,6 +154,24 @@ class Learner(nn.Module):
                 stacklevel=3,
             )
         return self
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Hooks must sit on plain modules: a compiled or scripted part would not see them, a Learner has its own."""
+    for name, module in model.named_modules():
+        where = f"its part {name!r}" if name else "the model"
+        if isinstance(module, Learner):
+            raise AttachError(
+                f"{where} is a Learner already: attach to the plain model that `learner.detach()` gives back."
+            )
+        if hasattr(module, "_orig_mod"):  # what torch.compile returns
+            raise AttachError(
+                f"{where} is compiled: attach to the plain model, then `torch.compile(learner)`."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AttachError(
+                f"{where} is a TorchScript module, whose inside cannot be cut: attach to the Python model."
+            )
 
 
 def param_groups(

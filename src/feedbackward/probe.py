@@ -132,7 +132,7 @@ def _gradients(
             if h is not None and h.requires_grad
         }
         grads = torch.autograd.grad(loss, [*hs.values(), *params.values()], allow_unused=True)
-    signals = dict(zip(hs, grads[: len(hs)], strict=True))
+    signals: dict[str, Tensor | None] = dict(zip(hs, grads[: len(hs)], strict=True))
     return signals, dict(zip(params, grads[len(hs) :], strict=True)), hs
 
 

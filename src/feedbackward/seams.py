@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.hooks import RemovableHandle
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from .errors import SiteError
 from .graph import Edge, Graph, Site, Source, Tap
@@ -102,9 +102,9 @@ class _Hooked(ABC):
                             model.get_submodule(tap.module).register_forward_hook(hook, prepend=prepend)
                         )
         for name, calls in inputs.items():
-            hook = _InputHook(self, name, calls)
+            pre = _InputHook(self, name, calls)
             handles.append(
-                model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+                model.get_submodule(name).register_forward_pre_hook(pre, with_kwargs=True, prepend=prepend)
             )
         return handles
 
@@ -208,8 +208,8 @@ class Seams(_Hooked):
             )
         if source.shape[0] < self.rule.least_batch:
             raise SiteError(
-                f"{self.rule.label} with these options needs a batch of at least {self.rule.least_batch}, got {source.shape[0]} "
-                "(center=True subtracts the batch mean). Drop the last smaller batch."
+                f"{self.rule.label} with these options needs a batch of at least {self.rule.least_batch}, got "
+                f"{source.shape[0]} (center=True subtracts the batch mean). Drop the last smaller batch."
             )
 
 
@@ -228,8 +228,8 @@ class _OutputHook:
         leaf = self.tap.leaf or 0
         if leaf >= len(leaves) or not isinstance(leaves[leaf], Tensor):
             raise SiteError(
-                f"module {self.tap.module!r} did not return the tensor number {leaf} that it returned on the example; attach again "
-                "with an example of the form that is used in training."
+                f"module {self.tap.module!r} did not return the tensor number {leaf} that it returned on the example; "
+                "attach again with an example of the form that is used in training."
             )
         leaves[leaf] = replace(self.index, leaves[leaf])
         return tree_unflatten(leaves, spec)
@@ -249,8 +249,8 @@ class _InputHook:
             tape.calls[self.name] = call + 1
             if call > self.most:
                 raise SiteError(
-                    f"layer {self.name!r} is called more often than on the example, so one of its inputs would not be cut. Attach "
-                    "again with an example of the form that is used in training."
+                    f"layer {self.name!r} is called more often than on the example, so one of its inputs would not be "
+                    "cut. Attach again with an example of the form that is used in training."
                 )
         if call not in self.calls:
             return None

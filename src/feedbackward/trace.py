@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -147,7 +148,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     calls: list[Call] = []
     open_calls: list[Call] = []
     seen: Counter[str] = Counter()
-    clock = iter(range(1 << 62))
+    clock = itertools.count()
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

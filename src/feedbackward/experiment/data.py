@@ -93,6 +93,11 @@ def load_data(config: DataConfig) -> Data:
     _check_classes_filled(decoded.splits["train"].labels, classes, config.name)
     chosen = _split(decoded, config)
     train, validation, test = (decoded.splits[name].take(index) for name, index in chosen.values())
+    if not (len(validation) and len(test)):
+        raise DataError(
+            f"'{config.name}' has {len(validation)} validation and {len(test)} test images of the classes "
+            f"{', '.join(classes)}: complete these splits, or choose other classes."
+        )
     notes = [source.spec.note, *_missing(decoded, source.spec.official)]
     if chosen["test"][0] == "train":
         notes.append(f"there is no test folder: test is {len(test):,} images held out of train")
@@ -114,8 +119,8 @@ def _check_classes_filled(labels: Tensor, classes: list[str], name: str) -> None
     counts = torch.bincount(labels, minlength=len(classes)).tolist()[: len(classes)]
     if 0 in counts:
         raise DataError(
-            f"Class '{classes[counts.index(0)]}' of '{name}' has no training image: add some, remove the class, "
-            "or keep only the first classes with classes=."
+            f"Class '{classes[counts.index(0)]}' of '{name}' has no training image: add some, remove the "
+            "class, or keep only the first classes with classes=."
         )
 
 

@@ -67,6 +67,7 @@ def decode(source: Source, size: int | None) -> Decoded:
         raise _unreadable(source, error) from error
     for split, images in splits.items():
         _check_labels(source, source.splits[split], images.labels, classes)
+        _check_shape(f"Split {source.splits[split]} of {source}", images.images, splits["train"].images)
     return Decoded(splits, classes)
 
 
@@ -167,9 +168,9 @@ def _decode_split(source: Source, where: str, cells: Iterator[Any], size: int | 
         if index == 0:
             shape = array.shape
         elif array.shape != shape:
+            (_, height, width), (_, rows, columns) = array.shape, shape
             raise DataError(
-                f"{name} is {array.shape[2]} x {array.shape[1]} pixels, others {shape[2]} x {shape[1]}: "
-                "set size= to resize them all."
+                f"{name} is {width} x {height} pixels, others {columns} x {rows}: set size= to resize them all."
             )
         if label is None:
             raise DataError(f"{name} has no label: remove it, or complete the labels.")
@@ -214,6 +215,14 @@ def image_to_array(image: Image.Image, mode: str, size: int | None) -> np.ndarra
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _check_shape(name: str, images: Tensor, expected: Tensor) -> None:
+    (height, width), (rows, columns) = images.shape[2:], expected.shape[2:]
+    if (height, width) != (rows, columns):
+        raise DataError(
+            f"{name} has images of {width} x {height} pixels, train of {columns} x {rows}: set size= to resize them all."
+        )
 
 
 def _check_labels(source: Source, split: str, labels: Tensor, classes: list[str]) -> None:

@@ -23,8 +23,15 @@ from .runfolder import RunFolder
 MEASURES = ("angle", "cosine", "norm_ratio", "sign_agreement", "bp_norm", "jacobian_cosine", "readout")
 
 HEADINGS = (
-    "Rule", "Paper", "Unlocked", "Weight transport", "Learned feedback", "Steps", "Extra memory", "Extra compute"
-)  # fmt: skip
+    "Rule",
+    "Paper",
+    "Unlocked",
+    "Transport",
+    "Learned B",
+    "Steps",
+    "Extra memory",
+    "Extra compute",
+)
 
 
 def probe_run(path: Path, images: int | None, file: Path | None) -> None:
@@ -41,9 +48,9 @@ def probe_run(path: Path, images: int | None, file: Path | None) -> None:
     console = Console()
     epoch = state["position"]["epoch"]
     console.print(f"{config.rule} on {config.model}, after {epoch} epochs", style="bold")
-    console.print(_alignment_table("teaching signal at the site", found.sites))
-    console.print(_alignment_table("gradient of the parameter", found.parameters))
-    console.print("angle in degrees to backprop's; norm ratio and signs relative to it; |BP| is its norm")
+    console.print(_alignment_table("signal at", found.sites))
+    console.print(_alignment_table("gradient of", found.parameters))
+    print("Angle (degrees), cosine, norm ratio and equal signs: to backprop's own, whose norm is |BP|.")
     if file:
         _write(file, found)
 
@@ -54,8 +61,8 @@ def _write(file: Path, found: Probe) -> None:
 
 
 def _alignment_table(what: str, rows: Any) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(what)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(what, no_wrap=True)
     headings = dict(
         zip(MEASURES, ("angle", "cosine", "norm ratio", "signs", "|BP|", "B vs J", "readout"), strict=True)
     )
@@ -85,14 +92,17 @@ def print_rules(form: str) -> None:
         print(json.dumps(rows, indent=1))
         return
     live = form == "table"
-    table = Table(box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=not live)
     for heading in HEADINGS:
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, row in rows.items():
         table.add_row(name, *_cells(row))
     (Console() if live else Console(width=1000)).print(table)
     if live:
-        print("Unlocked: what need not wait for the layers above. Steps: from the error to the last signal.")
+        print(
+            "Unlocked: what need not wait for the layers above. Transport: whether feedback needs the forward"
+        )
+        print("weights. Steps: products in sequence from the error to the last signal.")
         print("L layers, N batch, C units of the source (classes), n features of all sites, W weights.")
 
 

@@ -37,8 +37,8 @@ def peak_bytes(step: Callable[[], Any], alive: Iterable[Tensor], device: torch.d
     """The most bytes of tensors alive at any moment of one step, weights and optimizer included.
 
     Take a step before: the first one makes the optimizer's state. On CUDA the allocator tells. On the CPU
-    every tensor that a step makes is counted from its birth to its death, besides those in ``alive``; the scratch
-    memory inside a kernel is not seen.
+    every tensor that a step makes is counted from its birth to its death, besides those in ``alive``; the
+    scratch memory inside a kernel is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
