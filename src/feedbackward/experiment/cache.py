@@ -85,17 +85,17 @@ def _read(path: Path, fingerprint: str) -> Decoded | None:
             )
             return None
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = json.loads(file.metadata()["feedbackward"])
             if metadata["fingerprint"] != fingerprint:
                 return None
-            names = json.loads(metadata["splits"])
+            names = metadata["splits"]
             splits = {
                 n: Images(file.get_tensor(f"{n}.images"), file.get_tensor(f"{n}.labels")) for n in names
             }
-            return Decoded(splits, json.loads(metadata["classes"]))
-    except FileNotFoundError:
+            return Decoded(splits, metadata["classes"])
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, SafetensorError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"Cache {path} cannot be read ({error}): decoding again.", RuntimeWarning, stacklevel=3)
         return None
 
@@ -105,15 +105,12 @@ def _write(path: Path, decoded: Decoded, fingerprint: str) -> None:
     tensors = {}
     for name, images in decoded.splits.items():
         tensors[f"{name}.images"], tensors[f"{name}.labels"] = images.images, images.labels
-    metadata = {
-        "fingerprint": fingerprint,
-        "classes": json.dumps(decoded.classes),
-        "splits": json.dumps(list(decoded.splits)),
-    }
+    about = {"fingerprint": fingerprint, "classes": decoded.classes, "splits": list(decoded.splits)}
     # a folder of its own, so that whatever the write leaves behind on failure goes with it
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         data, digest = Path(folder) / path.name, Path(folder) / "digest"
-        save_file(tensors, data, metadata)
+        # one entry, because several are written in random order and the bytes should be the same every time
+        save_file(tensors, data, {"feedbackward": json.dumps(about)})
         digest.write_text(f"{_digest(data)}  {path.name}\n")  # the format of `sha256sum --check`
         os.replace(data, path)
         os.replace(digest, _digest_path(path))
