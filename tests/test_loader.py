@@ -106,6 +106,18 @@ def test_crops_and_flips_against_a_naive_search(side, pad):
     assert 70 <= sum(mirrored for *_, mirrored in seen) <= 130  # 100 +- 4 standard deviations of 7.1
 
 
+def test_batches_epochs_and_seeds_are_augmented_differently():
+    one = noise(1)
+    images = Images(one.images.expand(40, -1, -1, -1), torch.arange(40))
+
+    def inputs(seed: int, epoch: int) -> list:
+        return [x for x, _ in batches(Loader(images, data_of(images), 20, augment="crop", seed=seed), epoch)]
+
+    (first, second), (next_epoch, _), (other_seed, _) = inputs(0, 0), inputs(0, 1), inputs(1, 0)
+    for other in (second, next_epoch, other_seed):
+        assert not torch.equal(first, other)
+
+
 def test_flip_alone_and_crop_alone():
     images = noise(40)
     for augment, allowed in (("flip", {(4, 4, False), (4, 4, True)}), ("crop", None)):
