@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import oracles
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import feedbackward as fb
+import oracles
 
 F64 = torch.float64
 

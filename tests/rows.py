@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import oracles
-from oracles import Array, Known
-
 from feedbackward import BP, DFA, DKP, Frozen, Rule
+from oracles import Array, Known
 
 
 @dataclass(frozen=True)

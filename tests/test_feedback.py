@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from pairs import CONV, F64, MLP
 from torch import Tensor, nn
 
 import feedbackward as fb
+from pairs import CONV, F64, MLP
 
 
 def weights(learner: fb.Learner) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from pairs import CONV, F64, MLP, PAIRS, TOKENS, VIT, Pair, assert_close, exact_grads, grads, loss_fn, signals
-from rows import DIRECT, ROWS, Row
 from torch import Tensor, nn
 
 import feedbackward as fb
+from pairs import CONV, F64, MLP, PAIRS, TOKENS, VIT, Pair, assert_close, exact_grads, grads, loss_fn, signals
+from rows import ROWS, Row
 
 
 def resnet20() -> Pair:

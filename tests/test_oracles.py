@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from pairs import CONV, F64, MLP, PAIRS, Pair, assert_close, exact_grads, grads, loss_fn, mirrored, signals
-from rows import DIRECT, ROWS, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import feedbackward as fb
+import oracles
+from pairs import CONV, F64, MLP, PAIRS, Pair, assert_close, exact_grads, grads, loss_fn, mirrored, signals
+from rows import DIRECT, ROWS, Row
 
 
 def feedback_arrays(learner: fb.Learner) -> dict[str, np.ndarray]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 
-import oracles
 import pytest
 import torch
-from pairs import CONV, F64, MLP, TOKENS, Pair, assert_close, exact_grads, grads, loss_fn, signals
-from rows import DIRECT, LEARNED, Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import feedbackward as fb
+import oracles
+from pairs import CONV, F64, MLP, TOKENS, Pair, assert_close, exact_grads, grads, loss_fn, signals
+from rows import DIRECT, LEARNED, Row
 
 Grads = dict[str, Tensor | None]
 
@@ -135,7 +135,7 @@ def test_feedback_learns_from_the_activity_at_the_site(row: Row) -> None:
     for t in range(4):
         x, y = MLP.batch(seed=t)
         found = oracles.step(net, x.numpy(), y.numpy(), row, B)
-        for layer in [*sum(net.segments.values(), []), *net.head]:
+        for layer in [*(layer for layers in net.segments.values() for layer in layers), *net.head]:
             for key, value in layer.parameters.items():
                 value -= 0.3 * (found.parameters[f"{layer.name}.{key}"] + 0.01 * value)
         for name, value in B.items():
