@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import AttachError, SiteError
 from .graph import Site, Source, Tap
-from .trace import PARAMETRIC, Call, Trace
+from .trace import PARAMETRIC, Call, Trace, gradient_edges
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -21,6 +21,7 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     Raises SiteError for names that are unknown, not called, called twice or beyond the source, and
     AttachError where the model has no site.
     """
+    _refuse_unrecorded(trace)
     finder = _Finder(trace, source)
     if sites == "layers":
         return finder.layers()
@@ -29,8 +30,9 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     if isinstance(sites, str):
         sites = [sites]
     if callable(sites):
-        return finder.named([name for name, module in model.named_modules() if name and sites(name, module)])
-    return finder.named(_known(model, sites))
+        picked = [name for name, module in model.named_modules() if name and sites(name, module)]
+        return finder.named(picked, chosen=False)
+    return finder.named(known_modules(model, sites))
 
 
 def find_source(
@@ -38,8 +40,8 @@ def find_source(
 ) -> Source:
     """The tensor whose error is broadcast: the model's output, or the output of the module `error_at`."""
     if error_at is not None:
-        call = _called_once(trace, _known(model, [error_at])[0])
-        return _source(trace, call, _float_leaf(call))
+        call = _called_once(trace, known_modules(model, [error_at])[0])
+        return _output(Source, trace, call, _float_leaf(call))
     tensor = _output_tensor(trace, output)
     found = trace.producer(tensor, tensor._version, trace.by_end[-1].end + 1)
     if found is None:
@@ -47,7 +49,14 @@ def find_source(
             "output= must return one of the tensors that the model returns, as it is (for example "
             "`output=lambda o: o.logits`); compute anything further in the loss."
         )
-    return _source(trace, *found)
+    return _output(Source, trace, *found)
+
+
+def source_tensor(trace: Trace, source: Source) -> tuple[Tensor, int]:
+    """The source as the trace recorded it, and when it was there."""
+    (tap,) = source.taps
+    call = next(c for c in trace.calls if c.name == tap.module)
+    return call.outputs[tap.leaf or 0][0], call.end
 
 
 class _Finder:
@@ -55,11 +64,8 @@ class _Finder:
 
     def __init__(self, trace: Trace, source: Source) -> None:
         self.trace = trace
-        (tap,) = source.taps
-        call = next(c for c in trace.calls if c.name == tap.module)
-        self.source_tensor = call.outputs[tap.leaf or 0][0]
-        self.source_end = call.end
-        self.upstream = _ancestors(self.source_tensor)
+        self.source_tensor, self.source_end = source_tensor(trace, source)
+        self.upstream = gradient_edges(self.source_tensor)
 
     def layers(self) -> list[Site]:
         """The activity that enters each parametric layer after the first; one site per distinct tensor."""
@@ -69,12 +75,6 @@ class _Finder:
                 "the model has no Linear or convolution layer that runs as a module, so there is nothing to "
                 'feed; name the sites yourself with `sites=["name", ...]`.'
             )
-        for call in calls:
-            if not call.grad_enabled and self._trains(call.module):
-                raise AttachError(
-                    f"layer {call.name!r} runs without gradients (torch.no_grad, or a reentrant checkpoint), yet its "
-                    "parameters are trainable. Use checkpoint(..., use_reentrant=False), or freeze them."
-                )
         entering = [(call, *call.inputs[0]) for call in calls if call.inputs]
         first = entering[0][1]
         found: dict[int, Site] = {}
@@ -86,29 +86,44 @@ class _Finder:
         return list(found.values())
 
     def named(self, names: Iterable[str], chosen: bool = True) -> list[Site]:
-        """The outputs of these modules. Names that somebody chose must all be usable."""
-        sites = []
+        """The outputs of these modules, one site per tensor; names that somebody chose must all be usable."""
+        found: dict[tuple[int, int], tuple[int, Site]] = {}
         for name in names:
+            if not chosen and name not in self.trace.counts:
+                continue
             call = _called_once(self.trace, name)
-            leaf = _float_leaf(call)
-            tensor, _ = call.outputs[leaf]
-            if self._reaches_source(tensor, call.end):
-                tap = Tap(name, "output", 0, leaf if call.structured else None)
-                sites.append((call.end, _activity(Site, self.trace, name, (tap,), tensor, call.end)))
+            leaves = self._leaves(call)
+            if len(leaves) > 1:
+                raise SiteError(
+                    f"module {name!r} returns {len(leaves)} tensors that lead to the source, and a cut of one would "
+                    "leave the others whole. Name a module that returns one tensor."
+                )
+            if leaves:
+                leaf, tensor, version = leaves[0]
+                other = found.get((id(tensor), version))
+                if other is None or call.end < other[0]:  # a container returns what its last part made
+                    found[id(tensor), version] = call.end, _output(Site, self.trace, call, leaf)
             elif chosen:
                 raise SiteError(
                     f"site {name!r} is not on the way to the source: its output comes after the tensor whose error is "
                     "broadcast, does not lead to it, or depends on no parameter. Choose an earlier site or a later error_at."
                 )
-        return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
+        return [site for _, site in sorted(found.values(), key=lambda pair: pair[0])]
+
+    def _leaves(self, call: Call) -> list[tuple[int, Tensor, int]]:
+        """The distinct tensors that the call returned and that lead to the source: number, tensor, version."""
+        _float_leaf(call)
+        leaves: dict[int, tuple[int, Tensor, int]] = {}
+        for leaf, (tensor, version) in enumerate(call.outputs):
+            if isinstance(tensor, Tensor) and self._reaches_source(tensor, call.end):
+                leaves.setdefault(id(tensor), (leaf, tensor, version))
+        return list(leaves.values())
 
     def _site(self, call: Call, tensor: Tensor, version: int, consumers: list[Call]) -> Site:
         """Cut where the tensor is made, so that every consumer sees the cut; else at the layers' inputs."""
         made = self.trace.producer(tensor, version, call.start)
         if made is not None:
-            maker, leaf = made
-            tap = Tap(maker.name, "output", 0, leaf if maker.structured else None)
-            return _activity(Site, self.trace, maker.name, (tap,), tensor, maker.end)
+            return _output(Site, self.trace, *made)
         taps = tuple(Tap(c.name, "input", c.index) for c in consumers)
         name = f"{call.name}.input" + (f"#{call.index}" if call.index else "")
         return _activity(Site, self.trace, name, taps, tensor, call.start)
@@ -116,30 +131,24 @@ class _Finder:
     def _reaches_source(self, tensor: Tensor, when: int) -> bool:
         if when >= self.source_end or tensor is self.source_tensor or not tensor.requires_grad:
             return False
-        return tensor.grad_fn in self.upstream
-
-    @staticmethod
-    def _trains(module: nn.Module) -> bool:
-        return any(p.requires_grad for p in module.parameters())
+        return (tensor.grad_fn, tensor.output_nr) in self.upstream
 
 
-def _ancestors(tensor: Tensor) -> set[Any]:
-    """Every autograd node above `tensor`, its own included."""
-    seen: set[Any] = set()
-    stack = [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return seen
+def _refuse_unrecorded(trace: Trace) -> None:
+    """A layer whose graph is not recorded would be trained by nothing, or by backprop behind the cuts."""
+    for call in trace.calls:
+        if not call.grad_enabled and any(p.requires_grad for p in call.module.parameters(recurse=False)):
+            raise AttachError(
+                f"layer {call.name!r} runs without gradients (torch.no_grad, or a reentrant checkpoint), yet its "
+                "parameters are trainable. Use checkpoint(..., use_reentrant=False), or freeze them."
+            )
 
 
-def _source(trace: Trace, call: Call, leaf: int) -> Source:
-    tensor, _ = call.outputs[leaf]
+def _output(kind: type, trace: Trace, call: Call, leaf: int) -> Any:
+    """One tensor of what a call returned; its name is the module's, with a number for all but the first."""
+    name = (call.name or "output") + (f"[{leaf}]" if leaf and kind is Site else "")
     tap = Tap(call.name, "output", 0, leaf if call.structured else None)
-    return _activity(Source, trace, call.name or "output", (tap,), tensor, call.end)
+    return _activity(kind, trace, name, (tap,), call.outputs[leaf][0], call.end)
 
 
 def _activity(kind: type, trace: Trace, name: str, taps: tuple[Tap, ...], tensor: Tensor, when: int) -> Any:
@@ -174,7 +183,7 @@ def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tens
     )
 
 
-def _known(model: nn.Module, names: Sequence[str]) -> list[str]:
+def known_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The names, each checked to be a module of the model."""
     modules = dict(model.named_modules())
     for name in names:
@@ -221,6 +230,7 @@ def _blocks(model: nn.Module, trace: Trace) -> list[str]:
         name
         for name in residual
         if not any(_within(name, other) for other in [*listed, *residual] if other != name)
+        and not any(_within(item, name) for item in listed)
     ]
     blocks = list(dict.fromkeys(listed + inside))
     if not blocks:

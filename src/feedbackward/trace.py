@@ -191,3 +191,21 @@ def trace(model: nn.Module, example: Any) -> Trace:
                 "Pass an `example` that the model accepts, as tensor, tuple or dict."
             ) from error
     return Trace(calls, output, [t for t in tree_leaves(example) if isinstance(t, Tensor)])
+
+
+def gradient_edges(tensor: Tensor) -> set[tuple[Any, int]]:
+    """Every autograd node that leads to the tensor, its own included, with the number of its output that does."""
+    seen: set[tuple[Any, int]] = set()
+    stack: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
+    while stack:
+        edge = stack.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        stack.extend(edge[0].next_functions)
+    return seen
+
+
+def ancestors(tensor: Tensor) -> set[Any]:
+    """Every autograd node above `tensor`, its own included."""
+    return {node for node, _ in gradient_edges(tensor)}
