@@ -43,6 +43,11 @@ def find_source(
         call = _called_once(trace, known_modules(model, [error_at])[0])
         return _output(Source, trace, call, _float_leaf(call))
     tensor = _output_tensor(trace, output)
+    if tensor.dim() == 0:
+        raise AttachError(
+            "the model's output is a single number (a loss?), which has no error per sample: name the module that makes the "
+            'predictions, for example `error_at="head"`, or return them and compute the loss outside.'
+        )
     found = trace.producer(tensor, tensor._version, trace.by_end[-1].end + 1)
     if found is None:
         raise AttachError(
