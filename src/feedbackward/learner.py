@@ -99,7 +99,8 @@ class Learner(nn.Module):
         if self._detached:
             raise AttachError("this learner was detached; attach the model again.")
         cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
-        self.seams.recompute = cut
+        if torch.is_grad_enabled():
+            self.seams.recompute = cut
         if not cut:
             return self.model(*args, **kwargs)
         if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
@@ -158,6 +159,10 @@ class Learner(nn.Module):
 
 def _refuse_wrapped(model: nn.Module) -> None:
     """Hooks must sit on plain modules: a compiled or scripted part would not see them, a Learner has its own."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"the model must be a torch.nn.Module, not {type(model).__name__}.")
+    if next(model.parameters(), None) is None:
+        raise AttachError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
     for name, module in model.named_modules():
         where = f"its part {name!r}" if name else "the model"
         if isinstance(module, Learner):
@@ -167,6 +172,11 @@ def _refuse_wrapped(model: nn.Module) -> None:
         if hasattr(module, "_orig_mod"):  # what torch.compile returns
             raise AttachError(
                 f"{where} is compiled: attach to the plain model, then `torch.compile(learner)`."
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise AttachError(
+                f"{where} is a {type(module).__name__}, which would not keep the feedback in step: attach to the plain "
+                "model, then wrap the learner."
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise AttachError(

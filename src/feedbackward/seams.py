@@ -110,12 +110,22 @@ class _Hooked(ABC):
 
     @contextmanager
     def recording(self) -> Iterator[Tape]:
-        """One tape per forward pass, dropped at its end."""
+        """One tape per forward pass, dropped at its end. A pass that missed a site or source is refused."""
         outer, self.tape = self.tape, Tape(len(self.sites))
         try:
             yield self.tape
+            self._complete(self.tape)
         finally:
             self.tape = outer
+
+    def _complete(self, tape: Tape) -> None:
+        missed = [site.name for site, h in zip(self.sites, tape.h, strict=True) if h is None]
+        missed += [source.name for source in self.sources if source.name not in tape.sources]
+        if missed:
+            raise SiteError(
+                f"{missed[0]!r} was not reached in this forward pass, so layers below it would not be trained. The model "
+                "must run the same modules in every training pass; name other sites, or run it under `learner.exact()`."
+            )
 
 
 class Observer(_Hooked):
@@ -150,8 +160,7 @@ class Seams(_Hooked):
         """Keep `h` and return it detached; a second consumer of the same tensor gets the same detached one."""
         tape = self.tape
         if tape is None:
-            again = self.recompute and torch._C._current_graph_task_id() != -1
-            return h.detach() if again else h
+            return h.detach() if self._repeated() else h
         cut = tape.cut[index]
         if cut is None:
             cut = h.detach()
@@ -167,7 +176,17 @@ class Seams(_Hooked):
         """Put the broadcast of this source's error in place; every site it feeds must have been met, unchanged."""
         tape = self.tape
         if tape is None:
+            if self._repeated():
+                raise SiteError(
+                    f"a checkpoint repeats the module whose output's error is broadcast, {self.sources[index].name!r}, and a "
+                    "broadcast cannot be repeated. Checkpoint the parts below it, or choose another error_at."
+                )
             return tensor
+        if self.sources[index].name in tape.sources:
+            raise SiteError(
+                f"the source {self.sources[index].name!r} was reached twice in one forward pass, so its sites would be "
+                "fed twice. Attach again with an example of the form that is used in training."
+            )
         tape.sources[self.sources[index].name] = tensor
         edges, activities = [], []
         for place, edge in self.routes[index]:
@@ -180,6 +199,15 @@ class Seams(_Hooked):
             return tensor
         weights = [getattr(self.feedback, edge.key) for edge in edges]
         return Broadcast.apply(tensor, self.rule, edges, *activities, *weights)
+
+    def _repeated(self) -> bool:
+        """Whether this is a checkpoint that repeats, during backward, a part of a forward pass that was cut."""
+        if not self.recompute:
+            return False
+        if torch._C._current_graph_task_id() != -1:
+            return True
+        self.recompute = not torch.is_grad_enabled()  # a plain pass of the model itself: its checkpoints are plain too
+        return False
 
     def _check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
         site = edge.site
@@ -231,8 +259,8 @@ class _OutputHook:
                 f"module {self.tap.module!r} did not return the tensor number {leaf} that it returned on the example; "
                 "attach again with an example of the form that is used in training."
             )
-        leaves[leaf] = replace(self.index, leaves[leaf])
-        return tree_unflatten(leaves, spec)
+        old, new = leaves[leaf], replace(self.index, leaves[leaf])
+        return tree_unflatten([new if t is old else t for t in leaves], spec)
 
 
 class _InputHook:
