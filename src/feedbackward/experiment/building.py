@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -15,7 +16,7 @@ from ..learner import Learner, attach
 from ..rules import RULES, Rule
 from . import nets
 from .config import TrainConfig
-from .data import Data, Loader
+from .data import Data, DataConfig, Loader, load_data
 from .randomness import seed_everything
 from .suggest import hint
 
@@ -55,6 +56,12 @@ def find_device(name: str) -> torch.device:
     return torch.device("cpu" if chosen == "auto" else chosen)
 
 
+@functools.lru_cache(maxsize=1)
+def shared_data(config: DataConfig) -> Data:
+    """The data set, loaded once for all the runs of a comparison."""
+    return load_data(config)
+
+
 def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Learner:
     """The net with its rule attached, on the device; everything random comes from ``config.seed``."""
     seed_everything(config.seed)
@@ -65,8 +72,9 @@ def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Lear
     sites: Any = nets.default_sites(config.model) if config.sites is None else config.sites
     if sites == "published":
         sites = nets.published_sites(config.model)
-    loader = Loader(data.train, data, 4, device=device)
-    example, _ = next(loader.epoch(0))
+    if len(data.train) < 2:
+        raise ConfigError(f"{len(data.train)} training image gives no batch: use at least 2")
+    example, _ = next(Loader(data.train, data, min(4, len(data.train)), device=device).epoch(0))
     learner = attach(model, rule, example=example, sites=sites, error_at=config.error_at, seed=config.seed)
     _check_output(learner, example, data.num_classes, config.model)
     return learner

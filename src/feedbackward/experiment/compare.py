@@ -12,11 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, DivergenceError
-from .building import find_device, find_rule, import_from_here, make_rule
+from .building import find_device, find_rule, import_from_here, make_rule, shared_data
 from .config import CompareConfig, RuleEntry, TrainConfig, slug
 from .configfile import to_dict, write_yaml
 from .costs import Costs, measure_costs
-from .data import load_data
 from .environment import environment
 from .interrupts import Interrupts
 from .progress import Progress
@@ -195,7 +194,7 @@ def _results(
     config: CompareConfig, contenders: Sequence[Contender], costs: Sequence[Costs]
 ) -> dict[str, Any]:
     """Everything the report needs, and nothing it has to look up."""
-    data = load_data(config.data)
+    data = shared_data(config.data)
     baseline = costs[0] if contenders[0].entry.rule == BASELINE else None
     rules = []
     for contender, cost in zip(contenders, costs, strict=True):

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DivergenceError
-from .building import find_device
+from .building import find_device, shared_data
 from .config import TrainConfig
-from .data import load_data
 from .measure import WARM_UP, peak_bytes, step_times
 from .run import Run
 
@@ -67,7 +66,7 @@ def _fresh(config: TrainConfig) -> Run:
     """The run as it starts, but at a constant rate: more steps are taken than a short schedule may have."""
     forward, feedback = (replace(c, schedule="constant") for c in (config.forward, config.feedback))
     config = replace(config, forward=forward, feedback=feedback)
-    return Run(config, load_data(config.data), find_device(config.device))
+    return Run(config, shared_data(config.data), find_device(config.device))
 
 
 def _sizes(run: Run) -> Costs:

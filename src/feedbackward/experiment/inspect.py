@@ -14,9 +14,8 @@ from rich.table import Table
 from ..probe import ParameterAlignment, Probe
 from ..rules import RULES
 from . import checkpoint
-from .building import find_device, import_from_here
+from .building import find_device, import_from_here, shared_data
 from .checkpoint import replace_file
-from .data import load_data
 from .run import Run
 from .runfolder import RunFolder
 
@@ -42,7 +41,7 @@ def probe_run(path: Path, images: int | None, file: Path | None) -> None:
     if images is not None:
         config = replace(config, probe_images=images).resolved()
     import_from_here()
-    run = Run(config, load_data(config.data), find_device(config.device))
+    run = Run(config, shared_data(config.data), find_device(config.device))
     run.load_weights(state, folder.checkpoint)
     found = run.probe()
     console = Console()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DivergenceError
+from ..errors import DivergenceError
 from ..probe import Probe, probe
 from .building import build_learner
 from .checkpoint import check_same_tensors
@@ -57,8 +57,6 @@ class Run:
         self.loader = Loader(
             data.train, data, recipe.batch_size, device=device, augment=config.data.augment, seed=config.seed
         )
-        if not len(self.loader):
-            raise ConfigError(f"{len(data.train)} training images give no batch: use more images")
         assert recipe.feedback is not None
         settings = {"model": recipe.forward, "feedback": recipe.feedback}
         self.weights = {

@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 
 from ..errors import DivergenceError
 from . import checkpoint
-from .building import find_device, import_from_here
+from .building import find_device, import_from_here, shared_data
 from .checkpoint import replace_file
 from .config import TrainConfig
-from .data import load_data
 from .environment import environment
 from .interrupts import InterruptedRunError, Interrupts
 from .progress import Progress
@@ -59,7 +58,7 @@ def _train(
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
     folder.write_json(folder.environment_file, environment(device))
-    run = Run(config, load_data(config.data), device)
+    run = Run(config, shared_data(config.data), device)
     if folder.checkpoint.exists():
         run.load(checkpoint.load(folder.checkpoint), folder.checkpoint)
         progress.say(
