@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO, Case, build, case, loss_of, run
 
 import feedbackward as fb
+from zoo import ZOO, Case, build, loss_of, run
 
 every_case = pytest.mark.parametrize("case", ZOO, ids=str)
 

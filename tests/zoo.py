@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import zoo_blocks as blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import zoo_blocks as blocks
 
 
 @dataclass(frozen=True)
