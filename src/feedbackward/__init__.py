@@ -9,11 +9,11 @@ from .errors import (
     FeedbackError,
     SiteError,
 )
-from .graph import Edge, Graph, Site, Source, star
+from .graph import Arc, Edge, Graph, Site, Source, chain, star
 from .learner import Learner, attach, param_groups
-from .operators import Dense, Operator
+from .operators import Dense, LayerShaped, Operator
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
-from .rules import BP, DFA, DKP, RULES, Frozen, Properties, Rule
+from .rules import BP, DFA, DKP, FA, RULES, Frozen, KolenPollack, Properties, Rule
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,9 @@ __all__ = [
     "BP",
     "DFA",
     "DKP",
+    "FA",
     "RULES",
+    "Arc",
     "AttachError",
     "CheckpointError",
     "ConfigError",
@@ -32,6 +34,8 @@ __all__ = [
     "FeedbackError",
     "Frozen",
     "Graph",
+    "KolenPollack",
+    "LayerShaped",
     "Learner",
     "Operator",
     "ParameterAlignment",
@@ -43,6 +47,7 @@ __all__ = [
     "SiteError",
     "Source",
     "attach",
+    "chain",
     "param_groups",
     "probe",
     "star",

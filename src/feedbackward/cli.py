@@ -74,12 +74,11 @@ def _train(arguments: list[str]) -> int:
     config = parse(TrainConfig, arguments, "feedbackward train", "Train one network by one rule.").resolved()
     from .experiment.train import train
 
-    with Interrupts() as interrupts, Progress() as progress:
-        try:
+    try:
+        with Interrupts() as interrupts, Progress() as progress:
             result = train(config, progress, interrupts)
-        except InterruptedRunError as stop:
-            again = f"feedbackward train --config {config.out}/config.yaml --resume"
-            return _stopped(stop.signum, f"saved to {config.out}; go on with: {again}")
+    except InterruptedRunError as stop:
+        return _stopped(stop.signum, config.out, f"train --config {config.out}/config.yaml --resume")
     print(f"test accuracy {result['test_accuracy']:.2f} %, on images that no choice was made with")
     print(f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl")
     return 0
@@ -98,12 +97,11 @@ def _compare(arguments: list[str]) -> int:
     from .experiment.report import print_summary, write_report
 
     console = Console()
-    with Interrupts() as interrupts:
-        try:
+    try:
+        with Interrupts() as interrupts:
             results = compare(config, console, interrupts)
-        except InterruptedRunError as stop:
-            again = f"feedbackward compare --config {config.out}/config.yaml"
-            return _stopped(stop.signum, f"saved to {config.out}; go on with: {again}")
+    except InterruptedRunError as stop:
+        return _stopped(stop.signum, config.out, f"compare --config {config.out}/config.yaml")
     assert config.out is not None
     paths = write_report(results, config.out)
     print_summary(results, console)
@@ -172,8 +170,8 @@ def _check_installed() -> None:
         )
 
 
-def _stopped(signum: int, text: str) -> int:
-    print(f"feedbackward: stopped; {text}", file=sys.stderr)
+def _stopped(signum: int, folder: str | None, again: str) -> int:
+    print(f"feedbackward: stopped; saved to {folder}; go on with: feedbackward {again}", file=sys.stderr)
     return 128 + signum
 
 

@@ -8,10 +8,11 @@ A *site* is an activity `h` at which the network is cut; a *source* is an activi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .operators.base import Operator
+from .operators.layer import LayerForm
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,30 @@ class Source(Activity):
 
 
 @dataclass(frozen=True)
+class Arc(Site):
+    """The input of one layer as that layer alone sees it: other users of the same tensor, such as a skip path, stay
+    connected. It is fed from the layer's own output, by weights of the layer's own form.
+
+    `weight` is the name of the layer's weight in the model.
+    """
+
+    source: Source = field(kw_only=True)
+    form: LayerForm = field(kw_only=True)
+    weight: str = field(kw_only=True)
+
+
+@dataclass(frozen=True)
 class Edge:
-    """A feedback connection from a source to a site, with its own weights `B: [C, *site features]`."""
+    """A feedback connection from a source to a site, with weights `B` of the operator's form.
+
+    `shares` names a weight of the model whose gradient `B` gets as well, instead of one of its own.
+    """
 
     source: Source
     site: Site
     operator: Operator
-    key: str = field(default="")
+    shares: str | None = None
+    key: str = ""
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -97,6 +115,12 @@ class Graph:
     @property
     def sources(self) -> tuple[Source, ...]:
         return tuple(dict.fromkeys(edge.source for edge in self.edges))
+
+
+def chain(arcs: Sequence[Arc], form: Callable[[Arc], Operator], shared: bool = False) -> Graph:
+    """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`."""
+    edges = (Edge(arc.source, arc, form(arc), arc.weight if shared else None) for arc in arcs)
+    return Graph(tuple(arcs), tuple(edges))
 
 
 def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from .arcs import find_arcs
 from .errors import AttachError
-from .graph import Edge, Graph, Site, Source
+from .graph import Arc, Edge, Graph, Site, Source
 from .plan import Plan, describe, make_plan
 from .rules.base import Rule
 from .seams import Seams
@@ -58,7 +60,8 @@ def attach(
     _refuse_wrapped(model)
     recorded = trace(model, example)
     source = find_source(model, recorded, error_at, output)
-    found = find_sites(model, recorded, sites, source)
+    find = find_arcs if issubclass(rule.feeds, Arc) else find_sites
+    found = find(model, recorded, sites, source)
     if not found:
         raise AttachError(
             f"{type(model).__name__} has no activity to feed between its first layer and the source {source.name!r}: a network "
@@ -109,7 +112,8 @@ class Learner(nn.Module):
                 "input gradients, or detach the input."
             )
         with self.seams.recording():
-            return self.model(*args, **kwargs)
+            tied = self.seams.tied(self.model)
+            return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
 
     @contextmanager
     def exact(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .graph import Arc
 from .trace import preserved, run, training_mode
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def make_plan(learner: Learner, example: Any) -> Plan:
         Segment(site.name, _held([h] if h is not None else [], names))
         for site, h in zip(learner.seams.sites, tape.h, strict=True)
     )
-    head = Segment("head", _held([*tape.sources.values(), *above], names))
+    head = Segment("head", _held(above, names))
     held = {name for segment in (*segments, head) for name in segment.parameters}
     unreached = tuple(
         name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held
@@ -87,7 +88,7 @@ def describe(learner: Learner) -> str:
     rows = [("site", "activity", "feedback", "bytes", "trains")]
     for site, segment in zip(learner.graph.sites, plan.segments, strict=True):
         edge = edges.get(site)
-        form = f"{edge.source_size} x {_size(edge.site_shape)}" if edge else "none: frozen"
+        form = _size(learner.feedback_of(edge).shape) if edge else "none: frozen"
         size = _bytes(learner.feedback_of(edge).nbytes) if edge else ""
         rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
     rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))
@@ -100,7 +101,10 @@ def describe(learner: Learner) -> str:
         f"{learner.rule} on {type(learner.model).__name__}: {len(learner.graph.sites)} sites, "
         f"error of {learner.source.name!r}, feedback {_bytes(learner.feedback_bytes)}"
     )
-    notes = [f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in plan.shared.items()]
+    shared = (
+        {} if issubclass(learner.rule.feeds, Arc) else plan.shared
+    )  # of arcs it is the rule: skip paths stay whole
+    notes = [f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in shared.items()]
     notes += [f"not trained, no segment reaches it: {name}" for name in plan.unreached]
     return "\n".join([title, *("  " + line for line in lines), *("  " + note for note in notes)])
 

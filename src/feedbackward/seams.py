@@ -35,7 +35,8 @@ class Broadcast(torch.autograd.Function):
         k = len(edges)
         ctx.rule, ctx.edges = rule, edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
-        ctx.save_for_backward(*(tensors if rule.learned else tensors[k:]))
+        correlated = rule.learned and any(edge.shares is None for edge in edges)
+        ctx.save_for_backward(*(tensors if correlated else tensors[k:]))
         return source.detach()  # not a view: an in-place operation may follow
 
     @staticmethod
@@ -47,7 +48,7 @@ class Broadcast(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for i, (edge, B, (shape, dtype)) in enumerate(zip(ctx.edges, weights, ctx.kinds, strict=True)):
             lead = edge.leading
-            error = d.to(dtype).reshape(d.shape[:lead].numel(), edge.source_size)
+            error = d.to(dtype).flatten(0, lead - 1)
             signal = (
                 edge.operator.send(B.to(dtype), error, edge.site_shape)
                 if ctx.needs_input_grad[3 + i]
@@ -59,6 +60,19 @@ class Broadcast(torch.autograd.Function):
                 grad = ctx.rule.feedback_grad(edge, B, error, activities[i].flatten(0, lead - 1)).to(B.dtype)
             grads.append(grad)
         return (d, None, None, *signals, *grads)
+
+
+class Share(torch.autograd.Function):
+    """`W` as it is; its backward gives the same gradient to `W` and to `B`, so that it is computed once."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, B: Tensor) -> Tensor:
+        return W.view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.clone()
 
 
 class Tape:
@@ -147,7 +161,7 @@ class Seams(_Hooked):
 
     def __init__(self, graph: Graph, rule: Rule, feedback: nn.Module) -> None:
         super().__init__(graph.sites, graph.sources)
-        self.rule, self.feedback = rule, feedback
+        self.rule, self.feedback, self.edges = rule, feedback, graph.edges
         place = {site: i for i, site in enumerate(graph.sites)}
         self.routes = [
             [(place[e.site], e) for e in graph.edges if e.source == source] for source in graph.sources
@@ -171,6 +185,15 @@ class Seams(_Hooked):
                 "on the example. Attach again with an example of this form, or name other sites."
             )
         return cut
+
+    def tied(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights of the model whose gradient a feedback weight shares, ready to take the place of the plain ones."""
+        weights = dict(model.named_parameters()) if any(e.shares for e in self.edges) else {}
+        return {
+            e.shares: Share.apply(weights[e.shares], getattr(self.feedback, e.key))
+            for e in self.edges
+            if e.shares
+        }
 
     def fire(self, index: int, tensor: Tensor) -> Tensor:
         """Put the broadcast of this source's error in place; every site it feeds must have been met, unchanged."""
@@ -198,6 +221,7 @@ class Seams(_Hooked):
         if not edges:
             return tensor
         weights = [getattr(self.feedback, edge.key) for edge in edges]
+        weights = [B if edge.shares is None else B.detach() for edge, B in zip(edges, weights, strict=True)]
         return Broadcast.apply(tensor, self.rule, edges, *activities, *weights)
 
     def _repeated(self) -> bool:
@@ -206,7 +230,9 @@ class Seams(_Hooked):
             return False
         if torch._C._current_graph_task_id() != -1:
             return True
-        self.recompute = not torch.is_grad_enabled()  # a plain pass of the model itself: its checkpoints are plain too
+        self.recompute = (
+            not torch.is_grad_enabled()
+        )  # a plain pass of the model itself: its checkpoints are plain too
         return False
 
     def _check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:

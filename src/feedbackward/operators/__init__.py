@@ -2,5 +2,6 @@
 
 from .base import Operator
 from .dense import Dense
+from .layer import LayerForm, LayerShaped
 
-__all__ = ["Dense", "Operator"]
+__all__ = ["Dense", "LayerForm", "LayerShaped", "Operator"]

@@ -4,13 +4,17 @@ from .base import Properties, Rule
 from .bp import BP
 from .dfa import DFA
 from .dkp import DKP
+from .fa import FA
 from .frozen import Frozen
+from .kolen_pollack import KolenPollack
 
 RULES: dict[str, type[Rule]] = {
     "bp": BP,
+    "fa": FA,
+    "kp": KolenPollack,
     "dfa": DFA,
     "dkp": DKP,
     "frozen": Frozen,
 }
 
-__all__ = ["BP", "DFA", "DKP", "RULES", "Frozen", "Properties", "Rule"]
+__all__ = ["BP", "DFA", "DKP", "FA", "RULES", "Frozen", "KolenPollack", "Properties", "Rule"]

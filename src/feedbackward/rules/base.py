@@ -41,6 +41,7 @@ class Rule(ABC):
     label: ClassVar[str]
     paper: ClassVar[str]
     properties: ClassVar[Properties]
+    feeds: ClassVar[type[Site]] = Site  # Arc: the inputs of single layers instead of activities
 
     @abstractmethod
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:

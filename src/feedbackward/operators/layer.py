@@ -1,0 +1,140 @@
+"""Layer-shaped feedback: weights of the same shape and geometry as a Linear or convolution layer's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AttachError
+from .base import Operator
+
+LAYER_INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "like_layer")
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What a layer does with its weight: the shape of it, and for convolutions their geometry."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    padding: tuple[int, ...] = ()  # as the convolution itself applies it
+    output_padding: tuple[int, ...] = ()
+    pad: tuple[int, ...] = ()  # applied before, in the order of F.pad
+    pad_mode: str = "zeros"
+
+    @staticmethod
+    def of(layer: nn.Module) -> LayerForm:
+        """The form of a Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if isinstance(layer, nn.Linear):
+            return LayerForm(tuple(weight.shape))
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        inner, pad = layer.padding, ()
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            inner, pad = (0,) * len(layer.stride), tuple(layer._reversed_padding_repeated_twice)  # type: ignore[assignment]
+        return LayerForm(
+            tuple(weight.shape),
+            tuple(layer.stride),
+            tuple(layer.dilation),
+            layer.groups,
+            layer.transposed,
+            tuple(int(p) for p in inner),
+            tuple(layer.output_padding),
+            pad if any(pad) else (),
+            layer.padding_mode,
+        )
+
+
+@dataclass(frozen=True)
+class LayerShaped(Operator):
+    r"""`B` of the shape of the layer's `W`; the signal is what the layer's own backward gives with `B` for `W`.
+
+    Linear: :math:`\delta h = \delta a\, B`. Convolution: the transposed convolution of :math:`\delta a` with `B`, same
+    stride, padding, dilation and groups; the adjoint of the padding for other padding modes.
+
+    init: `"zeros"`; `"xavier_uniform"`: U(-b, b), b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
+        `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these layers.
+    """
+
+    form: LayerForm
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.init not in LAYER_INITS:
+            raise AttachError(
+                f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(LAYER_INITS)}."
+            )
+
+    def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        B = torch.zeros(self.form.shape)
+        field = B[0, 0].numel() if B.dim() > 2 else 1
+        fan_in, fan_out = B.shape[1] * field, B.shape[0] * field
+        if self.init == "zeros":
+            return B
+        squares = {
+            "xavier_uniform": 6 / (fan_in + fan_out),
+            "kaiming_uniform": 6 / fan_in,
+            "like_layer": 1 / fan_in,
+        }
+        bound = self.scale * squares[self.init] ** 0.5
+        return B.uniform_(-bound, bound, generator=generator)
+
+    def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
+        if not self.form.stride:
+            return d @ B
+        if not self.form.pad:
+            return self._convolve_back(B, d, site)
+        padded = [site[0], *(n + sum(self._pads(i)) for i, n in enumerate(site[1:]))]
+        return self._unpad(self._convolve_back(B, d, tuple(padded)), site)
+
+    def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
+        raise NotImplementedError("layer-shaped feedback shares its layer's gradient, see Edge.shares")
+
+    def _convolve_back(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
+        f = self.form
+        like = d.new_empty(1).expand(len(d), *site)  # only its shape is read
+        output_padding = f.output_padding or (0,) * len(f.stride)
+        geometry = (f.stride, f.padding, f.dilation, f.transposed, output_padding, f.groups)
+        mask = (True, False, False)
+        return torch.ops.aten.convolution_backward(d, like, B, None, *geometry, mask)[0]
+
+    def _pads(self, axis: int) -> tuple[int, int]:
+        """Padding before and after a spatial axis; F.pad counts axes from the last."""
+        start = 2 * (len(self.form.stride) - 1 - axis)
+        return self.form.pad[start], self.form.pad[start + 1]
+
+    def _unpad(self, padded: Tensor, site: tuple[int, ...]) -> Tensor:
+        """The adjoint of the padding: what was copied to the border adds up at where it was copied from."""
+        for axis, size in enumerate(site[1:]):
+            index = torch.arange(size, device=padded.device)
+            before, after = self._pads(axis)
+            origin = _origin(index, before, after, self.form.pad_mode)
+            inside = origin >= 0
+            shape = list(padded.shape)
+            shape[axis + 2] = size
+            out = padded.new_zeros(shape)
+            padded = out.index_add(
+                axis + 2, origin[inside], padded.index_select(axis + 2, inside.nonzero().flatten())
+            )
+        return padded
+
+
+def _origin(index: Tensor, before: int, after: int, mode: str) -> Tensor:
+    """Where each position of a padded axis was copied from; -1 for zeros."""
+    size = len(index)
+    position = torch.arange(-before, size + after, device=index.device)
+    if mode == "circular":
+        return position % size
+    if mode == "reflect":
+        period = max(2 * (size - 1), 1)
+        folded = position.abs() % period
+        return torch.where(folded < size, folded, period - folded)
+    if mode == "replicate":
+        return position.clamp(0, size - 1)
+    return torch.where((position >= 0) & (position < size), position, -1)
