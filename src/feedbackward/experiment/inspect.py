@@ -21,16 +21,13 @@ from .runfolder import RunFolder
 
 MEASURES = ("angle", "cosine", "norm_ratio", "sign_agreement", "bp_norm", "jacobian_cosine", "readout")
 
-HEADINGS = (
-    "Rule",
-    "Paper",
-    "Unlocked",
-    "Transport",
-    "Learned B",
-    "Steps",
-    "Extra memory",
-    "Extra compute",
-)
+LEGEND = """\
+Unlocked: what need not wait for the layers above. Transport: whether feedback needs the forward weights.
+Steps: products in sequence from the error to the last signal. Memory, Compute: beyond backprop's.
+L layers, N batch, C units of the source (classes), n features of all sites, W weights, opt. optimizer state,
+D the products of backprop's input gradients, which a rule with -D saves."""
+
+HEADINGS = ("Rule", "Unlocked", "Transport", "Learned B", "Steps", "Memory", "Compute", "Paper")
 
 
 def probe_run(path: Path, images: int | None, file: Path | None) -> None:
@@ -91,25 +88,20 @@ def print_rules(form: str) -> None:
         print(json.dumps(rows, indent=1))
         return
     live = form == "table"
-    table = Table(box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=not live)
+    table = Table(box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=False, padding=(0, 1 - live))
     for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading != "Paper")
     for name, row in rows.items():
         table.add_row(name, *_cells(row))
     (Console() if live else Console(width=1000)).print(table)
     if live:
-        print(
-            "Unlocked: what need not wait for the layers above. Transport: whether feedback needs the forward"
-        )
-        print("weights. Steps: products in sequence from the error to the last signal.")
-        print("L layers, N batch, C units of the source (classes), n features of all sites, W weights.")
+        print(LEGEND)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     unlocked = [what for what in ("backward", "update", "forward") if row[f"{what}_unlocked"]]
     return [
-        row["paper"],
-        ", ".join(unlocked) or "-",
+        "all" if len(unlocked) == 3 else ", ".join(unlocked) or "-",
         *("yes" if row[key] else "no" for key in ("weight_transport", "learned_feedback")),
-        *(row[key] for key in ("backward_steps", "extra_memory", "extra_compute")),
+        *(row[key] for key in ("backward_steps", "extra_memory", "extra_compute", "paper")),
     ]

@@ -21,7 +21,8 @@ from ..graph import Edge, Graph, Site, Source
 class Properties:
     """What a rule needs and costs, for `feedbackward rules` and the docs.
 
-    L layers, n features of all sites, C units of the source, W weights of the network.
+    L layers, N batch, n features of all sites, C units of the source, W weights of the network, D the multiplications of
+    backprop's input gradients (saved: hence the minus), opt. the optimizer's state of the feedback.
     """
 
     backward_unlocked: bool

@@ -40,7 +40,7 @@ class DFA(Rule):
         learned_feedback=False,
         backward_steps="1",
         extra_memory="C n",
-        extra_compute="N C n, for backprop's input gradients",
+        extra_compute="N C n - D",
     )
 
     def __post_init__(self) -> None:

@@ -51,8 +51,8 @@ class DKP(Rule):
         weight_transport=False,
         learned_feedback=True,
         backward_steps="1",
-        extra_memory="C n, and the optimizer's state of B",
-        extra_compute="2 N C n, for backprop's input gradients",
+        extra_memory="C n + opt.",
+        extra_compute="2 N C n - D",
     )
 
     @property

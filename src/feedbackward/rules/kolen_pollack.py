@@ -41,7 +41,7 @@ class KolenPollack(Rule):
         weight_transport=False,
         learned_feedback=True,
         backward_steps="L",
-        extra_memory="W, and the optimizer's state of B",
+        extra_memory="W + opt.",
         extra_compute="0",
     )
 
