@@ -32,7 +32,7 @@ class Progress:
         if self.console.is_terminal:
             columns = [
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=12),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
@@ -68,7 +68,8 @@ class Progress:
         """One more step of the running run is done."""
         self._steps_left -= 1
         if self._bars and self._run is not None:
-            self._bars.update(self._run, advance=1, description=escape(label), note=escape(note))
+            text = escape(self.prefix + label)
+            self._bars.update(self._run, advance=1, description=text, note=escape(note))
         if self._bars and self._whole is not None:
             self._bars.advance(self._whole)
 
