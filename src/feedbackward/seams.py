@@ -226,7 +226,7 @@ class Seams(_Hooked):
 
     def _repeated(self) -> bool:
         """Whether this is a checkpoint that repeats, during backward, a part of a forward pass that was cut."""
-        if not self.recompute:
+        if not self.recompute or torch.compiler.is_compiling():  # a compiler repeats what it has recorded
             return False
         if torch._C._current_graph_task_id() != -1:
             return True
