@@ -86,7 +86,7 @@ def test_train_probe_and_the_files_they_leave(capsys, tmp_path):
     assert re.fullmatch(r"test accuracy \d+\.\d\d %, on images that no choice was made with", lines[2])
     assert "\x1b" not in out  # no colours or cursor movements where nobody looks
     nets.build("mlp", (1, 28, 28), 10).load_state_dict(load_file(run / "model.safetensors"))
-    environment = json.loads((run / "environment.json").read_text())
+    (environment,) = json.loads((run / "environment.json").read_text())
     assert {
         "feedbackward",
         "git_commit",

@@ -198,6 +198,10 @@ def test_every_rule_gets_equal_trials():
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([10 ** (1 / 5)] * 5)
 
 
+def test_a_single_rate_is_tried_once():
+    assert trial_rates(Search(lr=[0.1], feedback_lr=[0.1, 0.2]), False) == [(pytest.approx(0.1), None)]
+
+
 def test_the_best_finished_trial_is_picked():
     rows = [(0.1, 80.0), (0.2, 85.0), (0.3, 85.0), (0.4, None)]
     trials = [{"lr": lr, "feedback_lr": None, "validation_accuracy": found} for lr, found in rows]

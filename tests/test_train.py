@@ -296,6 +296,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         CheckpointError, match=r"the model in .* belongs to another model: it has no '0.weight'"
     ):
         run(config(tmp_path, resume=True))
+    run(config(tmp_path, "more", data=replace(DATA, train_limit=80), epochs=1, probe_every=0))
+    (tmp_path / "more" / "checkpoint.safetensors").replace(tmp_path / "run" / "checkpoint.safetensors")
+    with pytest.raises(CheckpointError, match="trained on other data: its train is 80, here it is 72"):
+        run(config(tmp_path, resume=True))
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match="truncated"):
         run(config(tmp_path, resume=True))
@@ -457,6 +461,18 @@ def test_the_search_picks_rates_on_held_out_images_only(comparison, tmp_path, mo
     count = len(seen)
     compared(settings)
     assert len(seen) == count
+
+
+def test_overwriting_replaces_every_cell_even_if_it_is_stopped(comparison, tmp_path):
+    settings = replace(comparison, rules=["bp"], timing_steps=0)
+    compared(settings)
+    with pytest.raises(ConfigError, match=r"another config \(epochs: 2 -> 1\).* --overwrite"):
+        compared(replace(settings, epochs=1))
+    changed = replace(settings, epochs=1, overwrite=True)
+    with pytest.raises(InterruptedRunError):
+        compared(changed, StopAfter(4))
+    results = compared(replace(changed, overwrite=False))
+    assert [len(run["epochs"]) for run in results["rules"][0]["runs"]] == [1, 1]
 
 
 def test_labels_must_differ_and_foreign_folders_are_kept(comparison, tmp_path):

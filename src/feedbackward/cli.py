@@ -11,6 +11,7 @@ import argparse
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _dispatch(arguments)
     except errors.FeedbackError as error:
         return _fail(str(error))
     except OSError as error:
@@ -173,6 +176,11 @@ def _check_installed() -> None:
 def _stopped(signum: int, folder: str | None, again: str) -> int:
     print(f"feedbackward: stopped; saved to {folder}; go on with: feedbackward {again}", file=sys.stderr)
     return 128 + signum
+
+
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
+    """One line, without the place in the code that a user cannot do anything about."""
+    print(f"feedbackward: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(text: str) -> int:

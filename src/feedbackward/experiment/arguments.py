@@ -54,7 +54,10 @@ def parse(kind: type[C], arguments: Sequence[str], command: str, about: str) -> 
 
 
 def _parser(kind: type, command: str, about: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=command, description=about, exit_on_error=False, allow_abbrev=False)
+    usage = f"{command} [--config FILE] [--option value ...]"
+    parser = ArgumentParser(
+        prog=command, usage=usage, description=about, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument(
         "--config", action="config", help="a YAML file, or the name of a shipped one: " + _shipped()
     )

@@ -69,7 +69,8 @@ def compare(config: CompareConfig, console: Console, interrupts: Interrupts) -> 
     ]
     _run_all(cells, Progress(console, log=folder / "compare.log"), interrupts)
     console.print("measuring time and memory per step ...", highlight=False)
-    costs = measure_costs([_cell(config, c, config.seeds[0]) for c in contenders], config.timing_steps)
+    first = [_cell(config, contender, config.seeds[0]) for contender in contenders]
+    costs = measure_costs(first, config.timing_steps, interrupts.check)
     return _results(config, contenders, costs)
 
 
@@ -84,6 +85,11 @@ def _claim(config: CompareConfig) -> Path:
                 f"{folder} is not the folder of a comparison: choose another with --out, or empty it"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        if (
+            config.overwrite
+        ):  # all cells at once, so that going on after an interruption replaces the rest too
+            for cell in (*folder.glob("*/config.yaml"), *folder.glob("search/*/config.yaml")):
+                RunFolder(cell.parent).clear()
         RunFolder(folder).write(file, write_yaml(config))
     except OSError as error:
         raise ConfigError(
@@ -110,12 +116,12 @@ def _contenders(config: CompareConfig) -> list[Contender]:
 def _cell(config: CompareConfig, contender: Contender, seed: int) -> TrainConfig:
     """The run of one rule and seed, to be resumed where it exists."""
     out = f"{config.out}/{slug(contender.label)}-s{seed}"
-    return replace(config.cell(contender.entry, seed), out=out, resume=not config.overwrite).resolved()
+    return replace(config.cell(contender.entry, seed), out=out, overwrite=False, resume=True).resolved()
 
 
 def _run_all(cells: Sequence[Cell], progress: Progress, interrupts: Interrupts, test: bool = True) -> None:
     """Train every cell that is not finished, telling how it goes."""
-    progress.runs = sum(cell.config.overwrite or cell.folder.result() is None for cell in cells)
+    progress.runs = sum(cell.folder.result() is None for cell in cells)
     with progress:
         for number, cell in enumerate(cells, 1):
             interrupts.check()
@@ -141,22 +147,28 @@ def _search(
             trial = replace(
                 config.cell(entry, config.search.seed),
                 out=f"{config.out}/search/{slug(contender.label)}-{number}",
-                resume=not config.overwrite,
+                overwrite=False,
+                resume=True,
                 epochs=config.search.epochs,
                 probe_every=0,
                 tensorboard=False,
             ).resolved()
-            rates = f"lr {lr:.3g}" + ("" if feedback_lr is None else f", feedback lr {feedback_lr:.3g}")
-            cells[contender.label].append(Cell(f"{contender.label}, {rates}", trial))
+            cells[contender.label].append(Cell(f"{contender.label}, {_words(lr, feedback_lr)}", trial))
     progress = Progress(console, log=Path(config.out or "") / "compare.log")
     _run_all([cell for row in cells.values() for cell in row], progress, interrupts, test=False)
     found = []
     for contender in contenders:
         trials = [_trial(cell) for cell in cells[contender.label]]
         lr, feedback_lr = pick(trials, contender.label)
+        progress.prefix = ""
+        progress.say(f"{contender.label}: picked {_words(lr, feedback_lr)} of {len(trials)} trials")
         entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
         found.append(replace(contender, entry=entry, trials=trials))
     return found
+
+
+def _words(lr: float, feedback_lr: float | None) -> str:
+    return f"lr {lr:.3g}" + ("" if feedback_lr is None else f", feedback lr {feedback_lr:.3g}")
 
 
 def _trial(cell: Cell) -> dict[str, Any]:

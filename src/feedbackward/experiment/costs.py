@@ -38,10 +38,11 @@ class Costs:
         }
 
 
-def measure_costs(configs: Sequence[TrainConfig], repeats: int) -> list[Costs]:
+def measure_costs(configs: Sequence[TrainConfig], repeats: int, check: Callable[[], None]) -> list[Costs]:
     """Costs of the runs' steps on a batch of their data, from fresh weights; ``repeats`` 0 measures no step.
 
-    Peaks are taken one run at a time; times with all runs in memory, their steps interleaved.
+    Peaks are taken one run at a time; times with all runs in memory, their steps interleaved. ``check`` is called
+    before every step, and may raise.
     """
     if configs[0].threads:
         torch.set_num_threads(configs[0].threads)
@@ -49,13 +50,13 @@ def measure_costs(configs: Sequence[TrainConfig], repeats: int) -> list[Costs]:
     for config in configs:
         run = _fresh(config)
         sizes.append(_sizes(run))
-        peaks.append(_peak(run) if repeats else None)
+        peaks.append(_peak(run, check) if repeats else None)
         del run
         gc.collect()
     times: list[float] | None = None
     if repeats:
         runs = [_fresh(config) for config in configs]
-        times = _times(runs, repeats)
+        times = _times(runs, repeats, check)
     return [
         replace(size, peak_bytes=peak, step_ms=times[i] if times else None)
         for i, (size, peak) in enumerate(zip(sizes, peaks, strict=True))
@@ -75,8 +76,8 @@ def _sizes(run: Run) -> Costs:
     return Costs(None, None, run.learner.feedback_bytes, parameters, sites)
 
 
-def _peak(run: Run) -> int | None:
-    step, batch = _step(run)
+def _peak(run: Run, check: Callable[[], None]) -> int | None:
+    step, batch = _step(run, check)
     try:
         for _ in range(WARM_UP):
             step()
@@ -85,16 +86,21 @@ def _peak(run: Run) -> int | None:
         return None
 
 
-def _times(runs: Sequence[Run], repeats: int) -> list[float] | None:
+def _times(runs: Sequence[Run], repeats: int, check: Callable[[], None]) -> list[float] | None:
     try:
-        return step_times([_step(run)[0] for run in runs], repeats, runs[0].device)
+        return step_times([_step(run, check)[0] for run in runs], repeats, runs[0].device)
     except DivergenceError:
         return None
 
 
-def _step(run: Run) -> tuple[Callable[[], Any], tuple[Tensor, Tensor]]:
+def _step(run: Run, check: Callable[[], None]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
     batch = next(run.loader.epoch(0))
-    return lambda: run.step(*batch), batch
+
+    def step() -> None:
+        check()
+        run.step(*batch)
+
+    return step, batch
 
 
 def _tensors(run: Run) -> Iterator[Tensor]:

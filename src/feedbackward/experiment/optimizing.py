@@ -35,11 +35,16 @@ class Weights:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         scaler.step(self.optimizer)
-        with warnings.catch_warnings():
-            # under fp16 the scaler may rightly skip the first update
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        if self.schedule.last_epoch == 0:
+            self._first_schedule_step()
+        else:
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _first_schedule_step(self) -> None:
+        with warnings.catch_warnings():  # under fp16 the scaler may rightly skip the first update
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's and the schedule's state."""

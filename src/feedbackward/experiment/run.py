@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DivergenceError
+from ..errors import CheckpointError, DivergenceError
 from ..probe import Probe, probe
 from .building import build_learner
 from .checkpoint import check_same_tensors
@@ -138,7 +138,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped."""
         return {
-            "rule": self.config.rule,
+            "data": self.data_identity(),
             "position": asdict(self.position),
             "model": self.learner.model.state_dict(),
             "feedback": self.learner.feedback.state_dict(),
@@ -146,6 +146,12 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
         }
+
+    def data_identity(self) -> dict[str, Any]:
+        """What tells this data set from another one or a changed one; mean and std see every pixel."""
+        data = self.data
+        sizes = {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
+        return {"name": data.name, **sizes, "classes": data.num_classes, "mean": data.mean, "std": data.std}
 
     def load_weights(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
         """Restore model and feedback. Raises CheckpointError if they belong to another model."""
@@ -157,6 +163,12 @@ class Run:
     def load(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
         """Restore what `state` gave."""
         self.load_weights(state, where)
+        for key, value in self.data_identity().items():
+            if state["data"][key] != value:
+                raise CheckpointError(
+                    f"{where} was trained on other data: its {key} is {state['data'][key]}, here it is {value}; "
+                    "resume it with the data it had, or start another run"
+                )
         for part, weights in self.weights.items():
             weights.load_state_dict(state["weights"][part])
         self.scaler.load_state_dict(state["scaler"])

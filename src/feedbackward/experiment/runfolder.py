@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -61,7 +62,7 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
             folder._take_lock()
             if config.overwrite:
-                folder._clear()
+                folder.clear()
             if not folder.config_file.exists():
                 folder.write(folder.config_file, write_yaml(config))
         except OSError as error:
@@ -92,6 +93,14 @@ class RunFolder:
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Write a small JSON file atomically."""
         self.write(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+    def add_environment(self, values: dict[str, Any]) -> None:
+        """Record what a run, or its continuation, is computed with: a list, one entry per start."""
+        file, entries = self.environment_file, []
+        if file.is_file():
+            with contextlib.suppress(ValueError):  # half written, by hand perhaps: not worth failing for
+                entries = list(json.loads(file.read_text(encoding="utf-8")))
+        self.write(file, json.dumps([*entries, values], indent=1, ensure_ascii=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """The metrics written so far; a last line cut off by a crash is left out."""
@@ -137,7 +146,8 @@ class RunFolder:
         if changed:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed with another config ({'; '.join(changed)}): "
-                f"resume it with --config {self.config_file} --resume, or start another with --out"
+                f"resume it as it was, with --config {self.config_file} --resume, or replace it with --overwrite, "
+                "or choose another --out"
             )
 
     def _contents(self) -> list[str]:
@@ -155,7 +165,7 @@ class RunFolder:
                 f"another process is training in {self.path}: wait for it, or choose another with --out"
             ) from error
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Remove what a run wrote, and nothing else."""
         files = [self.path / name for name in (*OWN, "result.json")]
         events = sorted(self.tensorboard.glob("events.out.tfevents.*")) if self.tensorboard.is_dir() else []

@@ -17,8 +17,8 @@ def trial_rates(search: Search, learned: bool) -> list[tuple[float, float | None
     """
     if learned:
         return [(lr, feedback_lr) for lr in search.lr for feedback_lr in search.feedback_lr]
-    count = len(search.lr) * len(search.feedback_lr)
     low, high = math.log(min(search.lr)), math.log(max(search.lr))
+    count = len(search.lr) * len(search.feedback_lr) if low < high else 1
     steps = max(1, count - 1)
     return [(math.exp(low + (high - low) * i / steps), None) for i in range(count)]
 

@@ -57,7 +57,7 @@ def _train(
     if config.threads:
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
-    folder.write_json(folder.environment_file, environment(device))
+    folder.add_environment(environment(device))
     run = Run(config, shared_data(config.data), device)
     if folder.checkpoint.exists():
         run.load(checkpoint.load(folder.checkpoint), folder.checkpoint)
