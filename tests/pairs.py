@@ -53,6 +53,14 @@ class Pair:
         x = torch.randn(size, *self.shape, generator=generator, dtype=F64)
         return x, torch.randint(self.classes, (size, *self.labels), generator=generator)
 
+    def head(self) -> list[str]:
+        """The parameters above the last cut."""
+        layers = list(self.build().named_children())
+        last = [name for name, _ in layers].index(self.cuts[-1])
+        return [
+            f"{name}.{key}" for name, module in layers[last + 1 :] for key, _ in module.named_parameters()
+        ]
+
     def attach(self, rule: fb.Rule, model: nn.Module | None = None, **options: object) -> fb.Learner:
         model = self.model() if model is None else model
         kept = {"sites": self.sites, "error_at": self.error_at, **options}
@@ -135,10 +143,11 @@ BEFORE_POOL = Pair(
     "conv-before-pool", _conv, (2, 8, 8), (), 3, ("act1", "act2", "act3"), sites=["act1", "act2", "act3"]
 )
 HIDDEN = Pair("mlp-hidden-error", _mlp, (7,), (), 3, ("act1", "act2"), error_at="fc3")
+ACTIVITY = Pair("mlp-activity-error", _mlp, (7,), (), 3, ("act1",), error_at="act2")
 CONV_HIDDEN = Pair("conv-hidden-error", _conv, (2, 8, 8), (), 3, ("pool1",), error_at="conv2")
 TOKENS = Pair("tokens", _tokens, (5, 3), (5,), 7, ("norm1", "act1", "act2"))
 VIT = Pair("vit", _vit, (5, 3), (), 3, ("norm1", "pool"))
-PAIRS = (MLP, CONV, BEFORE_POOL, HIDDEN, CONV_HIDDEN, TOKENS, VIT)
+PAIRS = (MLP, CONV, BEFORE_POOL, HIDDEN, ACTIVITY, CONV_HIDDEN, TOKENS, VIT)
 
 
 def loss_fn(labels: Tensor) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from oracles import Array, Known
 class Row:
     """signal, feedback: the oracle's teaching signal and feedback gradient (None: nothing is learned).
 
-    direct: whether each site is fed straight from the source by weights `B` of its own.
+    direct: whether each site is fed straight from the source by weights `B` of its own. least_batch: as published.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Row:
     signal: Callable[[Known], Array | None]
     feedback: Callable[[Known], Array] | None = None
     direct: bool = True
+    least_batch: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -33,7 +34,7 @@ ROWS = (
     Row("dfa", DFA(), oracles.direct),
     Row("dfa-normal", DFA(init="scaled_normal", scale=0.5), oracles.direct),
     Row("dkp", DKP(), oracles.direct, oracles.outer_product),
-    Row("dkp-centred", DKP(center=True), oracles.direct, oracles.centred_outer_product),
+    Row("dkp-centred", DKP(center=True), oracles.direct, oracles.centred_outer_product, least_batch=2),
 )
 DIRECT = tuple(row for row in ROWS if row.direct)
 LEARNED = tuple(row for row in ROWS if row.feedback is not None)

@@ -35,6 +35,18 @@ def test_feedback_depends_on_seed_and_site_alone() -> None:
     assert weights(others[-1])["flat"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("rule", [fb.DFA, fb.DKP])
+def test_rules_pass_on_their_initialisation(rule: type[fb.DFA] | type[fb.DKP]) -> None:
+    plain, scaled = (
+        weights(MLP.attach(rule(init="scaled_normal"))),
+        weights(MLP.attach(rule(init="scaled_normal", scale=2.0))),
+    )
+    default = weights(MLP.attach(rule()))
+    for name, B in plain.items():
+        assert torch.equal(scaled[name], 2 * B)
+        assert not torch.equal(default[name], B)
+
+
 def test_feedback_differs_between_seeds_and_between_sites() -> None:
     one, two = weights(MLP.attach(fb.DFA(), seed=0)), weights(MLP.attach(fb.DFA(), seed=1))
     assert not any(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,147 @@
+"""One-line defects that the tests must catch: `python tests/mutations.py` puts each into a copy of the package.
+
+Each is (file under src/feedbackward, the line's old text, its new text, the test file that must fail). The copy
+comes first on the path of a fresh process, which runs that test file until its first failure.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "src" / "feedbackward"
+
+SEAMS, DENSE, LEARNER, PROBE, TRACE = "seams.py", "operators/dense.py", "learner.py", "probe.py", "trace.py"
+ORACLES, LAWS, STEPS = "test_oracles.py", "test_laws.py", "test_steps.py"
+FEEDBACK, MEASURES = "test_feedback.py", "test_probe.py"
+
+MUTATIONS = (
+    # cuts and broadcasts
+    (SEAMS, "None if signal is None else signal.reshape(shape)", "None if signal is None else -signal.reshape(shape)", ORACLES),
+    (SEAMS, "cut = h.detach()", "cut = h", ORACLES),
+    (SEAMS, "tape.versions[index] = h, cut, h._version", "tape.versions[index] = cut, cut, h._version", ORACLES),
+    (SEAMS, "return (d, None, None, *signals", "return (d * 0, None, None, *signals", ORACLES),
+    (SEAMS, "return (d, None, None, *signals, *grads)", "return (d, None, None, *signals[::-1], *grads)", ORACLES),
+    (SEAMS, "edge, B, error, activities[i]", "edge, B, error, activities[0]", ORACLES),
+    (SEAMS, "if h is not None and h.requires_grad:", "if h is not None:", ORACLES),
+    (SEAMS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
+    (SEAMS, "if source.shape[0] < self.rule.least_batch:", "if False:", ORACLES),
+    (SEAMS, "and h._version != version:", "and False:", STEPS),
+    (SEAMS, "return source.detach()", "return source.view_as(source)", STEPS),
+    (SEAMS, "if h.shape[lead:] != edge.site_shape or", "if False and", STEPS),
+    (SEAMS, "self.tape = outer", "pass", LAWS),
+    # feedback graphs and what is a site
+    ("graph.py", "return 1 + kept", "return 1", ORACLES),
+    ("graph.py", "if kept and kept == site.tokens and", "if kept and", ORACLES),
+    ("sites.py", "if tensor is first or id(tensor) in found", "if id(tensor) in found or len(found) > 1", ORACLES),
+    ("sites.py", "if when >= self.source_end or tensor is self.source_tensor or", "if", ORACLES),
+    (TRACE, "if t is tensor and v == version:", "if t is tensor:", STEPS),
+    # rules
+    ("rules/dkp.py", "correlate(B, d, h, self.center)", "correlate(B, -d, h, self.center)", ORACLES),
+    ("rules/dkp.py", "correlate(B, d, h, self.center)", "correlate(B, d, h, False)", ORACLES),
+    ("rules/dkp.py", "return 2 if self.center else 1", "return 1", ORACLES),
+    ("rules/dfa.py", "Dense(self.init, self.scale)", "Dense(self.init)", FEEDBACK),
+    ("rules/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),
+    # dense feedback
+    (DENSE, "grad = d.t() @ h", "grad = (h.t() @ d).reshape(d.shape[1], -1)", ORACLES),
+    (DENSE, "grad = d.t() @ h", "grad = d.t() @ h / len(h)", LAWS),
+    (DENSE, "torch.outer(d.sum(0), h.mean(0))", "torch.outer(d.mean(0), h.mean(0))", ORACLES),
+    (DENSE, "(_rows(d) @ _rows(B)).reshape", "(_rows(d) @ _rows(B.transpose(1, -1))).reshape", ORACLES),
+    (DENSE, "last = (*site[1:], site[0])", "last = (site[0], *site[1:])", ORACLES),
+    (DENSE, "return grad.movedim(-1, 1) if moved else grad", "return grad", ORACLES),
+    (DENSE, "B.uniform_(-math.sqrt(6) / root, math.sqrt(6)", "B.uniform_(-math.sqrt(3) / root, math.sqrt(3)", FEEDBACK),
+    (DENSE, "B.normal_(generator=generator).div_(root)", "B.normal_(generator=generator)", FEEDBACK),
+    (DENSE, "B.normal_(generator=generator)", "B.normal_()", FEEDBACK),
+    (DENSE, "return B.mul_(self.scale)", "return B", FEEDBACK),
+    # the learner
+    (LEARNER, '"{seed}:{edge.key}"', '"{edge.key}"', FEEDBACK),
+    (LEARNER, '"{seed}:{edge.key}"', '"{seed}"', FEEDBACK),
+    (LEARNER, "hashlib.sha256(f", "hashlib.sha256(str(id(graph)).encode() or f", FEEDBACK),
+    (LEARNER, "before, self._exact = self._exact, True", "before, self._exact = self._exact, False", LAWS),
+    (LEARNER, "handle.remove()", "pass", LAWS),
+    (LEARNER, "holder.register_buffer(edge.key, B)", "holder.register_buffer(edge.key, B, persistent=False)", LAWS),
+    ("plan.py", "stack += parents[:1] if", "stack += parents if", LAWS),
+    # passes that must leave no trace
+    (TRACE, "buffer.data.copy_(values)", "pass", LAWS),
+    (TRACE, "buffer.data.copy_(values)", "buffer.copy_(values)", STEPS),
+    (TRACE, "random.setstate(state)", "pass", MEASURES),
+    (TRACE, "m.training = mode", "pass", STEPS),
+    # the probe
+    (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
+    (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),
+    (PROBE, "rows[i].append(_rows(g).double().mean(0))", "rows[i].append(_rows(g).double()[0])", MEASURES),
+    (PROBE, "rule.norm().item() / norm if norm", "norm / rule.norm().item() if norm", MEASURES),
+    (PROBE, "rule.sign() == bp.sign()", "rule.sign() != bp.sign()", MEASURES),
+    (PROBE, ".double() @ B.t()", ".double() @ -B.t()", MEASURES),
+    (SEAMS, "return tensor.clone()", "return tensor", MEASURES),
+)  # fmt: skip
+
+
+def _test(folder: str, test: str) -> None:
+    """In a process of its own: run a test file against the package in `folder`; exit as pytest does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.path.insert(0, folder)
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    options = ["-x", "--tb=no", "-k", "not resnet20"]
+    for plugin in (
+        "cacheprovider",
+        "anyio",
+        "unraisableexception",
+        "threadexception",
+    ):  # they cost more than the tests
+        options += ["-p", f"no:{plugin}"]
+    code = pytest.main([*options, str(TESTS / test)])
+    import feedbackward
+
+    if not str(feedbackward.__file__).startswith(folder):
+        code = 99  # another copy was tested
+    os._exit(int(code))
+
+
+def outcome(test: str, mutation: tuple[str, str, str] | None = None) -> int:
+    """pytest's exit code for one test file against a copy of the package, with the mutation if there is one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "numpy"])
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "feedbackward"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("experiment"))
+        if mutation is not None:
+            file, old, new = mutation
+            text = (copy / file).read_text()
+            (copy / file).write_text(text.replace(old, new))
+        process = context.Process(target=_test, args=(folder, test))
+        process.start()
+        process.join(60)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return process.exitcode if process.exitcode is not None else -1
+
+
+def main() -> int:
+    """Report every mutation that its test file does not catch (anything but exit code 1)."""
+    start, survivors = time.perf_counter(), 0
+    for test in sorted({mutation[3] for mutation in MUTATIONS}):
+        if outcome(test) != 0:
+            print(f"{test} fails without any mutation")
+            return 2
+    for file, old, new, test in MUTATIONS:
+        code = outcome(test, (file, old, new))
+        if code != 1:
+            survivors += 1
+            print(f"not caught by {test} (exit code {code}): {file}: {old!r} -> {new!r}")
+    print(f"{len(MUTATIONS) - survivors} of {len(MUTATIONS)} caught in {time.perf_counter() - start:.0f} s")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
