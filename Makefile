@@ -19,7 +19,7 @@ types: .venv/dev
 	$(BIN)/mypy
 
 unit: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 end-to-end: .venv/dev
 	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true
