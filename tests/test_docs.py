@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,8 @@ def test_commands_parse(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_rules_tables_are_up_to_date() -> None:
+    script = [sys.executable, str(ROOT / "tools" / "rules_table.py"), "--check"]
+    assert subprocess.run(script, capture_output=True).returncode == 0, "run: python tools/rules_table.py"
