@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -50,3 +52,7 @@ class Interrupts:
         if self._signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self._signum = signum
+        if (
+            sys.stderr.isatty()
+        ):  # by the bare system call: a handler must not wait for a lock that it interrupted
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")

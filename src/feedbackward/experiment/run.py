@@ -28,11 +28,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Position:
-    """How far a run is, and the sums of the epoch it is in."""
+    """How far a run is (finished epochs, steps of the next, rows, last epoch probed), and sums of its epoch."""
 
     epoch: int = 0
     batch: int = 0
     rows: int = 0
+    probed: int = -1
     loss_sum: float = 0.0
     correct: int = 0
     seen: int = 0

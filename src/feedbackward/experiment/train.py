@@ -92,15 +92,13 @@ class Loop:
 
     def epochs(self) -> None:
         """From the run's position to the end, with a checkpoint after every epoch."""
-        position, every = self.run.position, self.run.config.probe_every
-        if every and position.rows == 0:
-            self.probe(0)
+        position = self.run.position
+        self.probe_if_due()
         while position.epoch < self.run.epochs:
             self.steps()
             self.end_epoch()
-            if every and (position.epoch % every == 0 or position.epoch == self.run.epochs):
-                self.probe(position.epoch)
             self.save()
+            self.probe_if_due()
 
     def steps(self) -> None:
         """The rest of the running epoch."""
@@ -136,9 +134,14 @@ class Loop:
         )
         position.next_epoch()
 
-    def probe(self, epoch: int) -> None:
-        """The alignment with backprop, into the record."""
-        self.record.add("probe", {"epoch": epoch, **self.run.probe().as_dict()})
+    def probe_if_due(self) -> None:
+        """The alignment with backprop, into the record, unless this epoch has it already."""
+        position, every = self.run.position, self.run.config.probe_every
+        due = every and (position.epoch % every == 0 or position.epoch == self.run.epochs)
+        if due and position.batch == 0 and position.probed < position.epoch:
+            self.interrupts.check()
+            self.record.add("probe", {"epoch": position.epoch, **self.run.probe().as_dict()})
+            position.probed = position.epoch
 
     def save(self) -> None:
         """A checkpoint of this very moment."""
