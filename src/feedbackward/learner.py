@@ -64,8 +64,9 @@ def attach(
     found = find(model, recorded, sites, source)
     if not found:
         raise AttachError(
-            f"{type(model).__name__} has no activity to feed between its first layer and the source {source.name!r}: a network "
-            "without hidden layers has nothing to send the error to. Name sites yourself, or choose a later error_at."
+            f"{type(model).__name__} has no activity to feed between its first Linear or convolution and the source "
+            f"{source.name!r}: a network without hidden layers has nothing to send the error to. For layers of other kinds "
+            'use sites="blocks" or name the sites; or choose a later error_at.'
         )
     del recorded
     return Learner(model, rule, tuple(found), source, seed)._with_plan(example)

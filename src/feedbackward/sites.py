@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .blocks import block_names
 from .errors import AttachError, SiteError
 from .graph import Site, Source, Tap
 from .trace import PARAMETRIC, Call, Trace, gradient_edges
@@ -26,7 +27,7 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     if sites == "layers":
         return finder.layers()
     if sites == "blocks":
-        return finder.named(_blocks(model, trace), chosen=False)
+        return finder.named(block_names(model, trace), chosen=False)
     if isinstance(sites, str):
         sites = [sites]
     if callable(sites):
@@ -224,70 +225,3 @@ def _float_leaf(call: Call) -> int:
     raise SiteError(
         f"module {call.name!r} returns no floating-point tensor, so it cannot be a site or a source."
     )
-
-
-def _blocks(model: nn.Module, trace: Trace) -> list[str]:
-    """Items of the outermost Sequential or ModuleList runs, and modules that add or concatenate their own input."""
-    called = set(trace.counts)
-    listed = [name for name in _items(model) if name in called]
-    residual = [call.name for call in trace.calls if call.name and _is_residual(call)]
-    inside = [
-        name
-        for name in residual
-        if not any(_within(name, other) for other in [*listed, *residual] if other != name)
-        and not any(_within(item, name) for item in listed)
-    ]
-    blocks = list(dict.fromkeys(listed + inside))
-    if not blocks:
-        near = [
-            c.name for c in trace.calls if c.name and _holds_layers(c.module) and trace.counts[c.name] == 1
-        ][:6]
-        hint = f"modules that could be named instead: {', '.join(near)}" if near else 'use sites="layers"'
-        raise AttachError(
-            f'sites="blocks" found no residual or repeated block in {type(model).__name__}; {hint}.'
-        )
-    return blocks
-
-
-def _items(module: nn.Module, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for child_name, child in module.named_children():
-        name = f"{prefix}{child_name}"
-        inner = _items(child, f"{name}.")
-        if isinstance(child, (nn.Sequential, nn.ModuleList)) and inner:
-            names += inner
-        elif isinstance(module, (nn.Sequential, nn.ModuleList)) and _holds_layers(child):
-            names.append(name)
-        else:
-            names += inner
-    return names
-
-
-def _holds_layers(module: nn.Module) -> bool:
-    return not isinstance(module, PARAMETRIC) and any(isinstance(m, PARAMETRIC) for m in module.modules())
-
-
-def _within(name: str, other: str) -> bool:
-    return name.startswith(other + ".")
-
-
-_PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
-
-
-def _is_residual(call: Call) -> bool:
-    """Whether a path without any matrix product or convolution leads from the input to the output."""
-    if not _holds_layers(call.module) or not call.outputs or not call.inputs:
-        return False
-    goals = {t.grad_fn for t, _ in call.inputs if t.grad_fn is not None}
-    stack = [t.grad_fn for t, _ in call.outputs if isinstance(t, Tensor)]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node in goals:
-            return True
-        seen.add(node)
-        if not node.name().startswith(_PRODUCTS):
-            stack.extend(parent for parent, _ in node.next_functions)
-    return False
