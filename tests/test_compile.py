@@ -55,13 +55,12 @@ def test_whole_learner(name: str, rule: fb.Rule) -> None:
 
 @slow
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("name", ["resnet", "in_place", "gpt_blocks"])
+@pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
 def test_ahead_of_time_backward(name: str, rule: fb.Rule) -> None:
     check(name, rule, "aot_eager", 1e-6)
 
 
 @slow
-@pytest.mark.parametrize("rule", [fb.DFA(), fb.DKP(center=True)], ids=str)
 @pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
-def test_inductor(name: str, rule: fb.Rule) -> None:
-    check(name, rule, "inductor", 1e-4)
+def test_inductor(name: str) -> None:
+    check(name, fb.DKP(center=True), "inductor", 1e-4)

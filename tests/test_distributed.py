@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import zoo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import feedbackward as fb
+import zoo
 
 WORLD, BATCH, STEPS = 2, 8, 3
 RULES = {"dfa": fb.DFA(), "dkp": fb.DKP()}
