@@ -58,6 +58,7 @@ def attach(
         hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
         raise AttachError(f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}.")
     _refuse_wrapped(model)
+    _refuse_input_gradients(example)
     recorded = trace(model, example)
     source = find_source(model, recorded, error_at, output)
     find = find_arcs if issubclass(rule.feeds, Arc) else find_sites
@@ -107,11 +108,7 @@ class Learner(nn.Module):
             self.seams.recompute = cut
         if not cut:
             return self.model(*args, **kwargs)
-        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
-            raise AttachError(
-                "an input requires a gradient, but under cuts its gradient is not the true one. Use `with learner.exact():` for "
-                "input gradients, or detach the input."
-            )
+        _refuse_input_gradients((args, kwargs))
         with self.seams.recording():
             tied = self.seams.tied(self.model)
             return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
@@ -160,6 +157,14 @@ class Learner(nn.Module):
                 stacklevel=3,
             )
         return self
+
+
+def _refuse_input_gradients(inputs: Any) -> None:
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(inputs)):
+        raise AttachError(
+            "an input requires a gradient, but under cuts its gradient is not the true one. Use `with learner.exact():` "
+            "for input gradients, or detach the input."
+        )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -145,6 +145,8 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
     Raises AttachError where the model cannot run on the example.
     """
+    if torch.is_inference_mode_enabled():
+        raise AttachError("attach outside torch.inference_mode(), under which no graph is recorded.")
     calls: list[Call] = []
     open_calls: list[Call] = []
     seen: Counter[str] = Counter()
