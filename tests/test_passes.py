@@ -81,6 +81,21 @@ def test_another_input_size_names_the_site_and_the_fix() -> None:
         learner(torch.randn(5, 2, 10, 10))
 
 
+def test_buffers_that_a_pass_replaces_are_put_back() -> None:
+    """Attach runs the model, and a counter that each pass assigns anew must not have counted that."""
+
+    def wiring(m: Net, x: Tensor) -> Tensor:
+        m.count = m.count + 1
+        return m.out(m.b(m.a(x).relu()).relu())
+
+    model = two_layers(wiring)
+    model.register_buffer("count", torch.zeros(()))
+    learner = fb.attach(model, fb.DFA(), example=X)
+    assert model.count == 0
+    learner(X)
+    assert model.count == 1
+
+
 def test_inputs_that_require_a_gradient_are_refused() -> None:
     model, example = zoo.build(zoo.case("mlp"))
     learner = fb.attach(model, fb.DFA(), example=example)

@@ -52,6 +52,16 @@ def test_q_k_v_share_a_site() -> None:
     assert [site.shape for site in learner.sites] == [(4, 8), (4, 8), (8,)]
 
 
+def test_layers_that_share_a_functional_activation_share_a_site() -> None:
+    model = two_layers(lambda m, x: m.out(m.b(h := m.a(x).relu()) + m.c(h)), c=nn.Linear(8, 8))
+    learner = fb.attach(model, fb.DFA(), example=X)
+    assert plan_of(learner) == {
+        "b.input": {"a.weight", "a.bias"},
+        "out.input": {"b.weight", "b.bias", "c.weight", "c.bias"},
+        "head": {"out.weight", "out.bias"},
+    }
+
+
 def test_skip_path_of_a_functional_activation_stays_whole_and_is_listed() -> None:
     """No module made the tensor that enters `b`, so only `b` sees the cut; `a` hears two sites, and the plan says so."""
     learner = fb.attach(two_layers(lambda m, x: m.out((h := m.a(x).relu()) + m.b(h))), fb.DFA(), example=X)
@@ -193,6 +203,23 @@ def test_blocks_without_a_list_are_found_by_their_skip_path() -> None:
         out=nn.Linear(16, 3),
     )
     assert names(fb.attach(model, fb.DFA(), example=X, sites="blocks")) == ["one", "two"]
+
+
+def test_a_container_of_blocks_is_no_block() -> None:
+    """An encoder that normalises what its last block returns has a path without layers from end to end."""
+
+    def encode(m: Net, x: Tensor) -> Tensor:
+        for block in m.blocks:
+            x = block(x)
+        return m.norm(x)
+
+    blocks = nn.ModuleList([Net(lambda m, x: x + m.fc(x), fc=nn.Linear(8, 8)) for _ in range(2)])
+    encoder = Net(encode, blocks=blocks, norm=nn.LayerNorm(8))
+    model = Net(
+        lambda m, x: m.out(m.encoder(m.a(x))), a=nn.Linear(6, 8), encoder=encoder, out=nn.Linear(8, 3)
+    )
+    learner = fb.attach(model, fb.DFA(), example=X, sites="blocks")
+    assert names(learner) == ["encoder.blocks.0", "encoder.blocks.1"]
 
 
 def test_a_net_without_blocks_names_candidates() -> None:
