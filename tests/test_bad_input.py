@@ -60,7 +60,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         fb.AttachError,
         r"Linear has no activity to feed.*without hidden layers",
     ),
-    "no parameters": (lambda: nn.Sequential(nn.ReLU()), {}, fb.AttachError, "Sequential has no parameters"),
+    "no parameters": (
+        lambda: nn.Sequential(nn.ReLU()),
+        {},
+        fb.AttachError,
+        "Sequential has no floating-point parameters",
+    ),
     "not a module": (
         lambda: torch.relu,
         {},

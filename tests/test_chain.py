@@ -200,3 +200,170 @@ def test_zero_feedback_is_refused_where_it_is_fixed() -> None:
     with pytest.raises(fb.AttachError, match="zero feedback"):
         fb.FA(init="zeros")
     fb.KolenPollack(init="zeros")
+
+
+class Wired(nn.Module):
+    """A stem, a middle and a head, put together by `how(self, x)`."""
+
+    def __init__(self, how, **extra: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.how = how
+        for name, module in extra.items():
+            self.add_module(name, module)
+
+    def forward(self, x: torch.Tensor):
+        return self.how(self, x)
+
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("how", "extra", "where"),
+    [
+        (lambda m, x: F.relu(m.stem(x)) @ m.table.weight.T, {"table": nn.Embedding(3, 4)}, "'table'"),
+        (lambda m, x: m.head(F.linear(F.relu(m.stem(x)), m.middle.weight)), {}, "'middle'"),
+        (lambda m, x: m.head(m.rnn(m.stem(x))[0]), {"rnn": nn.RNN(4, 4, batch_first=True)}, "'rnn'"),
+    ],
+    ids=["tied table", "functional layer", "recurrent"],
+)
+def test_weights_outside_called_layers_are_refused(how, extra, where: str) -> None:
+    x = X[:, None] if "rnn" in extra else X
+    with pytest.raises(fb.AttachError, match=f"a chain cannot see into {where}.*true weights"):
+        fb.attach(Wired(how, **extra), fb.FA(), example=x)
+
+
+def test_parameters_that_are_only_added_are_harmless() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head, self.position = (
+                nn.Linear(4, 4),
+                nn.Linear(4, 3),
+                nn.Parameter(torch.zeros(6, 4)),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stem(x) + self.position)
+
+    fb.attach(Added(), fb.FA(), example=torch.randn(2, 6, 4))
+
+
+def test_every_output_comes_down_by_arcs() -> None:
+    """A second head's error must not reach the trunk through that head's true weights."""
+    model = Wired(lambda m, x: ((h := F.relu(m.stem(x))), m.head(h), m.middle(h))[1:])
+    learner = fb.attach(model, fb.FA(), example=X, output=lambda o: o[0])
+    for edge in learner.graph.edges:
+        learner.feedback_of(edge).zero_()
+    first, second = learner(X)
+    (first.sum() + second.square().sum()).backward()
+    assert model.stem.weight.grad.abs().max() == 0
+    assert model.middle.weight.grad.abs().max() > 0
+
+
+def test_reentrant_checkpoints_are_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = Wired(lambda m, x: m.head(checkpoint(m.middle, m.stem(x), use_reentrant=True)))
+    with pytest.raises(fb.AttachError, match="'middle' runs without gradients"):
+        fb.attach(model, fb.KolenPollack(), example=X)
+
+
+def test_subclasses_that_change_the_layer_are_refused() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, 2 * self.weight, self.bias)
+
+    with pytest.raises(fb.AttachError, match="'1' is a Doubled, which changes how Linear uses its weight"):
+        fb.attach(nn.Sequential(nn.Linear(4, 4), Doubled(4, 3)), fb.FA(), example=X)
+
+
+def test_kolen_pollack_needs_weights_of_the_layers_own() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    tied[4].weight = tied[2].weight
+    with pytest.raises(fb.AttachError, match=r"'2.weight', which is tied \(2.weight and 4.weight\)"):
+        fb.attach(tied, fb.KolenPollack(), example=X)
+    normed = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    with pytest.raises(fb.AttachError):
+        fb.attach(normed, fb.KolenPollack(), example=X)
+    with pytest.raises(fb.AttachError, match="re-parametrised"):
+        fb.attach(normed, fb.KolenPollack(), example=X, sites=["1"])
+
+
+def test_kolen_pollack_leaves_feedback_of_frozen_weights_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    model[2].weight.requires_grad_(False)
+    learner = fb.attach(model, fb.KolenPollack(), example=X)
+    learner(X).sum().backward()
+    frozen, last = (learner.feedback_of(edge) for edge in learner.graph.edges)
+    assert frozen.grad is None
+    assert torch.equal(last.grad, model[4].weight.grad)
+    assert model[0].weight.grad.abs().max() > 0
+
+
+def test_predicates_skip_what_a_chain_cannot_feed() -> None:
+    model, x, _ = small()
+    learner = fb.attach(model, fb.FA(), example=x, sites=lambda name, m: isinstance(m, nn.Conv2d))
+    assert [edge.site.weight for edge in learner.graph.edges] == ["2.weight"]
+
+
+def test_kernels_fit_every_image_size() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    learner = fb.attach(model, fb.FA(), example=torch.randn(2, 1, 8, 8))
+    with torch.no_grad():
+        for edge in learner.graph.edges:
+            learner.feedback_of(edge).copy_(model.get_parameter(edge.site.weight))
+    x = torch.randn(3, 1, 11, 7)
+    learner(x).square().sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with learner.exact():
+        learner(x).square().sum().backward()
+    for got, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(got, p.grad)
+
+
+def test_the_graph_contract() -> None:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Nothing(fb.DFA):
+        def graph(self, sites, source):
+            return fb.Graph()
+
+    @dataclass(frozen=True)
+    class Twice(fb.DFA):
+        def graph(self, sites, source):
+            return fb.Graph(
+                tuple(sites), tuple(fb.Edge(source, s, fb.Dense()) for s in sites for _ in range(2))
+            )
+
+    @dataclass(frozen=True)
+    class Unarced(fb.FA):
+        feeds = fb.Site
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    for rule, sentence in (
+        (Nothing(), "plain backprop"),
+        (Twice(), "key of its own"),
+        (Unarced(), "feeds = Arc"),
+    ):
+        with pytest.raises(fb.AttachError, match=sentence):
+            fb.attach(model, rule, example=X)
+
+
+def test_one_pass_at_a_time() -> None:
+    learner = fb.attach(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), fb.DFA(), example=X)
+    learner.seams.tape = object()
+    with pytest.raises(fb.SiteError, match="another thread"):
+        learner(X)
+    with pytest.raises(fb.AttachError, match="DistributedDataParallel"):
+        learner._replicate_for_data_parallel()

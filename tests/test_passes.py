@@ -160,6 +160,8 @@ def test_batch_size_equal_to_another_dimension() -> None:
 def test_a_batch_of_one() -> None:
     model, example = zoo.build(zoo.case("tokens"))
     fb.attach(model, fb.DKP(), example=example)(example[:1]).sum().backward()
-    centred = fb.attach(zoo.tokens(), fb.DKP(center=True), example=example)
+    fb.attach(zoo.tokens(), fb.DKP(center=True), example=example)(example[:1]).sum().backward()  # many tokens
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    centred = fb.attach(net, fb.DKP(center=True), example=torch.randn(3, 4))
     with pytest.raises(fb.SiteError, match=r"batch of at least 2, got 1.*Drop the last"):
-        centred(example[:1])
+        centred(torch.randn(1, 4))

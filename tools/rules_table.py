@@ -1,7 +1,7 @@
 """Write the table of rules, as `feedbackward rules --format markdown` prints it, into the pages that show it.
 
-    python tools/rules_table.py           # rewrite
-    python tools/rules_table.py --check   # exit 1 if a page is behind (the tests do this)
+python tools/rules_table.py           # rewrite
+python tools/rules_table.py --check   # exit 1 if a page is behind (the tests do this)
 """
 
 from __future__ import annotations

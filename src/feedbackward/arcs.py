@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import AttachError, SiteError
 from .graph import Arc, Source, Tap
 from .operators.layer import LayerForm
 from .sites import Sites, known_modules, source_tensor
-from .trace import PARAMETRIC, Call, Trace, ancestors
-
-_HARMLESS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+from .trace import PARAMETRIC, PRODUCTS, Call, Trace, ancestors
 
 
 def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Arc]:
@@ -22,22 +24,24 @@ def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> l
     Raises AttachError where an error would silently travel through weights that no arc stands for.
     """
     final, end = source_tensor(trace, source)
-    upstream = ancestors(final)
-    calls = [c for c in trace.calls if isinstance(c.module, PARAMETRIC)]
-    calls = [c for c in calls if c.inputs and c.inputs[0][0].requires_grad and c.end <= end]
-    calls = [c for c in calls if c.outputs[0][0].grad_fn in upstream]
-    if sites == "layers":
-        _refuse_hidden_weights(trace)
+    above = [t for t in tree_leaves(trace.output) if isinstance(t, Tensor)]
+    if any(t is final for t in above):  # the errors of the other outputs travel down the chain as well
+        end = max(call.end for call in trace.calls)
     else:
-        wanted = _wanted(model, sites)
-        missing = [name for name in wanted if name not in {c.name for c in calls}]
-        if missing:
-            raise SiteError(
-                f"{missing[0]!r} is not a layer that a chain can feed: name Linear or convolution layers after the first "
-                "and before the source."
-            )
-        calls = [c for c in calls if c.name in wanted]
-    return [_arc(trace, call) for call in calls]
+        above = [final]
+    calls = [c for c in trace.calls if isinstance(c.module, PARAMETRIC) and c.end <= end and c.inputs]
+    fed = [c for c in calls if c.inputs[0][0].requires_grad]
+    if sites == "layers":
+        _refuse_hidden_weights(model, above, calls)
+        return [_arc(trace, call) for call in fed]
+    wanted, chosen = _wanted(model, sites)
+    missing = [name for name in wanted if name not in {c.name for c in fed}]
+    if missing and chosen:
+        raise SiteError(
+            f"{missing[0]!r} is not a layer that a chain can feed: name Linear or convolution layers after the first and "
+            "before the source."
+        )
+    return [_arc(trace, call) for call in fed if call.name in wanted]
 
 
 def _arc(trace: Trace, call: Call) -> Arc:
@@ -46,48 +50,105 @@ def _arc(trace: Trace, call: Call) -> Arc:
             f"layer {call.name!r} is called {trace.counts[call.name]} times in one forward pass, and a chain feeds each layer "
             "once. Use a module of its own for each call, or a rule with direct feedback."
         )
+    _refuse_subclass(call)
     into, out = call.inputs[0][0], call.outputs[0][0]
     linear = isinstance(call.module, nn.Linear)
-    source = Source(
-        call.name, (Tap(call.name, "output"),), tuple(out.shape[1:]), out.dim() - 2 if linear else 0
-    )
-    form = LayerForm.of(call.module)
-    tap = Tap(call.name, "input", call.index)
-    tokens = into.dim() - 2 if linear else 0
-    shape = tuple(into.shape[1:])
+    taps = (Tap(call.name, "output"),)
+    source = Source(call.name, taps, tuple(out.shape[1:]), out.dim() - 2 if linear else 0)
     return Arc(
-        f"{call.name}.input", (tap,), shape, tokens, source=source, form=form, weight=f"{call.name}.weight"
+        f"{call.name}.input",
+        (Tap(call.name, "input", call.index),),
+        tuple(into.shape[1:]),
+        into.dim() - 2 if linear else 0,
+        source=source,
+        form=LayerForm.of(call.module),
+        weight=f"{call.name}.weight",
     )
 
 
-def _wanted(model: nn.Module, sites: Sites) -> list[str]:
+def _refuse_subclass(call: Call) -> None:
+    """A layer that does more with its weight than its class does cannot be stood in for by a plain `B`."""
+    kind = type(call.module)
+    base = next(c for c in PARAMETRIC if issubclass(kind, c))
+    if any(
+        getattr(kind, name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
+    ):
+        raise AttachError(
+            f"layer {call.name!r} is a {kind.__name__}, which changes how {base.__name__} uses its weight, so feedback of that shape "
+            "would not stand for it. Use a rule with direct feedback, or leave the layer out with `sites=`."
+        )
+
+
+def _wanted(model: nn.Module, sites: Sites) -> tuple[list[str], bool]:
+    """The names, and whether somebody chose them one by one."""
     if sites == "blocks":
         raise AttachError(
             'a chain runs from layer to layer: use sites="layers", names of layers, or a predicate.'
         )
     if callable(sites):
-        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, PARAMETRIC))
-        return [n for n, m in layers if sites(n, m)]
-    return known_modules(model, [sites] if isinstance(sites, str) else sites)
+        return [n for n, m in model.named_modules() if isinstance(m, PARAMETRIC) and sites(n, m)], False
+    return known_modules(model, [sites] if isinstance(sites, str) else sites), True
 
 
-def _refuse_hidden_weights(trace: Trace) -> None:
-    """Matrices that are not the weight of a Linear or convolution called as a module pass the true error on."""
-    for call in trace.calls:
-        module = call.module
-        if isinstance(module, (*PARAMETRIC, *_HARMLESS)):
+def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: list[Call]) -> None:
+    """Every product of an activity with a parameter must be a layer's; others pass the error on through true weights."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers = {id(p) for call in calls for p in call.module.parameters(recurse=False)}
+    for node in {node for t in outputs for node in ancestors(t)}:
+        recurrent = "Rnn" in node.name() or "Lstm" in node.name() or "Gru" in node.name()
+        if not recurrent and not node.name().startswith(PRODUCTS):
             continue
-        hidden = [
-            name for name, p in module.named_parameters(recurse=False) if p.dim() > 1 and min(p.shape) > 1
-        ]
-        if not hidden:
-            continue
-        what = (
-            "nn.MultiheadAttention applies its projections without calling them as modules"
-            if isinstance(module, nn.MultiheadAttention)
-            else f"{type(module).__name__} multiplies by its own {hidden[0]!r}"
-        )
-        raise AttachError(
-            f"a chain cannot see into {call.name!r}: {what}, so the error would travel through true weights there. Use a rule with "
-            'direct feedback (DFA, DKP; sites="blocks"), write it with nn.Linear layers, or name the layers to feed with `sites=`.'
-        )
+        operands = [_parameter(parent) for parent, _ in node.next_functions if parent is not None]
+        if all(p is not None for p in operands) and not recurrent:
+            continue  # nothing below it to pass an error to
+        hidden = [p for p in operands if p is not None and p.dim() > 1 and id(p) not in layers]
+        if hidden:
+            raise AttachError(_hidden_weight(model, names[id(hidden[0])]))
+
+
+def _hidden_weight(model: nn.Module, name: str) -> str:
+    owner = name.rpartition(".")[0]
+    attention = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention) and f"{name}.".startswith(f"{n}.")
+    ]
+    owner = attention[0] if attention else owner
+    kind = type(model.get_submodule(owner))
+    why = (
+        "nn.MultiheadAttention applies its projections without calling them as modules"
+        if attention
+        else f"its parameter {name!r} multiplies an activity outside a Linear or convolution that is called as a module"
+    )
+    return (
+        f"a chain cannot see into {owner or kind.__name__!r}: {why}, so the error would travel through true weights there. Use a "
+        'rule with direct feedback (DFA, DKP; sites="blocks"), write it with nn.Linear layers, or name the layers to feed with '
+        "`sites=`."
+    )
+
+
+_PASSING = (
+    "T",
+    "View",
+    "UnsafeView",
+    "Transpose",
+    "Permute",
+    "Expand",
+    "ToCopy",
+    "Reshape",
+    "Unsqueeze",
+    "Squeeze",
+    "Clone",
+)
+
+
+def _parameter(node: Any) -> Tensor | None:
+    """The parameter behind an operand, if nothing but views and casts lie between."""
+    while node is not None and not hasattr(node, "variable"):
+        if (
+            node.name().removesuffix("Backward0").removesuffix("Backward1") not in _PASSING
+            or len(node.next_functions) != 1
+        ):
+            return None
+        node = node.next_functions[0][0]
+    return None if node is None else node.variable

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import AttachError
-from .trace import PARAMETRIC, Call, Trace
+from .trace import PARAMETRIC, PRODUCTS, Call, Trace
 
 _RUNS = (nn.Sequential, nn.ModuleList)
-_PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
 
 
 def block_names(model: nn.Module, trace: Trace) -> list[str]:
@@ -82,6 +81,6 @@ def _is_residual(call: Call) -> bool:
         if node in goals:
             return True
         seen.add(node)
-        if not node.name().startswith(_PRODUCTS):
+        if not node.name().startswith(PRODUCTS):
             stack.extend(parent for parent, _ in node.next_functions)
     return False

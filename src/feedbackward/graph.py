@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from .errors import AttachError
 from .operators.base import Operator
 from .operators.layer import LayerForm
 
@@ -112,13 +114,22 @@ class Graph:
     sites: tuple[Site, ...] = ()
     edges: tuple[Edge, ...] = ()
 
+    def __post_init__(self) -> None:
+        keys = [edge.key for edge in self.edges]
+        if len(set(keys)) < len(keys) or any(edge.site not in self.sites for edge in self.edges):
+            raise AttachError(
+                "a feedback graph needs a key of its own for every edge, and its edges must lead to its sites."
+            )
+
     @property
     def sources(self) -> tuple[Source, ...]:
         return tuple(dict.fromkeys(edge.source for edge in self.edges))
 
 
-def chain(arcs: Sequence[Arc], form: Callable[[Arc], Operator], shared: bool = False) -> Graph:
+def chain(arcs: Sequence[Any], form: Callable[[Arc], Operator], shared: bool = False) -> Graph:
     """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`."""
+    if not all(isinstance(arc, Arc) for arc in arcs):
+        raise AttachError("a chain runs over arcs: set `feeds = Arc` in the rule's class.")
     edges = (Edge(arc.source, arc, form(arc), arc.weight if shared else None) for arc in arcs)
     return Graph(tuple(arcs), tuple(edges))
 

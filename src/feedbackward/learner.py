@@ -19,7 +19,7 @@ from .graph import Arc, Edge, Graph, Site, Source
 from .plan import Plan, describe, make_plan
 from .rules.base import Rule
 from .seams import Seams
-from .sites import Sites, find_sites, find_source
+from .sites import Sites, find_sites, find_source, refuse_unrecorded
 from .trace import trace
 
 
@@ -43,7 +43,8 @@ def attach(
         rule: a rule instance, for example `DKP()`.
         example: inputs the model accepts (a tensor, a tuple of arguments or a dict of keywords), of the shape used in
             training. The model runs on it twice, in training mode; buffers, modes and random state are restored.
-        sites: `"layers"`: the activity that enters each Linear or convolution after the first; `"blocks"`: outputs of
+        sites: `"layers"`: the activity that enters each Linear or convolution after the first (for chains, FA and KP: each
+            such layer's input, and names are names of layers); `"blocks"`: outputs of
             residual or transformer blocks; a list of module names (their outputs); or a predicate `(name, module) -> bool`.
         error_at: the module whose output's error is broadcast; layers above it learn by their true gradient. Default:
             the model's output.
@@ -60,6 +61,7 @@ def attach(
     _refuse_wrapped(model)
     _refuse_input_gradients(example)
     recorded = trace(model, example)
+    refuse_unrecorded(recorded)
     source = find_source(model, recorded, error_at, output)
     find = find_arcs if issubclass(rule.feeds, Arc) else find_sites
     found = find(model, recorded, sites, source)
@@ -89,6 +91,7 @@ class Learner(nn.Module):
         self.model = model
         self.rule, self.sites, self.source, self.seed = rule, sites, source, seed
         self.graph: Graph = rule.graph(sites, source)
+        _check_graph(model, rule, self.graph)
         self.feedback = _make_feedback(model, self.graph, rule, seed)
         self.seams = Seams(self.graph, rule, self.feedback)
         self.plan: Plan
@@ -112,6 +115,11 @@ class Learner(nn.Module):
         with self.seams.recording():
             tied = self.seams.tied(self.model)
             return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Learner:
+        raise AttachError(
+            "nn.DataParallel runs replicas in threads, which share one tape: use DistributedDataParallel."
+        )
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -171,8 +179,10 @@ def _refuse_wrapped(model: nn.Module) -> None:
     """Hooks must sit on plain modules: a compiled or scripted part would not see them, a Learner has its own."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"the model must be a torch.nn.Module, not {type(model).__name__}.")
-    if next(model.parameters(), None) is None:
-        raise AttachError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
+    if not any(p.is_floating_point() for p in model.parameters()):
+        raise AttachError(
+            f"{type(model).__name__} has no floating-point parameters, so there is nothing to train."
+        )
     for name, module in model.named_modules():
         where = f"its part {name!r}" if name else "the model"
         if isinstance(module, Learner):
@@ -186,7 +196,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise AttachError(
                 f"{where} is a {type(module).__name__}, which would not keep the feedback in step: attach to the plain "
-                "model, then wrap the learner."
+                "model, then wrap the learner in DistributedDataParallel."
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise AttachError(
@@ -207,12 +217,34 @@ def param_groups(
     return [*groups, {"params": learned, **(feedback or {})}] if learned else groups
 
 
+def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
+    """A rule that cuts nothing is backprop; a weight that is shared must be one that the model really has."""
+    if not graph.sites and not rule.properties.weight_transport:
+        raise AttachError(
+            f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
+        )
+    for edge in graph.edges:
+        if edge.shares is None:
+            continue
+        owner, _, leaf = edge.shares.rpartition(".")
+        weight = model.get_submodule(owner)._parameters.get(leaf)
+        if weight is None:
+            raise AttachError(
+                f"{rule.label} gives B the gradient of {edge.shares!r}, which is re-parametrised (weight norm, pruning, ...). Remove "
+                "the parametrisation, or use FA or a rule with direct feedback."
+            )
+        uses = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+        if len(uses) > 1:
+            raise AttachError(
+                f"{rule.label} gives B the gradient of {edge.shares!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
+                "several. Untie the weights, or use FA or a rule with direct feedback."
+            )
+
+
 def _make_feedback(model: nn.Module, graph: Graph, rule: Rule, seed: int) -> nn.Module:
     """One weight per edge, on the model's device; float64 for a float64 model, else float32."""
     holder = nn.Module()
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if reference is None:
-        raise AttachError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
+    reference = next(p for p in model.parameters() if p.is_floating_point())
     dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
     for edge in graph.edges:
         digest = hashlib.sha256(f"{seed}:{edge.key}".encode()).digest()

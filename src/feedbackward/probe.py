@@ -95,6 +95,10 @@ def probe(
         jacobian: compare the feedback with the batch-mean Jacobian, at the cost of C backward passes, and measure its
             readout alignment. Default: where the rule learns its feedback, with the Jacobian only if C <= 256.
     """
+    if not isinstance(learner, Learner):
+        raise FeedbackError(
+            f"probe needs the learner that `attach` returned, not a {type(learner).__name__}."
+        )
     params = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
     rule_signals, rule_grads, _ = _gradients(learner, loss_fn, batch, params, exact=False)
     bp_signals, bp_grads, activities = _gradients(learner, loss_fn, batch, params, exact=True)

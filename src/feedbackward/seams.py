@@ -50,7 +50,7 @@ class Broadcast(torch.autograd.Function):
             lead = edge.leading
             error = d.to(dtype).flatten(0, lead - 1)
             signal = (
-                edge.operator.send(B.to(dtype), error, edge.site_shape)
+                edge.operator.send(B.to(dtype), error, tuple(shape[lead:]))
                 if ctx.needs_input_grad[3 + i]
                 else None
             )
@@ -125,12 +125,16 @@ class _Hooked(ABC):
     @contextmanager
     def recording(self) -> Iterator[Tape]:
         """One tape per forward pass, dropped at its end. A pass that missed a site or source is refused."""
-        outer, self.tape = self.tape, Tape(len(self.sites))
+        if self.tape is not None:
+            raise SiteError(
+                "a forward pass of this learner runs already (in another thread?): use one learner per thread."
+            )
+        self.tape = Tape(len(self.sites))
         try:
             yield self.tape
             self._complete(self.tape)
         finally:
-            self.tape = outer
+            self.tape = None
 
     def _complete(self, tape: Tape) -> None:
         missed = [site.name for site, h in zip(self.sites, tape.h, strict=True) if h is None]
@@ -188,12 +192,12 @@ class Seams(_Hooked):
 
     def tied(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights of the model whose gradient a feedback weight shares, ready to take the place of the plain ones."""
-        weights = dict(model.named_parameters()) if any(e.shares for e in self.edges) else {}
-        return {
-            e.shares: Share.apply(weights[e.shares], getattr(self.feedback, e.key))
+        shared = [
+            (e.shares, model.get_parameter(e.shares), getattr(self.feedback, e.key))
             for e in self.edges
             if e.shares
-        }
+        ]
+        return {name: Share.apply(W, B) for name, W, B in shared if W.requires_grad}
 
     def fire(self, index: int, tensor: Tensor) -> Tensor:
         """Put the broadcast of this source's error in place; every site it feeds must have been met, unchanged."""
@@ -249,7 +253,8 @@ class Seams(_Hooked):
                 "feedback would learn from the wrong tensor. Use inplace=False there, or choose the changed tensor as site."
             )
         lead = edge.leading
-        if h.shape[lead:] != edge.site_shape or source.shape[lead:].numel() != edge.source_size:
+        fits = h.shape[lead:] == edge.site_shape and source.shape[lead:].numel() == edge.source_size
+        if edge.operator.sized and not fits:
             raise SiteError(
                 f"site {site.name!r} got an activity of shape {list(h.shape)} and its source {list(source.shape)}, but its dense "
                 f"feedback was made for features {list(edge.site_shape)} and {edge.source_size} source units. Dense feedback fits one "
@@ -260,7 +265,7 @@ class Seams(_Hooked):
                 f"site {site.name!r} has leading dimensions {list(h.shape[:lead])} and the source {edge.source.name!r} "
                 f"{list(source.shape[:lead])}: the batch must come first and be the same at both."
             )
-        if source.shape[0] < self.rule.least_batch:
+        if source.shape[:lead].numel() < self.rule.least_batch:
             raise SiteError(
                 f"{self.rule.label} with these options needs a batch of at least {self.rule.least_batch}, got "
                 f"{source.shape[0]} (center=True subtracts the batch mean). Drop the last smaller batch."

@@ -22,7 +22,6 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     Raises SiteError for names that are unknown, not called, called twice or beyond the source, and
     AttachError where the model has no site.
     """
-    _refuse_unrecorded(trace)
     finder = _Finder(trace, source)
     if sites == "layers":
         return finder.layers()
@@ -140,7 +139,7 @@ class _Finder:
         return (tensor.grad_fn, tensor.output_nr) in self.upstream
 
 
-def _refuse_unrecorded(trace: Trace) -> None:
+def refuse_unrecorded(trace: Trace) -> None:
     """A layer whose graph is not recorded would be trained by nothing, or by backprop behind the cuts."""
     for call in trace.calls:
         if not call.grad_enabled and any(p.requires_grad for p in call.module.parameters(recurse=False)):
@@ -200,7 +199,8 @@ def known_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
                 if near
                 else f"its modules are {', '.join(list(modules)[1:9])}, ..."
             )
-            raise SiteError(f"the model has no module named {name!r}; {hint}.")
+            kinds = ' (or "layers", "blocks")' if len(names) == 1 else ""
+            raise SiteError(f"the model has no module named {name!r}; {hint}{kinds}.")
     return list(dict.fromkeys(names))
 
 

@@ -25,6 +25,8 @@ PARAMETRIC = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+# how autograd's nodes of matrix products and convolutions begin
+PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
 _CHANNELS_FIRST = (*PARAMETRIC[1:], nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 
@@ -50,7 +52,6 @@ class Trace:
 
     calls: list[Call]
     output: Any
-    inputs: list[Tensor]
 
     def __post_init__(self) -> None:
         self.counts = Counter(call.name for call in self.calls)
@@ -192,7 +193,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
                 f"{type(model).__name__} failed on the example (tensors {shapes}): {error}.{advice} "
                 "Pass an `example` that the model accepts, as tensor, tuple or dict."
             ) from error
-    return Trace(calls, output, [t for t in tree_leaves(example) if isinstance(t, Tensor)])
+    return Trace(calls, output)
 
 
 def gradient_edges(tensor: Tensor) -> set[tuple[Any, int]]:

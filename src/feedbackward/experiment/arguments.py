@@ -109,7 +109,7 @@ def _check_known(name: str, hints: dict[str, Any], flags: set[str]) -> None:
     parent = name.partition(".")[0]
     if f"--{name}" in flags or (hints.get(parent) == dict[str, Any] and "." in name):
         return
-    names = [flag[2:] for flag in flags if flag.startswith("--")] + [*SHORT]
+    names = sorted({flag[2:] for flag in flags if flag.startswith("--")} | {*SHORT}, reverse=True)
     # the last part counts too: --learning-rate is far from every flag, but --weight-decay ends one
     ends = [flag for flag in names if flag.endswith(f".{name}")]
     near = ends or difflib.get_close_matches(name, names, n=3, cutoff=0.5)

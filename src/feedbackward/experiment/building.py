@@ -89,7 +89,7 @@ def _check_output(learner: Learner, example: Tensor, classes: int, name: str) ->
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ConfigError(
             f"the model '{name}' returned {got} for {len(example)} images: expected logits "
-            f"[{len(example)}, {classes}], one per class of the data"
+            f"[{len(example)}, {classes}], one per class of the data; a callable of your own is given them as `classes`"
         )
 
 

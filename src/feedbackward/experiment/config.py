@@ -47,7 +47,7 @@ class Settings:
     """What a training run and a comparison have in common.
 
     Attributes:
-        model: a net's name, or package.module:callable.
+        model: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56, resnet110, mlp, or package.module:callable.
         norm: batch norm in the named nets.
         sites: layers, blocks, published, a list of module names; by default the net's own choice.
         error_at: module whose output's error is broadcast; by default the model's output.

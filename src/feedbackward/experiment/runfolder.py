@@ -127,7 +127,8 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} exists and is not the folder of a run: choose another with --out, or empty it"
             )
-        if config.overwrite:
+        nothing = not self.checkpoint.exists() and self.result() is None
+        if config.overwrite or nothing:  # a run that failed before its first checkpoint has nothing to lose
             return
         if not config.resume:
             state, ways = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ class Operator(ABC):
     """The form of a feedback connection. It holds hyper-parameters only, never tensors.
 
     Shapes: the error `d` is `[M, *source]` (M = batch, or batch x tokens; C = the size of `source`), an activity `h`
-    is `[M, *site]`.
+    is `[M, *site]`. `sized` operators fit the shapes they were created for only.
     """
+
+    sized: ClassVar[bool] = True
 
     @abstractmethod
     def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:

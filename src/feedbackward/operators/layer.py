@@ -61,6 +61,8 @@ class LayerShaped(Operator):
         `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these layers.
     """
 
+    sized = False
+
     form: LayerForm
     init: str = "xavier_uniform"
     scale: float = 1.0

@@ -54,5 +54,4 @@ class FA(Rule):
             )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        arcs = [arc for arc in sites if isinstance(arc, Arc)]
-        return chain(arcs, lambda arc: LayerShaped(arc.form, self.init, self.scale))
+        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale))

@@ -46,5 +46,4 @@ class KolenPollack(Rule):
     )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        arcs = [arc for arc in sites if isinstance(arc, Arc)]
-        return chain(arcs, lambda arc: LayerShaped(arc.form, self.init, self.scale), shared=True)
+        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale), shared=True)
