@@ -24,7 +24,7 @@ from feedbackward.experiment.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.measure import LiveBytes, step_times
 from feedbackward.experiment.optimizing import Weights
 from feedbackward.experiment.progress import Progress
-from feedbackward.experiment.recipes import Optimizer
+from feedbackward.experiment.recipes import Optimizer, find_recipe
 from feedbackward.experiment.run import Run
 from feedbackward.experiment.runfolder import RunFolder
 
@@ -250,7 +250,7 @@ def test_what_is_not_finite_is_named():
 
 def test_an_exploding_rate_is_told(tmp_path):
     wild = Changes(lr=1e30, schedule="constant")
-    with pytest.raises(DivergenceError, match=r"--forward.lr \(now 1e\+30\) or --feedback.lr \(now 1e\+30\)"):
+    with pytest.raises(DivergenceError, match=r"--forward.lr \(now 1e\+30\) or --feedback.lr \(now 0.003\)"):
         run(config(tmp_path, forward=wild, probe_every=0))
     assert RunFolder(tmp_path / "run").result()["status"] == "diverged"
 
@@ -313,7 +313,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         ({"rule": "torch.nn:Linear"}, "not a subclass of feedbackward.Rule"),
         ({"rule_options": {"centre": True}}, "no option 'centre': did you mean 'center'"),
         ({"model": "vgg66"}, "unknown net 'vgg66'"),
-        ({"model": "torch.nn:Flatten"}, "no parameters"),
+        ({"model": "torch.nn:Flatten"}, "no floating-point parameters"),
         ({"model": f"{__name__}:wide"}, r"returned \[4, 5\] for 4 images: expected logits \[4, 3\]"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"data": replace(DATA, train_limit=1)}, "training image"),
@@ -415,7 +415,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_gathers_everything(comparison
     assert [rule["label"] for rule in results["rules"]] == ["BP", "DKP", "DKP (center=True)"]
     bp, dkp, centred = results["rules"]
     assert (bp["step_ratio"], bp["peak_ratio"], bp["feedback_bytes"]) == (1.0, 1.0, 0)
-    assert bp["rates"] == {"lr": 0.02, "feedback_lr": None}
+    assert bp["rates"] == {"lr": find_recipe("default").rates["bp"].lr, "feedback_lr": None}
     assert centred["rates"] == {"lr": 0.01, "feedback_lr": 0.01}
     assert dkp["feedback_bytes"] == 4 * 3 * sum(math.prod(shape) for shape in ((4, 6, 6), (12,)))
     for rule in results["rules"]:
