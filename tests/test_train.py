@@ -416,7 +416,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_gathers_everything(comparison
     bp, dkp, centred = results["rules"]
     assert (bp["step_ratio"], bp["peak_ratio"], bp["feedback_bytes"]) == (1.0, 1.0, 0)
     assert bp["rates"] == {"lr": find_recipe("default").rates["bp"].lr, "feedback_lr": None}
-    assert centred["rates"] == {"lr": 0.01, "feedback_lr": 0.01}
+    assert centred["rates"] == {"lr": 0.01, "feedback_lr": find_recipe("default").rates["dkp"].feedback_lr}
     assert dkp["feedback_bytes"] == 4 * 3 * sum(math.prod(shape) for shape in ((4, 6, 6), (12,)))
     for rule in results["rules"]:
         assert [r["seed"] for r in rule["runs"]] == [0, 1]
