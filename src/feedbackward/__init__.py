@@ -1,4 +1,4 @@
-"""Train PyTorch networks with direct, learned feedback instead of backpropagation."""
+"""Train PyTorch networks with feedback connections instead of backpropagation's transposed weights."""
 
 from .errors import (
     AttachError,
