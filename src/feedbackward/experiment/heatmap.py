@@ -102,7 +102,7 @@ def _norms(axes: Axes, norms: np.ndarray) -> None:
     low, high = np.nanmin(known), np.nanmax(known)
     axes.set_xlim(min(low / 3, FLOOR / 3 if low < 100 * FLOOR else low), high * 3)
     axes.axvline(FLOOR, color="#d55e00", lw=1, ls="--")
-    axes.set_xlabel("BP's gradient\nnorm, last probe", size=8)
+    axes.set_xlabel("BP's norm,\nlast probe", size=8)
     axes.xaxis.set_major_locator(LogLocator(numticks=3))
     axes.xaxis.set_major_formatter(lambda norm, _: f"{norm:.0e}".replace("e-0", "e-").replace("e+0", "e"))
     axes.xaxis.set_minor_locator(NullLocator())

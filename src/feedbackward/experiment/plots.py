@@ -133,10 +133,11 @@ def picture(results: Results) -> bytes:
         panels[0].set_title("Learning curves", loc="left", weight="bold", size=10.5)
         for axes, rule in zip(panels[1:], shown, strict=True):
             cells(axes, grid(rule, sites, "angle"), ANGLE)
-            axes.set_title(f"{label_of(rule)}: angle to backprop", loc="left", weight="bold", size=10.5)
+            axes.set_title(label_of(rule), loc="left", weight="bold", size=10.5)
             name_ticks(axes, sites if axes is panels[1] else [], most=20)
         if shown:
             bar = figure.colorbar(ScalarMappable(ANGLE.norm, ANGLE.colours), ax=panels[-1])
+            bar.set_label("angle to backprop")
             bar.outline.set_visible(False)
             bar.set_ticks([0, 45, 90, 135, 180], labels=["0°", "45°", "90°", "135°", "180°"])
         stream = io.BytesIO()
