@@ -19,7 +19,7 @@ PACKAGE = TESTS.parent / "src" / "feedbackward"
 
 SEAMS, DENSE, LEARNER, PROBE, TRACE = "seams.py", "operators/dense.py", "learner.py", "probe.py", "trace.py"
 ORACLES, LAWS, STEPS = "test_oracles.py", "test_laws.py", "test_steps.py"
-FEEDBACK, MEASURES = "test_feedback.py", "test_probe.py"
+FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -31,11 +31,20 @@ MUTATIONS = (
     (SEAMS, "edge, B, error, activities[i]", "edge, B, error, activities[0]", ORACLES),
     (SEAMS, "if h is not None and h.requires_grad:", "if h is not None:", ORACLES),
     (SEAMS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
-    (SEAMS, "if source.shape[0] < self.rule.least_batch:", "if False:", ORACLES),
+    (SEAMS, "if source.shape[:lead].numel() < self.rule.least_batch:", "if False:", ORACLES),
     (SEAMS, "and h._version != version:", "and False:", STEPS),
     (SEAMS, "return source.detach()", "return source.view_as(source)", STEPS),
-    (SEAMS, "if h.shape[lead:] != edge.site_shape or", "if False and", STEPS),
-    (SEAMS, "self.tape = outer", "pass", LAWS),
+    (SEAMS, "if edge.operator.sized and not fits:", "if False:", STEPS),
+    (SEAMS, "            self.tape = None\n\n    def _complete", "            pass\n\n    def _complete", LAWS),
+    # chains
+    (SEAMS, "return grad, grad.clone()", "return grad, -grad", CHAIN),
+    (SEAMS, "else B.detach() for edge, B", "else B for edge, B", CHAIN),
+    (SEAMS, "for name, W, B in shared if W.requires_grad", "for name, W, B in shared", CHAIN),
+    ("arcs.py", "c.inputs[0][0].requires_grad]", "c.inputs[0][0].requires_grad][1:]", CHAIN),
+    ("arcs.py", "        end = max(call.end for call in trace.calls)", "        pass", CHAIN),
+    ("operators/layer.py", "return d @ B", "return d @ B * 2", CHAIN),
+    ("operators/layer.py", "folded, period - folded)", "folded, period - folded - 1)", CHAIN),
+    ("operators/layer.py", "return position % size", "return position.clamp(0, size - 1)", CHAIN),
     # feedback graphs and what is a site
     ("graph.py", "return 1 + kept", "return 1", ORACLES),
     ("graph.py", "if kept and kept == site.tokens and", "if kept and", ORACLES),
