@@ -29,6 +29,8 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
         return finder.named(block_names(model, trace), chosen=False)
     if isinstance(sites, str):
         sites = [sites]
+    if not callable(sites) and not sites:
+        raise SiteError('sites is empty: name at least one module, or use "layers" or "blocks".')
     if callable(sites):
         picked = [name for name, module in model.named_modules() if name and sites(name, module)]
         return finder.named(picked, chosen=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -132,6 +133,11 @@ class Loop:
             "epoch {epoch}/{epochs}: train loss {train_loss:.3f}, train {train_accuracy:.1f} %, held out "
             "{validation_accuracy:.1f} %, {images_per_second:,.0f} images/s".format(epochs=run.epochs, **row)
         )
+        chance = math.log(run.data.num_classes)
+        if row["train_loss"] > 10 * chance:
+            self.progress.say(
+                f"the loss is far above that of guessing ({chance:.2f}): training diverges without becoming NaN; lower the rates"
+            )
         position.next_epoch()
 
     def probe_if_due(self) -> None:
