@@ -250,6 +250,12 @@ def test_parameters_that_are_only_added_are_harmless() -> None:
     fb.attach(Added(), fb.FA(), example=torch.randn(2, 6, 4))
 
 
+def test_a_tensor_that_is_not_the_models_is_no_hidden_weight() -> None:
+    outside = torch.randn(4, 4, requires_grad=True)
+    learner = fb.attach(Wired(lambda m, x: m.head(m.stem(x) @ outside)), fb.FA(), example=X)
+    assert [edge.site.weight for edge in learner.graph.edges] == ["head.weight"]
+
+
 def test_every_output_comes_down_by_arcs() -> None:
     """A second head's error must not reach the trunk through that head's true weights."""
     model = Wired(lambda m, x: ((h := F.relu(m.stem(x))), m.head(h), m.middle(h))[1:])

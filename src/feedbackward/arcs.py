@@ -12,7 +12,7 @@ from .errors import AttachError, SiteError
 from .graph import Arc, Source, Tap
 from .operators.layer import LayerForm
 from .sites import Sites, known_modules, source_tensor
-from .trace import PARAMETRIC, PRODUCTS, Call, Trace, ancestors
+from .trace import PARAMETRIC, PRODUCTS, Call, Trace, gradient_edges
 
 
 def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Arc]:
@@ -94,14 +94,17 @@ def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: l
     """Every product of an activity with a parameter must be a layer's; others pass the error on through true weights."""
     names = {id(p): name for name, p in model.named_parameters()}
     layers = {id(p) for call in calls for p in call.module.parameters(recurse=False)}
-    for node in {node for t in outputs for node in ancestors(t)}:
+    for node in {node for t in outputs for node, _ in gradient_edges(t)}:
         recurrent = "Rnn" in node.name() or "Lstm" in node.name() or "Gru" in node.name()
         if not recurrent and not node.name().startswith(PRODUCTS):
             continue
         operands = [_parameter(parent) for parent, _ in node.next_functions if parent is not None]
         if all(p is not None for p in operands) and not recurrent:
             continue  # nothing below it to pass an error to
-        hidden = [p for p in operands if p is not None and p.dim() > 1 and id(p) not in layers]
+        own = [
+            p for p in operands if p is not None and id(p) in names
+        ]  # a tensor from outside is not the model's to refuse
+        hidden = [p for p in own if p.dim() > 1 and id(p) not in layers]
         if hidden:
             raise AttachError(_hidden_weight(model, names[id(hidden[0])]))
 

@@ -207,8 +207,3 @@ def gradient_edges(tensor: Tensor) -> set[tuple[Any, int]]:
         seen.add(edge)
         stack.extend(edge[0].next_functions)
     return seen
-
-
-def ancestors(tensor: Tensor) -> set[Any]:
-    """Every autograd node above `tensor`, its own included."""
-    return {node for node, _ in gradient_edges(tensor)}
