@@ -1,6 +1,5 @@
 """The report: statistics against hand-made numbers, claims, and files that are whole, valid and safe."""
 
-import io
 import json
 import math
 import random
@@ -8,10 +7,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from rich.console import Console
 
 from feedbackward.errors import FeedbackError
-from feedbackward.experiment.report import print_summary, size, summarise, table, write_report
+from feedbackward.experiment.report import size, summarise, table, write_report
 from feedbackward.experiment.summary import conclusion, notes
 
 SITES = [f"features.act{i}" for i in range(1, 8)] + ["classifier.act1"]
@@ -378,39 +376,3 @@ def test_an_unwritable_folder_is_one_clear_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FeedbackError, match=r"cannot be written to .*file.*Name a folder"):
         write_report(small(dkp=[80.0]), tmp_path / "file")
-
-
-def printed(results, **options):
-    stream = io.StringIO()
-    print_summary(results, Console(file=stream, **options))
-    return stream.getvalue()
-
-
-def test_the_terminal_table_fits_eighty_columns():
-    text = printed(make_results(), force_terminal=True, width=80, color_system=None)
-    assert "…" not in text
-    for cell in ("85.6±0.2", "1.84 MB", "0.85×"):
-        assert cell in text
-
-
-def test_a_log_file_gets_whole_lines_and_no_colour():
-    results = make_results()
-    results["rules"][1]["label"] = "DKP [red]"  # square brackets are text, not markup
-    lines = printed(results, width=80).splitlines()
-    assert conclusion(results) in lines
-    assert "\x1b" not in "".join(lines)
-    cells = [
-        cell.strip()
-        for line in lines
-        if line.startswith("| DKP [red]")
-        for cell in line.strip("|").split("|")
-    ]
-    assert cells == [column[1] for column in table(results).values()]
-
-
-def test_a_log_file_without_unicode_is_no_error():
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding="ascii")
-    print_summary(make_results(), Console(file=stream))
-    stream.flush()
-    assert "85.6 +/- 0.2" in raw.getvalue().decode("ascii")
