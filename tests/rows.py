@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import oracles
-from feedbackward import BP, DFA, DKP, Frozen, Rule
+from feedbackward import BP, DFA, DKP, Dense, Frozen, Rule
 from oracles import Array, Known
 
 
@@ -32,7 +32,7 @@ ROWS = (
     Row("bp", BP(), oracles.backprop, direct=False),
     Row("frozen", Frozen(), oracles.nothing, direct=False),
     Row("dfa", DFA(), oracles.direct),
-    Row("dfa-normal", DFA(init="scaled_normal", scale=0.5), oracles.direct),
+    Row("dfa-normal", DFA(operator=Dense("scaled_normal", 0.5)), oracles.direct),
     Row("dkp", DKP(), oracles.direct, oracles.outer_product),
     Row("dkp-centred", DKP(center=True), oracles.direct, oracles.centred_outer_product, least_batch=2),
 )

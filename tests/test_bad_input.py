@@ -212,7 +212,7 @@ def test_refused(name: str) -> None:
 
 def test_zero_fixed_feedback() -> None:
     with pytest.raises(fb.AttachError, match="zero feedback would never train a hidden layer"):
-        fb.DFA(init="zeros")
+        fb.DFA(operator=fb.Dense("zeros"))
 
 
 def test_inference_mode() -> None:

@@ -38,8 +38,8 @@ def test_feedback_depends_on_seed_and_site_alone() -> None:
 @pytest.mark.parametrize("rule", [fb.DFA, fb.DKP])
 def test_rules_pass_on_their_initialisation(rule: type[fb.DFA] | type[fb.DKP]) -> None:
     plain, scaled = (
-        weights(MLP.attach(rule(init="scaled_normal"))),
-        weights(MLP.attach(rule(init="scaled_normal", scale=2.0))),
+        weights(MLP.attach(rule(operator=fb.Dense("scaled_normal")))),
+        weights(MLP.attach(rule(operator=fb.Dense("scaled_normal", 2.0)))),
     )
     default = weights(MLP.attach(rule()))
     for name, B in plain.items():
@@ -93,7 +93,8 @@ def test_fixed_feedback_is_a_buffer_and_learned_feedback_a_parameter() -> None:
 
 
 def create(init: str, site: tuple[int, ...], scale: float = 1.0, classes: int = 40) -> Tensor:
-    return fb.Dense(init, scale).create(classes, site, torch.Generator().manual_seed(0))
+    (B,) = fb.Dense(init, scale).create((classes,), site, torch.Generator().manual_seed(0))
+    return B
 
 
 @pytest.mark.parametrize("site", [(2000,), (20, 10, 10)], ids=str)
@@ -135,7 +136,7 @@ def test_kaiming_uniform_is_torch_s_own_law() -> None:
 def test_signal_norm_does_not_depend_on_the_width(init: str, norm: float, width: int) -> None:
     """E |e B|^2 = |e|^2 n Var(B), Var(B) proportional to 1 / n."""
     e = torch.randn(30, 40, generator=torch.Generator().manual_seed(1))
-    signal = fb.Dense(init).send(create(init, (width,)), e, (width,))
+    signal = fb.Dense(init).send((create(init, (width,)),), e, (width,))
     assert (signal.norm() / e.norm()).item() ** 2 == pytest.approx(norm, rel=0.05)
 
 

@@ -48,14 +48,17 @@ class Told(fb.Operator):
     name: str
     told: dict[str, Tensor]
 
-    def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.zeros(size, *site)
+    def create(self, source: fb.Shape, site: fb.Shape, generator: torch.Generator) -> fb.Weights:
+        return (torch.zeros(1),)
 
-    def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
+    def send(self, weights: fb.Weights, d: Tensor, site: fb.Shape) -> Tensor:
         return self.told[self.name]
 
-    def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
-        raise AssertionError("nothing is learned here")
+    def macs(self, source: fb.Shape, site: fb.Shape) -> int:
+        return 0
+
+    def bytes(self, source: fb.Shape, site: fb.Shape) -> int:
+        return 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +216,7 @@ def test_no_true_gradient_leaks_and_feedback_stays_in_its_segment(
     model = pair.model()
     x, y = pair.batch()
     truth = exact_grads(model, x, y)
-    learner = pair.attach(fb.DKP(init="zeros"), model, sites=sites)
+    learner = pair.attach(fb.DKP(operator=fb.Dense("zeros")), model, sites=sites)
     head = set(learner.plan.head.parameters)
     assert not learner.plan.shared
     assert not learner.plan.unreached

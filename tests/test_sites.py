@@ -153,7 +153,7 @@ def test_of_several_returned_tensors_the_one_that_leads_on_is_cut() -> None:
 
     model = Net(lambda m, x: m.fc(m.states(x)[1]), states=States(), fc=nn.Linear(8, 3))
     x = torch.randn(5, 4, 6)
-    learner = fb.attach(model, fb.DKP(init="zeros"), example=x, sites=["states"])
+    learner = fb.attach(model, fb.DKP(operator=fb.Dense("zeros")), example=x, sites=["states"])
     assert names(learner) == ["states[1]"]
     learner(x).square().sum().backward()
     assert not model.states.lstm.weight_ih_l0.grad.any()
@@ -163,7 +163,7 @@ def test_of_several_returned_tensors_the_one_that_leads_on_is_cut() -> None:
 def test_a_tensor_returned_twice_is_cut_in_both_places() -> None:
     pair = Net(lambda m, x: (h := m.fc(x), h), fc=nn.Linear(6, 8))
     model = Net(lambda m, x: m.out(sum(m.pair(x))), pair=pair, out=nn.Linear(8, 3))
-    learner = fb.attach(model, fb.DKP(init="zeros"), example=X, sites=["pair"])
+    learner = fb.attach(model, fb.DKP(operator=fb.Dense("zeros")), example=X, sites=["pair"])
     learner(X).square().sum().backward()
     assert not pair.fc.weight.grad.any()
 

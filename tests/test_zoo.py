@@ -66,7 +66,7 @@ def test_forward_is_bit_identical_and_attach_leaves_no_trace(case: Case) -> None
 
 @every_case
 def test_without_feedback_only_the_head_learns(case: Case) -> None:
-    learner, example = attached(case, fb.DKP(init="zeros"))
+    learner, example = attached(case, fb.DKP(operator=fb.Dense("zeros")))
     loss_of(case, run(learner, example)).backward()
     got = gradients(learner.model)
     for name in dict(learner.model.named_parameters()):

@@ -9,19 +9,23 @@ from .errors import (
     FeedbackError,
     SiteError,
 )
-from .graph import Arc, Edge, Graph, Site, Source, chain, star
+from .graph import Arc, Edge, Graph, Local, Site, Source, chain, star
 from .learner import Learner, attach, param_groups
-from .operators import Dense, LayerShaped, Operator
+from .operators import OPERATORS, Dense, LayerShaped, Operator, Shape, Weights
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
-from .rules import BP, DFA, DKP, FA, RULES, Frozen, KolenPollack, Properties, Rule
+from .rules import BP, DFA, DGL, DKP, DRTP, FA, RULES, Frozen, KolenPollack, Properties, Rule
+from .schedules import step_in_backward
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BP",
     "DFA",
+    "DGL",
     "DKP",
+    "DRTP",
     "FA",
+    "OPERATORS",
     "RULES",
     "Arc",
     "AttachError",
@@ -37,18 +41,22 @@ __all__ = [
     "KolenPollack",
     "LayerShaped",
     "Learner",
+    "Local",
     "Operator",
     "ParameterAlignment",
     "Probe",
     "Properties",
     "Rule",
+    "Shape",
     "Site",
     "SiteAlignment",
     "SiteError",
     "Source",
+    "Weights",
     "attach",
     "chain",
     "param_groups",
     "probe",
     "star",
+    "step_in_backward",
 ]

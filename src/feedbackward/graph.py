@@ -80,7 +80,10 @@ class Edge:
 
     def __post_init__(self) -> None:
         if not self.key:
-            object.__setattr__(self, "key", self.site.name.replace(".", "/"))
+            key = feedback_key(self.site)
+            if self.operator.common:
+                key = f"{type(self.operator).__name__}/{'x'.join(map(str, self.source_shape))}"
+            object.__setattr__(self, "key", key)
 
     @property
     def leading(self) -> int:
@@ -107,23 +110,48 @@ class Edge:
         return self.site.shape[self.leading - 1 :]
 
 
+def feedback_key(site: Site) -> str:
+    """The name under which the feedback of a site is kept: a module's name may not hold a dot."""
+    return site.name.replace(".", "/")
+
+
+@dataclass(frozen=True)
+class Local:
+    """A loss of its own for a site, from an auxiliary network; its gradient joins the backward pass at the source."""
+
+    source: Source
+    site: Site
+
+    @property
+    def key(self) -> str:
+        return feedback_key(self.site)
+
+
 @dataclass(frozen=True)
 class Graph:
-    """Where the network is cut, and what is sent where. Sites without an edge get no signal."""
+    """Where the network is cut, what is sent where, and which sites have a local loss. Sites with neither an edge nor a
+    local loss get no signal."""
 
     sites: tuple[Site, ...] = ()
     edges: tuple[Edge, ...] = ()
+    local: tuple[Local, ...] = ()
 
     def __post_init__(self) -> None:
-        keys = [edge.key for edge in self.edges]
-        if len(set(keys)) < len(keys) or any(edge.site not in self.sites for edge in self.edges):
+        keys = [edge.key for edge in self.edges if not edge.operator.common]
+        fed = [end.site for end in self._ends]
+        if len(set(keys)) < len(keys) or any(site not in self.sites for site in fed):
             raise AttachError(
-                "a feedback graph needs a key of its own for every edge, and its edges must lead to its sites."
+                "a feedback graph needs a key of its own for every edge (unless its operator is common to several), and its "
+                "edges and local losses must lead to its sites."
             )
 
     @property
+    def _ends(self) -> list[Edge | Local]:
+        return [*self.edges, *self.local]
+
+    @property
     def sources(self) -> tuple[Source, ...]:
-        return tuple(dict.fromkeys(edge.source for edge in self.edges))
+        return tuple(dict.fromkeys(end.source for end in self._ends))
 
 
 def chain(arcs: Sequence[Any], form: Callable[[Arc], Operator], shared: bool = False) -> Graph:

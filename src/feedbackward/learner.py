@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +13,16 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .arcs import find_arcs
-from .errors import AttachError
+from .errors import AttachError, FeedbackError
+from .feedback import count_bytes, fitted, make_feedback, weights_of
 from .graph import Arc, Edge, Graph, Site, Source
+from .operators.base import Weights
 from .plan import Plan, describe, make_plan
 from .rules.base import Rule
+from .schedules import LossFn, Schedule, backward
 from .seams import Seams
 from .sites import Sites, find_sites, find_source, refuse_unrecorded
+from .target import Target
 from .trace import trace
 
 
@@ -32,6 +35,7 @@ def attach(
     error_at: str | None = None,
     output: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
+    feedback_dtype: torch.dtype | None = None,
 ) -> Learner:
     """Train `model` with `rule`: find the sites, make the feedback weights, and return the Learner.
 
@@ -50,6 +54,9 @@ def attach(
             the model's output.
         output: which tensor of a structured output is the model's output, for example `lambda o: o.logits`.
         seed: feedback weights depend on it and on the site's name only, so they are the same on every rank and device.
+        feedback_dtype: in which feedback weights are stored, `torch.bfloat16` to halve their bytes; products use the dtype
+            of the activities. Default: float32, or float64 for a float64 model. Learned feedback in bfloat16 loses updates
+            smaller than 1/256 of a weight.
 
     Raises:
         AttachError: the model, the example and the sites do not fit, naming the fix.
@@ -72,7 +79,7 @@ def attach(
             'use sites="blocks" or name the sites; or choose a later error_at.'
         )
     del recorded
-    return Learner(model, rule, tuple(found), source, seed)._with_plan(example)
+    return Learner(model, rule, tuple(found), source, seed, feedback_dtype)._with_plan(example)
 
 
 class Learner(nn.Module):
@@ -80,22 +87,31 @@ class Learner(nn.Module):
 
     Attributes:
         model: the user's model, unchanged.
-        feedback: the feedback weights, one per edge: Parameters where the rule learns them, buffers where it does not.
+        feedback: the feedback weights of every edge: Parameters where the rule learns them, buffers where it does not;
+            and the auxiliary networks of local losses.
         rule, graph, source, sites, plan: what is sent where, and which parameters each segment trains.
     """
 
     def __init__(
-        self, model: nn.Module, rule: Rule, sites: tuple[Site, ...], source: Source, seed: int
+        self,
+        model: nn.Module,
+        rule: Rule,
+        sites: tuple[Site, ...],
+        source: Source,
+        seed: int,
+        feedback_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.rule, self.sites, self.source, self.seed = rule, sites, source, seed
-        self.graph: Graph = rule.graph(sites, source)
+        self.graph: Graph = fitted(rule.graph(sites, source), rule, seed)
         _check_graph(model, rule, self.graph)
-        self.feedback = _make_feedback(model, self.graph, rule, seed)
+        self.feedback = make_feedback(model, self.graph, rule, seed, feedback_dtype)
         self.seams = Seams(self.graph, rule, self.feedback)
         self.plan: Plan
         self._exact = False
+        self._target: Target | None = None
+        self.repeatable = False  # whether the forward pass was found to be, before the first replay
         self._detached = False
         self._handles = self.seams.install(model)
 
@@ -104,17 +120,67 @@ class Learner(nn.Module):
 
         Raises SiteError where the pass does not match what was attached, AttachError for inputs that require gradients.
         """
-        if self._detached:
-            raise AttachError("this learner was detached; attach the model again.")
+        self._refuse_detached()
         cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
         if torch.is_grad_enabled():
             self.seams.recompute = cut
         if not cut:
             return self.model(*args, **kwargs)
-        _refuse_input_gradients((args, kwargs))
-        with self.seams.recording():
+        with self.seams.recording(self.begin_pass((args, kwargs))):
             tied = self.seams.tied(self.model)
             return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
+
+    def backward(self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint") -> Tensor:
+        """Run forward and backward on a batch, and return the loss; gradients add to `.grad`, no optimizer steps.
+
+        Args:
+            inputs: of the model: a tensor, a tuple of arguments or a dict of keywords.
+            loss_fn: `loss_fn(output) -> scalar`, for example `lambda out: F.cross_entropy(out, y)`. It may be called several
+                times. With a gradient scaler: `lambda out: scaler.scale(...)`.
+            schedule: `"joint"`: what `loss_fn(learner(inputs)).backward()` does. `"replay"`: the same gradients with one
+                segment's activities in memory at a time, for one more forward pass (and one for each relay that is no site).
+                `"eager"`: in one pass, for rules whose signals need no error. Batch norm's statistics are updated once,
+                dropout masks are the same in every pass.
+
+        Raises AttachError where the rule, overlapping segments or a forward pass that cannot be repeated do not allow the
+        schedule, SiteError as a forward pass does.
+        """
+        self._refuse_detached()
+        return backward(self, inputs, loss_fn, schedule)
+
+    def begin_pass(self, inputs: Any) -> Target | None:
+        """Check the inputs of a pass under cuts, and take the targets that it was given."""
+        _refuse_input_gradients(inputs)
+        self.seams.recompute = True
+        return self._take_target()
+
+    def _refuse_detached(self) -> None:
+        if self._detached:
+            raise AttachError("this learner was detached; attach the model again.")
+
+    def target(self, y: Tensor, scale: float = 1.0) -> None:
+        """Tell a rule that sends targets (DRTP) or has local losses (DGL) the targets of the next forward pass.
+
+        Args:
+            y: class indices `[N]` (`[N, T]` for tokens, `[N, H, W]` for maps), or targets of the output's own shape.
+            scale: a factor on the signals of the pass. They are not made from the loss, so what multiplies the loss (a loss
+                scale, 1/k of k accumulated batches) must be given here as well.
+        """
+        self._target = Target(y, scale)
+
+    def _take_target(self) -> Target | None:
+        """The targets of this pass, used once."""
+        target, self._target = self._target, None
+        if target is None and self.rule.needs == "target":
+            raise FeedbackError(
+                f"{self.rule.label} needs the targets before the forward pass: call `learner.target(y)` before `learner(x)`."
+            )
+        if self.rule.needs == "target" and _fp16():
+            raise FeedbackError(
+                f"{self.rule.label}'s signals are not made from the loss, so a GradScaler would shrink them: use bf16, which needs "
+                "none, or float32."
+            )
+        return target
 
     def _replicate_for_data_parallel(self) -> Learner:
         raise AttachError(
@@ -139,15 +205,17 @@ class Learner(nn.Module):
         return self.model
 
     def feedback_of(self, edge: Edge) -> Tensor:
-        """The feedback weights of an edge."""
-        return getattr(self.feedback, edge.key)
+        """The feedback weights of an edge; of those that are several tensors (indices, factors), the first."""
+        return self.weights_of(edge)[0]
+
+    def weights_of(self, edge: Edge) -> Weights:
+        """All tensors of an edge, in the order of its operator's `parts`; none for seeded feedback."""
+        return weights_of(self.feedback, edge)
 
     @property
     def feedback_bytes(self) -> int:
         """Bytes of all feedback weights."""
-        return sum(
-            t.numel() * t.element_size() for t in (*self.feedback.parameters(), *self.feedback.buffers())
-        )
+        return count_bytes((*self.feedback.parameters(), *self.feedback.buffers()))
 
     def __str__(self) -> str:
         return describe(self)
@@ -165,6 +233,13 @@ class Learner(nn.Module):
                 stacklevel=3,
             )
         return self
+
+
+def _fp16() -> bool:
+    return any(
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        for kind in ("cuda", "cpu")
+    )
 
 
 def _refuse_input_gradients(inputs: Any) -> None:
@@ -239,19 +314,3 @@ def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
                 f"{rule.label} gives B the gradient of {edge.shares!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
                 "several. Untie the weights, or use FA or a rule with direct feedback."
             )
-
-
-def _make_feedback(model: nn.Module, graph: Graph, rule: Rule, seed: int) -> nn.Module:
-    """One weight per edge, on the model's device; float64 for a float64 model, else float32."""
-    holder = nn.Module()
-    reference = next(p for p in model.parameters() if p.is_floating_point())
-    dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-    for edge in graph.edges:
-        digest = hashlib.sha256(f"{seed}:{edge.key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        B = edge.operator.create(edge.source_size, edge.site_shape, generator).to(reference.device, dtype)
-        if rule.learned:
-            holder.register_parameter(edge.key, nn.Parameter(B))
-        else:
-            holder.register_buffer(edge.key, B)
-    return holder

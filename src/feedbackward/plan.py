@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .feedback import count_bytes
 from .graph import Arc
 from .trace import preserved, run, training_mode
 
 if TYPE_CHECKING:
     from .learner import Learner
+
+
+_SELF_EVIDENT = ("Dense", "LayerShaped")  # operators whose weights' shape says what they are
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Plan:
     segments: tuple[Segment, ...]
     head: Segment
     unreached: tuple[str, ...]  # trainable parameters that no segment holds
+    overlaps: tuple[tuple[str, str], ...]  # pairs of segments that have some of their computation in common
+    sources: tuple[str, ...]  # in the order in which the forward pass reaches them
 
     @property
     def shared(self) -> dict[str, tuple[str, ...]]:
@@ -50,46 +57,66 @@ def make_plan(learner: Learner, example: Any) -> Plan:
     with preserved(model), training_mode(model), torch.enable_grad(), learner.seams.recording() as tape:
         output = run(model, example)
     above = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-    segments = tuple(
-        Segment(site.name, _held([h] if h is not None else [], names))
-        for site, h in zip(learner.seams.sites, tape.h, strict=True)
+    ends = [[h] if h is not None else [] for h in tape.h]
+    nodes = [_nodes(tensors) for tensors in (*ends, above)]
+    labels = [*(site.name for site in learner.seams.sites), "head"]
+    *segments, head = (
+        Segment(label, _held(found, names)) for label, found in zip(labels, nodes, strict=True)
     )
-    head = Segment("head", _held(above, names))
     held = {name for segment in (*segments, head) for name in segment.parameters}
     unreached = tuple(
         name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held
     )
-    return Plan(segments, head, unreached)
+    return Plan(tuple(segments), head, unreached, _overlaps(labels, nodes), tuple(tape.sources))
 
 
-def _held(tensors: Iterable[Tensor], names: dict[int, str]) -> tuple[str, ...]:
-    """The names of the parameters whose gradients these tensors' autograd graphs accumulate. A broadcast on the way
-    leads on to its source only: what it feeds belongs to other segments."""
+def _overlaps(labels: Sequence[str], nodes: Sequence[set[Any]]) -> tuple[tuple[str, str], ...]:
+    """The pairs whose graphs share a computation; a parameter that both use (a leaf) is no computation."""
+    inner = [{node for node in found if not hasattr(node, "variable")} for found in nodes]
+    pairs = itertools.combinations(range(len(labels)), 2)
+    return tuple((labels[i], labels[j]) for i, j in pairs if not inner[i].isdisjoint(inner[j]))
+
+
+def _held(nodes: set[Any], names: dict[int, str]) -> tuple[str, ...]:
+    """The names of the parameters whose gradients these autograd nodes accumulate."""
+    found = {names.get(id(getattr(node, "variable", None))) for node in nodes}
+    return tuple(name for name in names.values() if name in found)
+
+
+def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
+    """All nodes of these tensors' autograd graphs. A broadcast on the way leads on to its source only: what it feeds
+    belongs to other segments."""
     seen: set[Any] = set()
-    found: set[str] = set()
     stack = [t.grad_fn for t in tensors]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.add(names[id(variable)])
         parents = [parent for parent, _ in node.next_functions]
-        stack += parents[:1] if node.name() == "BroadcastBackward" else parents
-    return tuple(name for name in names.values() if name in found)
+        stack += parents[:1] if node.name() in ("BroadcastBackward", "JoinBackward") else parents
+    return seen
 
 
 def describe(learner: Learner) -> str:
     """The plan as text: a row per site, then the head, then whatever is irregular."""
     plan = learner.plan
     edges = {edge.site: edge for edge in learner.graph.edges}
+    local = {end.site: end for end in learner.graph.local}
     rows = [("site", "activity", "feedback", "bytes", "trains")]
     for site, segment in zip(learner.graph.sites, plan.segments, strict=True):
         edge = edges.get(site)
-        form = _size(learner.feedback_of(edge).shape) if edge else "none: frozen"
-        size = _bytes(learner.feedback_of(edge).nbytes) if edge else ""
+        form, held = "none: frozen", tuple[Tensor, ...]()
+        if edge:
+            held = learner.weights_of(edge)
+            form = " + ".join(_size(w.shape) for w in held) or "made from the seed"
+            form += (
+                "" if type(edge.operator).__name__ in _SELF_EVIDENT else f" {type(edge.operator).__name__}"
+            )
+        elif site in local:
+            auxiliary = learner.feedback.get_submodule(local[site].key)
+            form, held = "a loss of its own", (*auxiliary.parameters(), *auxiliary.buffers())
+        size = _bytes(count_bytes(held)) if edge or site in local else ""
         rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
     rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

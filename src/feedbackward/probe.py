@@ -191,9 +191,10 @@ def _compare_feedback(
 
 def _dense(learner: Learner, edge: Edge) -> Tensor:
     """The edge's feedback as a matrix [C, n], whatever its operator: what it sends for each unit error."""
-    B = learner.feedback_of(edge).detach()
-    eye = torch.eye(edge.source_size, dtype=B.dtype, device=B.device).reshape(-1, *edge.source_shape)
-    return edge.operator.send(B, eye, edge.site_shape).reshape(edge.source_size, -1).double()
+    weights = tuple(w.detach().double() if w.is_floating_point() else w for w in learner.weights_of(edge))
+    device = next(learner.model.parameters()).device
+    eye = torch.eye(edge.source_size, dtype=torch.float64, device=device).reshape(-1, *edge.source_shape)
+    return edge.operator.send(weights, eye, edge.site_shape).reshape(edge.source_size, -1)
 
 
 def _mean_jacobian(source: Tensor, hs: list[Tensor]) -> list[Tensor]:

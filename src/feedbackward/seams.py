@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,47 +19,74 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .errors import SiteError
-from .graph import Edge, Graph, Site, Source, Tap
+from .feedback import weights_of
+from .graph import Edge, Graph, Local, Site, Source, Tap
 from .rules.base import Rule
+from .target import Target
 
 
 class Broadcast(torch.autograd.Function):
     """Identity on a source; its backward sends the source's error along the edges.
 
-    forward(source, rule, edges, h_1..h_k, B_1..B_k) -> source. Backward, with `d = dLoss/dsource`: `d` for the source,
-    the teaching signal shaped like `h_i` for each activity, and the rule's gradient for each learned `B_i`.
+    forward(source, rule, edges, target, h_1..h_k, *weights of edge 1, ..., *weights of edge k) -> source. Backward, with
+    `d = dLoss/dsource`: `d` for the source, the teaching signal shaped like `h_i` for each activity, and the rule's
+    gradient for each learned weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, rule: Rule, edges: Sequence[Edge], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, source: Tensor, rule: Rule, edges: Sequence[Edge], target: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         k = len(edges)
         ctx.rule, ctx.edges = rule, edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
-        correlated = rule.learned and any(edge.shares is None for edge in edges)
-        ctx.save_for_backward(*(tensors if correlated else tensors[k:]))
+        ctx.correlated = rule.learned and any(edge.shares is None for edge in edges)
+        ctx.save_for_backward(target, *(tensors if ctx.correlated else tensors[k:]))
         return source.detach()  # not a view: an in-place operation may follow
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        saved, k = ctx.saved_tensors, len(ctx.edges)
-        activities, weights = saved[:-k], saved[-k:]
+        target, *saved = ctx.saved_tensors
+        k = len(ctx.edges)
+        activities, rest = (saved[:k], saved[k:]) if ctx.correlated else ([], saved)
         signals: list[Tensor | None] = []
         grads: list[Tensor | None] = []
-        for i, (edge, B, (shape, dtype)) in enumerate(zip(ctx.edges, weights, ctx.kinds, strict=True)):
-            lead = edge.leading
-            error = d.to(dtype).flatten(0, lead - 1)
-            signal = (
-                edge.operator.send(B.to(dtype), error, tuple(shape[lead:]))
-                if ctx.needs_input_grad[3 + i]
-                else None
+        for i, (edge, (shape, dtype)) in enumerate(zip(ctx.edges, ctx.kinds, strict=True)):
+            lead, parts = edge.leading, len(edge.operator.parts)
+            weights, rest = tuple(rest[:parts]), rest[parts:]
+            message = ctx.rule.message(
+                d.to(dtype).flatten(0, lead - 1),
+                None if target is None else target.to(dtype).flatten(0, lead - 1),
             )
-            signals.append(None if signal is None else signal.reshape(shape))
-            grad = None
-            if ctx.needs_input_grad[3 + k + i]:
-                grad = ctx.rule.feedback_grad(edge, B, error, activities[i].flatten(0, lead - 1)).to(B.dtype)
-            grads.append(grad)
-        return (d, None, None, *signals, *grads)
+            signal = None
+            if ctx.needs_input_grad[4 + i]:
+                cast = tuple(w.to(dtype) if w.is_floating_point() else w for w in weights)
+                signal = edge.operator.send(cast, message, tuple(shape[lead:])).reshape(shape)
+            signals.append(signal)
+            wanted = ctx.needs_input_grad[4 + k + len(grads) : 4 + k + len(grads) + parts]
+            made: Sequence[Tensor] = ()
+            if any(wanted):
+                made = ctx.rule.feedback_grad(edge, weights, message, activities[i].flatten(0, lead - 1))
+            grads += [
+                made[j].to(w.dtype) if need else None
+                for j, (w, need) in enumerate(zip(weights, wanted, strict=True))
+            ]
+        return (d, None, None, None, *signals, *grads)
+
+
+class Join(torch.autograd.Function):
+    """Identity on a source whose backward also starts that of the local losses: forward(source, loss_1..loss_k)."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, *losses: Tensor) -> Tensor:
+        ctx.kinds = [(loss.shape, loss.dtype, loss.device) for loss in losses]
+        return source.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:
+        return (d, *(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds))
 
 
 class Share(torch.autograd.Function):
@@ -75,15 +102,28 @@ class Share(torch.autograd.Function):
         return grad, grad.clone()
 
 
-class Tape:
-    """What one forward pass has met so far."""
+class Sweep(Protocol):
+    """A schedule that runs the backward of a segment within the forward pass."""
 
-    def __init__(self, sites: int) -> None:
+    def met(self, index: int, h: Tensor) -> None:
+        """Run the backward of the segment that ends with `h`, the activity of site `index`; nothing of it is kept."""
+
+    def fired(self, source: Source, tensor: Tensor) -> Tensor:
+        """What the rest of the network gets in place of the source."""
+
+
+class Tape:
+    """What one forward pass has met so far. `target`: what `learner.target` was given; `sweep`: None for a joint pass."""
+
+    def __init__(self, sites: int, target: Target | None = None, sweep: Sweep | None = None) -> None:
         self.h: list[Tensor | None] = [None] * sites  # attached activities
         self.cut: list[Tensor | None] = [None] * sites  # what the rest of the network got instead
         self.versions = [0] * sites
+        self.seen = [0] * sites  # how many of a site's taps have met it
         self.calls: dict[str, int] = {}
-        self.sources: dict[str, Tensor] = {}
+        self.sources: dict[str, Tensor | None] = {}
+        self.losses: dict[str, list[Tensor]] = {}  # local ones, by their source's name
+        self.target, self.sweep = target, sweep
 
 
 class _Hooked(ABC):
@@ -123,13 +163,13 @@ class _Hooked(ABC):
         return handles
 
     @contextmanager
-    def recording(self) -> Iterator[Tape]:
+    def recording(self, target: Target | None = None, sweep: Sweep | None = None) -> Iterator[Tape]:
         """One tape per forward pass, dropped at its end. A pass that missed a site or source is refused."""
         if self.tape is not None:
             raise SiteError(
                 "a forward pass of this learner runs already (in another thread?): use one learner per thread."
             )
-        self.tape = Tape(len(self.sites))
+        self.tape = Tape(len(self.sites), target, sweep)
         try:
             yield self.tape
             self._complete(self.tape)
@@ -137,7 +177,7 @@ class _Hooked(ABC):
             self.tape = None
 
     def _complete(self, tape: Tape) -> None:
-        missed = [site.name for site, h in zip(self.sites, tape.h, strict=True) if h is None]
+        missed = [site.name for site, seen in zip(self.sites, tape.seen, strict=True) if not seen]
         missed += [source.name for source in self.sources if source.name not in tape.sources]
         if missed:
             raise SiteError(
@@ -152,6 +192,7 @@ class Observer(_Hooked):
     def meet(self, index: int, h: Tensor) -> Tensor:
         if self.tape is not None:
             self.tape.h[index] = h
+            self.tape.seen[index] += 1
         return h
 
     def fire(self, index: int, tensor: Tensor) -> Tensor:
@@ -170,6 +211,9 @@ class Seams(_Hooked):
         self.routes = [
             [(place[e.site], e) for e in graph.edges if e.source == source] for source in graph.sources
         ]
+        self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
+        self.local = {place[end.site]: end for end in graph.local}
+        self._sites_by_taps = {site.taps: place[site] for site in graph.sites}
         self.recompute = (
             False  # whether the latest forward was cut, for a checkpoint that repeats a part of it
         )
@@ -179,16 +223,61 @@ class Seams(_Hooked):
         tape = self.tape
         if tape is None:
             return h.detach() if self._repeated() else h
-        cut = tape.cut[index]
+        cut, site = tape.cut[index], self.sites[index]
+        if tape.seen[index] == len(site.taps) or (cut is not None and tape.h[index] is not h):
+            raise SiteError(
+                f"site {site.name!r} met a second tensor in one forward pass: the model does not run as it did "
+                "on the example. Attach again with an example of this form, or name other sites."
+            )
+        tape.seen[index] += 1
         if cut is None:
             cut = h.detach()
             tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
-        elif tape.h[index] is not h:
-            raise SiteError(
-                f"site {self.sites[index].name!r} met a second tensor in one forward pass: the model does not run as it did "
-                "on the example. Attach again with an example of this form, or name other sites."
-            )
+            if tape.sweep is not None:
+                tape.sweep.met(index, h)
+            elif index in self.local and h.requires_grad and tape.target is not None:
+                end = self.local[index]
+                tape.losses.setdefault(end.source.name, []).append(self.local_loss(end, h, tape.target))
+        if tape.sweep is not None and tape.seen[index] == len(site.taps):
+            tape.h[index] = tape.cut[index] = None
         return cut
+
+    def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
+        """The loss of a site's auxiliary network, times the scale that the target was given."""
+        output = self.feedback.get_submodule(end.key)(h)
+        return self.rule.local_loss(output, target.raw) * target.scale
+
+    def site_of(self, source: Source) -> int | None:
+        """The number of the site that is the same tensor as the source, if there is one."""
+        return self._sites_by_taps.get(source.taps)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a segment's backward runs within a forward pass: a checkpoint in it repeats modules outside the tape."""
+        tape, recompute = self.tape, self.recompute
+        self.tape, self.recompute = None, True
+        try:
+            yield
+        finally:
+            self.tape, self.recompute = tape, recompute
+
+    def broadcast(
+        self,
+        source: Tensor,
+        edges: Sequence[Edge],
+        activities: Sequence[Tensor],
+        target: Target | None,
+        learn: bool = True,
+    ) -> Tensor:
+        """The source, with the signals of the activities hung on its error, and unless not `learn` the feedback's gradients."""
+        weights: list[Tensor] = []
+        for edge in edges:
+            own = weights_of(self.feedback, edge)
+            weights += own if learn and edge.shares is None else [B.detach() for B in own]
+        sent = None
+        if target is not None and self.rule.needs == "target":
+            sent = target.one_hot(source)
+        return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
 
     def tied(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights of the model whose gradient a feedback weight shares, ready to take the place of the plain ones."""
@@ -214,19 +303,23 @@ class Seams(_Hooked):
                 f"the source {self.sources[index].name!r} was reached twice in one forward pass, so its sites would be "
                 "fed twice. Attach again with an example of the form that is used in training."
             )
-        tape.sources[self.sources[index].name] = tensor
+        source = self.sources[index]
+        if tape.sweep is not None:
+            tape.sources[source.name] = None
+            return tape.sweep.fired(source, tensor)
+        tape.sources[source.name] = tensor
+        if source.name in tape.losses:
+            tensor = Join.apply(tensor, *tape.losses[source.name])
         edges, activities = [], []
         for place, edge in self.routes[index]:
             h = tape.h[place]
-            self._check(edge, h, tape.versions[place], tensor)
+            self.check(edge, h, tape.versions[place], tensor)
             if h is not None and h.requires_grad:  # a segment with nothing to train gets no signal
                 edges.append(edge)
                 activities.append(h)
         if not edges:
             return tensor
-        weights = [getattr(self.feedback, edge.key) for edge in edges]
-        weights = [B if edge.shares is None else B.detach() for edge, B in zip(edges, weights, strict=True)]
-        return Broadcast.apply(tensor, self.rule, edges, *activities, *weights)
+        return self.broadcast(tensor, edges, activities, tape.target)
 
     def _repeated(self) -> bool:
         """Whether this is a checkpoint that repeats, during backward, a part of a forward pass that was cut."""
@@ -239,7 +332,8 @@ class Seams(_Hooked):
         )  # a plain pass of the model itself: its checkpoints are plain too
         return False
 
-    def _check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
+    def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
+        """Refuse an edge whose site was not met, was changed in place, or does not fit its source in this pass."""
         site = edge.site
         if h is None:
             raise SiteError(

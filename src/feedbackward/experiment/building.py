@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..learner import Learner, attach
+from ..operators import OPERATORS, Operator
 from ..rules import RULES, Rule
 from . import nets
 from .config import TrainConfig
@@ -45,6 +47,32 @@ def make_rule(name: str, options: dict[str, Any]) -> Rule:
         if key not in fields:
             known = hint(key, fields) if fields else "it has no options"
             raise ConfigError(f"the rule '{name}' has no option '{key}': {known}")
+    given = dict(options)
+    if "operator" in fields and "operator" in given:
+        given["operator"] = make_operator(given["operator"])
+    return kind(**given)
+
+
+def make_operator(spec: Any) -> Operator:
+    """The operator called by a name, or by a mapping with its `name` and its options.
+
+    Raises ConfigError for a name that is unknown or an option that the operator does not have.
+    """
+    if isinstance(spec, Operator):
+        return spec
+    options = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
+    name = options.pop("name", None)
+    if name not in OPERATORS:
+        known = hint(str(name), OPERATORS)
+        raise ConfigError(
+            f"unknown feedback operator {name!r}: {known}; as a name, or as {{name: sparse, nonzeros: 1}}"
+        )
+    kind = OPERATORS[name]
+    fields = getattr(kind, "__dataclass_fields__", {})
+    for key in options:
+        if key not in fields:
+            known = hint(key, fields) if fields else "it has no options"
+            raise ConfigError(f"the operator '{name}' has no option '{key}': {known}")
     return kind(**options)
 
 

@@ -1,7 +1,12 @@
 """Feedback operators: the form of the feedback weights, independent of the rule."""
 
-from .base import Operator
+from .base import Operator, Shape, Weights
 from .dense import Dense
 from .layer import LayerForm, LayerShaped
 
-__all__ = ["Dense", "LayerForm", "LayerShaped", "Operator"]
+# by their names in configurations and on the command line
+OPERATORS: dict[str, type[Operator]] = {
+    "dense": Dense,
+}
+
+__all__ = ["OPERATORS", "Dense", "LayerForm", "LayerShaped", "Operator", "Shape", "Weights"]

@@ -8,24 +8,52 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+Shape = tuple[int, ...]
+Weights = tuple[Tensor, ...]
+
 
 class Operator(ABC):
     """The form of a feedback connection. It holds hyper-parameters only, never tensors.
 
-    Shapes: the error `d` is `[M, *source]` (M = batch, or batch x tokens; C = the size of `source`), an activity `h`
-    is `[M, *site]`. `sized` operators fit the shapes they were created for only.
+    Shapes: `source` and `site` are the feature dimensions of the two ends of an edge; the error `d` is `[M, *source]`
+    (M = batch, or batch x tokens), an activity `h` is `[M, *site]`. C and n are the sizes of source and site.
+
+    The weights of an edge are a tuple of tensors, one per name in `parts`. The first `learnable` of them may be learned;
+    the others (signs, indices, fixed factors) never are. `sized` operators fit the shapes they were created for only.
+    Edges of one graph whose operator is `common` and whose sources have the same shape use one set of weights, made for
+    the largest site.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ("B",)
+    learnable: ClassVar[int] = 1
     sized: ClassVar[bool] = True
+    common: ClassVar[bool] = False
+
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        """The operator that serves an edge of these shapes, itself unless it says otherwise.
+
+        `seed` is a digest of the learner's seed and the edge's name. Raises AttachError where it cannot serve the edge;
+        the message starts with what is wrong and ends with the fix (the site's name is put before it).
+        """
+        return self
 
     @abstractmethod
-    def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Initial weights `B` for an edge from `size` = C units to a site of that shape, float32, on CPU."""
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        """Initial weights for an edge of these shapes, on CPU; floating-point ones in float32."""
 
     @abstractmethod
-    def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
-        """The teaching signal `[M, *site]` of the error `d: [M, *source]`."""
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        """The teaching signal `[M, *site]` of the error `d: [M, *source]`. Linear in `d` unless documented."""
+
+    def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
+        """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `d^T h`;
+        `center` subtracts the mean of `h` over M first (per channel, for weights that are shared over space)."""
+        raise NotImplementedError(f"{type(self).__name__} feedback cannot be learned")
 
     @abstractmethod
-    def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
-        """The outer product `d^T h` in the form of `B`; `center` subtracts the mean of `h` over M first."""
+    def macs(self, source: Shape, site: Shape) -> int:
+        """Multiply-adds of `send` for one sample."""
+
+    @abstractmethod
+    def bytes(self, source: Shape, site: Shape) -> int:
+        """Bytes of the weights that `create` makes, floating-point ones at four bytes each."""

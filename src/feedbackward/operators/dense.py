@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttachError
-from .base import Operator
+from .base import Operator, Shape, Weights
 
 INITS = ("zeros", "kaiming_uniform", "scaled_normal", "scaled_uniform")
 
@@ -34,8 +34,8 @@ class Dense(Operator):
                 f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(INITS)}."
             )
 
-    def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        B = torch.zeros(size, *site)
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        B = torch.zeros(math.prod(source), *site)
         root = math.sqrt(math.prod(site))
         if self.init == "kaiming_uniform":
             B.uniform_(-math.sqrt(6) / root, math.sqrt(6) / root, generator=generator)
@@ -43,16 +43,17 @@ class Dense(Operator):
             B.normal_(generator=generator).div_(root)
         elif self.init == "scaled_uniform":
             B.uniform_(-1.0, 1.0, generator=generator).div_(root)
-        return B.mul_(self.scale)
+        return (B.mul_(self.scale),)
 
-    def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        (B,) = weights
         if _channels_last(B):
             last = (*site[1:], site[0])
             return (_rows(d) @ _rows(B.movedim(1, -1))).unflatten(1, last).movedim(-1, 1)
         return (_rows(d) @ _rows(B)).reshape(len(d), *site)
 
-    def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
-        moved = _channels_last(B)
+    def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
+        moved = _channels_last(weights[0])
         if moved:
             h = h.movedim(1, -1)
         shape, h, d = h.shape[1:], _rows(h), _rows(d)
@@ -60,7 +61,13 @@ class Dense(Operator):
         if center:  # d^T (h - mean h) without a centred copy of h
             grad = grad - torch.outer(d.sum(0), h.mean(0))
         grad = grad.reshape(len(grad), *shape)
-        return grad.movedim(-1, 1) if moved else grad
+        return (grad.movedim(-1, 1) if moved else grad,)
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        return math.prod(source) * math.prod(site)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return 4 * math.prod(source) * math.prod(site)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AttachError
-from .base import Operator
+from .base import Operator, Shape, Weights
 
 LAYER_INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "like_layer")
 
@@ -73,21 +74,22 @@ class LayerShaped(Operator):
                 f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(LAYER_INITS)}."
             )
 
-    def create(self, size: int, site: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
         B = torch.zeros(self.form.shape)
         field = B[0, 0].numel() if B.dim() > 2 else 1
         fan_in, fan_out = B.shape[1] * field, B.shape[0] * field
         if self.init == "zeros":
-            return B
+            return (B,)
         squares = {
             "xavier_uniform": 6 / (fan_in + fan_out),
             "kaiming_uniform": 6 / fan_in,
             "like_layer": 1 / fan_in,
         }
         bound = self.scale * squares[self.init] ** 0.5
-        return B.uniform_(-bound, bound, generator=generator)
+        return (B.uniform_(-bound, bound, generator=generator),)
 
-    def send(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        (B,) = weights
         if not self.form.stride:
             return d @ B
         if not self.form.pad:
@@ -95,8 +97,15 @@ class LayerShaped(Operator):
         padded = [site[0], *(n + sum(self._pads(i)) for i, n in enumerate(site[1:]))]
         return self._unpad(self._convolve_back(B, d, tuple(padded)), site)
 
-    def correlate(self, B: Tensor, d: Tensor, h: Tensor, center: bool) -> Tensor:
-        raise NotImplementedError("layer-shaped feedback shares its layer's gradient, see Edge.shares")
+    def macs(self, source: Shape, site: Shape) -> int:
+        f = self.form
+        if not f.stride:
+            return math.prod(source[:-1]) * math.prod(f.shape)
+        places = math.prod(site[1:]) if f.transposed else math.prod(source[1:])
+        return places * math.prod(f.shape)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return 4 * math.prod(self.form.shape)
 
     def _convolve_back(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
         f = self.form

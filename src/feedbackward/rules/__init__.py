@@ -3,7 +3,9 @@
 from .base import Properties, Rule
 from .bp import BP
 from .dfa import DFA
+from .dgl import DGL
 from .dkp import DKP
+from .drtp import DRTP
 from .fa import FA
 from .frozen import Frozen
 from .kolen_pollack import KolenPollack
@@ -14,7 +16,9 @@ RULES: dict[str, type[Rule]] = {
     "kp": KolenPollack,
     "dfa": DFA,
     "dkp": DKP,
+    "drtp": DRTP,
+    "dgl": DGL,
     "frozen": Frozen,
 }
 
-__all__ = ["BP", "DFA", "DKP", "FA", "RULES", "Frozen", "KolenPollack", "Properties", "Rule"]
+__all__ = ["BP", "DFA", "DGL", "DKP", "DRTP", "FA", "RULES", "Frozen", "KolenPollack", "Properties", "Rule"]

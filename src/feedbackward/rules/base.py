@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import AttachError
 from ..graph import Edge, Graph, Site, Source
+from ..operators.base import Weights
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Rule(ABC):
     paper: ClassVar[str]
     properties: ClassVar[Properties]
     feeds: ClassVar[type[Site]] = Site  # Arc: the inputs of single layers instead of activities
+    needs: ClassVar[Literal["error", "target", "nothing"]] = (
+        "error"  # what the signals of a pass are made from
+    )
 
     @abstractmethod
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
@@ -58,6 +63,32 @@ class Rule(ABC):
         """The smallest batch the rule can work with."""
         return 1
 
-    def feedback_grad(self, edge: Edge, B: Tensor, d: Tensor, h: Tensor) -> Tensor:
-        """The gradient of `B`, to be descended by the user's optimizer. `d: [M, *source]`, `h: [M, *site]`."""
+    def message(self, d: Tensor, target: Tensor | None) -> Tensor:
+        """What travels along the edges, `[M, *source]`: the source's error `d` unless the rule says otherwise.
+
+        `target` is there where the rule `needs` it: `learner.target(y)`, one-hot, over M and times its scale.
+        """
+        return d
+
+    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        """The gradients of the edge's learnable weights, to be descended by the user's optimizer.
+
+        `d: [M, *source]` is what travelled, `h: [M, *site]` the activity.
+        """
         raise NotImplementedError(f"{type(self).__name__} says that it learns its feedback, but not how.")
+
+    def auxiliary(self, site: Site, source: Source) -> nn.Module:
+        """For a site of `Graph.local`: the network whose own loss trains the segment below the site."""
+        raise NotImplementedError(f"{type(self).__name__} gives local losses to sites, but not the network.")
+
+    def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss of an auxiliary network's output. `target` as `learner.target` got it."""
+        raise NotImplementedError(f"{type(self).__name__} gives local losses to sites, but not the loss.")
+
+
+def refuse_zeros(label: str, holder: object) -> None:
+    """Fixed feedback must not be zero. `holder` has the fields `init` and `scale`, where they have a meaning."""
+    if getattr(holder, "init", None) == "zeros" or getattr(holder, "scale", None) == 0:
+        raise AttachError(
+            f"{label}'s feedback is fixed: zero feedback would never train a hidden layer. Use another init."
+        )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import AttachError
 from ..graph import Graph, Site, Source, star
-from ..operators import Dense
-from .base import Properties, Rule
+from ..operators import Dense, Operator
+from .base import Properties, Rule, refuse_zeros
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,14 @@ class DFA(Rule):
 
     in place of backprop's :math:`e\, \partial a_L / \partial h_l`. All sites get their signal at once.
 
-    init, scale: of the feedback weights, see :class:`feedbackward.Dense`.
+    operator: the form of the feedback weights and how they start.
 
     Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016
     (arXiv:1609.01596). The paper draws B from a uniform distribution of width 1/sqrt(fan); the DKP
     authors' code, whose comparison is reproduced here, uses `kaiming_uniform` on CIFAR-10, the default.
     """
 
-    init: str = "kaiming_uniform"
-    scale: float = 1.0
+    operator: Operator = Dense()
 
     name = "dfa"
     label = "DFA"
@@ -44,10 +42,7 @@ class DFA(Rule):
     )
 
     def __post_init__(self) -> None:
-        if self.init == "zeros" or self.scale == 0:
-            raise AttachError(
-                "DFA's feedback is fixed: zero feedback would never train a hidden layer. Use another init."
-            )
+        refuse_zeros(self.label, self.operator)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return star(sites, source, Dense(self.init, self.scale))
+        return star(sites, source, self.operator)

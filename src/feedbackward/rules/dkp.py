@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..graph import Edge, Graph, Site, Source, star
-from ..operators import Dense
+from ..operators import Dense, Operator, Weights
 from .base import Properties, Rule
 
 
@@ -27,7 +27,7 @@ class DKP(Rule):
 
     center: subtract the batch mean of each feature, :math:`\nabla B_l = e^\top (h_l - \bar h_l)`. Activities
         after a ReLU are positive, so their mean dominates :math:`e^\top h_l`. Needs a batch of at least 2.
-    init, scale: of the feedback weights, see :class:`feedbackward.Dense`.
+    operator: the form of the feedback weights and how they start; one that can be learned.
 
     Webster, Choi & Ahn, "Learning the Connections in Direct Feedback Alignment", 2020 (OpenReview
     zgGmAx9ZcY). The authors' code starts B with `kaiming_uniform` in its CIFAR-10 net and with zeros in its
@@ -38,8 +38,7 @@ class DKP(Rule):
     """
 
     center: bool = False
-    init: str = "kaiming_uniform"
-    scale: float = 1.0
+    operator: Operator = Dense()
 
     name = "dkp"
     label = "DKP"
@@ -60,7 +59,7 @@ class DKP(Rule):
         return 2 if self.center else 1
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return star(sites, source, Dense(self.init, self.scale))
+        return star(sites, source, self.operator)
 
-    def feedback_grad(self, edge: Edge, B: Tensor, d: Tensor, h: Tensor) -> Tensor:
-        return edge.operator.correlate(B, d, h, self.center)
+    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        return edge.operator.correlate(weights, d, h, self.center)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import AttachError
 from ..graph import Arc, Graph, Site, Source, chain
 from ..operators.layer import LayerShaped
-from .base import Properties, Rule
+from .base import Properties, Rule, refuse_zeros
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,7 @@ class FA(Rule):
     )
 
     def __post_init__(self) -> None:
-        if self.init == "zeros" or self.scale == 0:
-            raise AttachError(
-                "FA's feedback is fixed: zero feedback would never train a hidden layer. Use another init."
-            )
+        refuse_zeros(self.label, self)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale))

@@ -22,6 +22,7 @@ class Frozen(Rule):
     name = "frozen"
     label = "Frozen"
     paper = "control"
+    needs = "nothing"
     properties = Properties(
         backward_unlocked=True,
         update_unlocked=True,
