@@ -9,9 +9,10 @@ from .errors import (
     FeedbackError,
     SiteError,
 )
-from .graph import Arc, Edge, Graph, Local, Site, Source, chain, star
+from .graph import Arc, Edge, Graph, Local, Site, Source, chain, ladder, star
 from .learner import Learner, attach, param_groups
 from .operators import OPERATORS, Dense, LayerShaped, Operator, Shape, Weights
+from .phase import Pass, Phase
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
 from .rules import BP, DFA, DGL, DKP, DRTP, FA, RULES, Frozen, KolenPollack, Properties, Rule
 from .schedules import step_in_backward
@@ -44,6 +45,8 @@ __all__ = [
     "Local",
     "Operator",
     "ParameterAlignment",
+    "Pass",
+    "Phase",
     "Probe",
     "Properties",
     "Rule",
@@ -55,6 +58,7 @@ __all__ = [
     "Weights",
     "attach",
     "chain",
+    "ladder",
     "param_groups",
     "probe",
     "star",

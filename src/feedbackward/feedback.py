@@ -27,7 +27,7 @@ def fitted(graph: Graph, rule: Rule, seed: int) -> Graph:
             operator = edge.operator.fit(edge.source_shape, edge.site_shape, _digest(seed, edge.key))
         except AttachError as error:
             raise AttachError(f"site {edge.site.name!r}: {error}") from error
-        if rule.learned and edge.shares is None and not operator.learnable:
+        if rule.learns(edge) and edge.shares is None and not operator.learnable:
             raise AttachError(
                 f"{rule.label} learns its feedback, and {type(operator).__name__} feedback cannot be learned: use Dense, LowRank, "
                 "Sparse or Pooled, or a rule with fixed feedback (DFA)."
@@ -54,7 +54,7 @@ def make_feedback(
         made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
         for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
             weight = weight.to(reference.device, dtype if weight.is_floating_point() else None)
-            if rule.learned and i < edge.operator.learnable:
+            if rule.learns(edge) and i < edge.operator.learnable:
                 holder.register_parameter(name, nn.Parameter(weight))
             else:
                 holder.register_buffer(name, weight)

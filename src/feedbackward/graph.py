@@ -69,13 +69,16 @@ class Arc(Site):
 class Edge:
     """A feedback connection from a source to a site, with weights `B` of the operator's form.
 
-    `shares` names a weight of the model whose gradient `B` gets as well, instead of one of its own.
+    `shares` names a weight of the model whose gradient `B` gets as well, instead of one of its own. `borrows` names a
+    weight of the model which the operator is given, as it is in the forward pass, as the last of the edge's weights
+    (sign-symmetry uses its signs); it gets no gradient from the feedback.
     """
 
     source: Source
     site: Site
     operator: Operator
     shares: str | None = None
+    borrows: str | None = None
     key: str = ""
 
     def __post_init__(self) -> None:
@@ -154,12 +157,31 @@ class Graph:
         return tuple(dict.fromkeys(end.source for end in self._ends))
 
 
-def chain(arcs: Sequence[Any], form: Callable[[Arc], Operator], shared: bool = False) -> Graph:
-    """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`."""
+def chain(
+    arcs: Sequence[Any], form: Callable[[Arc], Operator], shared: bool = False, borrowed: bool = False
+) -> Graph:
+    """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`;
+    with `borrowed`, the operator is given `W`."""
     if not all(isinstance(arc, Arc) for arc in arcs):
         raise AttachError("a chain runs over arcs: set `feeds = Arc` in the rule's class.")
-    edges = (Edge(arc.source, arc, form(arc), arc.weight if shared else None) for arc in arcs)
+    edges = (
+        Edge(
+            arc.source,
+            arc,
+            form(arc),
+            shares=arc.weight if shared else None,
+            borrows=arc.weight if borrowed else None,
+        )
+        for arc in arcs
+    )
     return Graph(tuple(arcs), tuple(edges))
+
+
+def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
+    """The source's error is sent to the last site, what that gets to the site before, and so on down."""
+    sources = [*(Source(site.name, site.taps, site.shape, site.tokens) for site in sites[1:]), source]
+    edges = (Edge(above, site, operator) for above, site in zip(sources, sites, strict=True))
+    return Graph(tuple(sites), tuple(edges))
 
 
 def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:

@@ -17,6 +17,7 @@ from .errors import AttachError, FeedbackError
 from .feedback import count_bytes, fitted, make_feedback, weights_of
 from .graph import Arc, Edge, Graph, Site, Source
 from .operators.base import Weights
+from .phase import Phase
 from .plan import Plan, describe, make_plan
 from .rules.base import Rule
 from .schedules import LossFn, Schedule, backward
@@ -107,7 +108,7 @@ class Learner(nn.Module):
         self.graph: Graph = fitted(rule.graph(sites, source), rule, seed)
         _check_graph(model, rule, self.graph)
         self.feedback = make_feedback(model, self.graph, rule, seed, feedback_dtype)
-        self.seams = Seams(self.graph, rule, self.feedback)
+        self.seams = Seams(model, self.graph, rule, self.feedback)
         self.plan: Plan
         self._exact = False
         self._target: Target | None = None
@@ -127,7 +128,7 @@ class Learner(nn.Module):
         if not cut:
             return self.model(*args, **kwargs)
         with self.seams.recording(self.begin_pass((args, kwargs))):
-            tied = self.seams.tied(self.model)
+            tied = self.seams.tied()
             return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
 
     def backward(self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint") -> Tensor:
@@ -147,6 +148,20 @@ class Learner(nn.Module):
         """
         self._refuse_detached()
         return backward(self, inputs, loss_fn, schedule)
+
+    def feedback_step(self, inputs: Any) -> None:
+        """For rules whose feedback learns in a phase of its own (weight mirror, decoders): run it on these inputs.
+
+        It adds to the gradients of the feedback weights and touches nothing else: no `.grad` of the model, buffer or random
+        state. Call it as often as the rule's docstring says, before the optimizer of the feedback steps. Raises
+        FeedbackError for rules without such a phase.
+        """
+        self._refuse_detached()
+        if not self.rule.in_phase:
+            raise FeedbackError(
+                f"{self.rule.label} has no phase of its own for its feedback: leave out the call of feedback_step."
+            )
+        self.rule.feedback_step(Phase(self, inputs))
 
     def begin_pass(self, inputs: Any) -> Target | None:
         """Check the inputs of a pass under cuts, and take the targets that it was given."""
@@ -293,24 +308,25 @@ def param_groups(
 
 
 def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
-    """A rule that cuts nothing is backprop; a weight that is shared must be one that the model really has."""
+    """A rule that cuts nothing is backprop; a weight that is used must be one that the model really has."""
     if not graph.sites and not rule.properties.weight_transport:
         raise AttachError(
             f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
         )
     for edge in graph.edges:
-        if edge.shares is None:
-            continue
-        owner, _, leaf = edge.shares.rpartition(".")
-        weight = model.get_submodule(owner)._parameters.get(leaf)
-        if weight is None:
-            raise AttachError(
-                f"{rule.label} gives B the gradient of {edge.shares!r}, which is re-parametrised (weight norm, pruning, ...). Remove "
-                "the parametrisation, or use FA or a rule with direct feedback."
-            )
-        uses = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
-        if len(uses) > 1:
-            raise AttachError(
-                f"{rule.label} gives B the gradient of {edge.shares!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
-                "several. Untie the weights, or use FA or a rule with direct feedback."
-            )
+        for named, does in ((edge.shares, "gives B the gradient of"), (edge.borrows, "makes B from")):
+            if named is None:
+                continue
+            owner, _, leaf = named.rpartition(".")
+            weight = model.get_submodule(owner)._parameters.get(leaf)
+            if weight is None:
+                raise AttachError(
+                    f"{rule.label} {does} {named!r}, which is re-parametrised (weight norm, pruning, ...). Remove "
+                    "the parametrisation, or use FA or a rule with direct feedback."
+                )
+            uses = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+            if len(uses) > 1 and named == edge.shares:
+                raise AttachError(
+                    f"{rule.label} {does} {named!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
+                    "several. Untie the weights, or use FA or a rule with direct feedback."
+                )

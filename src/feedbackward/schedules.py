@@ -251,6 +251,10 @@ def _refuse_replay(learner: Learner) -> None:
             f"{rule.label} is a chain: each layer waits for the error of the one above, so its segments cannot be replayed one by "
             'one. Use schedule="joint", or a rule with direct feedback (DFA, DKP).'
         )
+    if rule.sends_activity:
+        raise AttachError(
+            f'{rule.label} sends the source\'s activity along with its target, which replay does not keep: use schedule="joint".'
+        )
     if rule.needs != "error":
         raise AttachError(f'{rule.label} needs no error, so nothing must be replayed: use schedule="eager".')
     if not learner.graph.edges:

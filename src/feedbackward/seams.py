@@ -8,7 +8,7 @@ further inputs, so that autograd itself hands each its teaching signal and each 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -40,25 +40,27 @@ class Broadcast(torch.autograd.Function):
         k = len(edges)
         ctx.rule, ctx.edges = rule, edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
-        ctx.correlated = rule.learned and any(edge.shares is None for edge in edges)
-        ctx.save_for_backward(target, *(tensors if ctx.correlated else tensors[k:]))
+        correlated = [rule.learns(edge) and edge.shares is None and not rule.in_phase for edge in edges]
+        ctx.correlated = any(correlated)
+        activity = source if rule.sends_activity else None
+        ctx.save_for_backward(target, activity, *(tensors if ctx.correlated else tensors[k:]))
         return source.detach()  # not a view: an in-place operation may follow
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        target, *saved = ctx.saved_tensors
+        target, activity, *saved = ctx.saved_tensors
         k = len(ctx.edges)
         activities, rest = (saved[:k], saved[k:]) if ctx.correlated else ([], saved)
         signals: list[Tensor | None] = []
         grads: list[Tensor | None] = []
         for i, (edge, (shape, dtype)) in enumerate(zip(ctx.edges, ctx.kinds, strict=True)):
-            lead, parts = edge.leading, len(edge.operator.parts)
+            lead, parts = edge.leading, len(edge.operator.parts) + bool(edge.borrows)
             weights, rest = tuple(rest[:parts]), rest[parts:]
-            message = ctx.rule.message(
-                d.to(dtype).flatten(0, lead - 1),
-                None if target is None else target.to(dtype).flatten(0, lead - 1),
+            error, y, s = (
+                None if t is None else t.to(dtype).flatten(0, lead - 1) for t in (d, target, activity)
             )
+            message = ctx.rule.message(edge, error, y, s)
             signal = None
             if ctx.needs_input_grad[4 + i]:
                 cast = tuple(w.to(dtype) if w.is_floating_point() else w for w in weights)
@@ -187,12 +189,23 @@ class _Hooked(ABC):
 
 
 class Observer(_Hooked):
-    """Records the activities of sites and sources and changes nothing: the true gradients flow."""
+    """Records the activities of sites and sources; the true gradients flow. `change` may replace activities."""
+
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        sources: tuple[Source, ...],
+        change: Callable[[Site, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(sites, sources)
+        self.change = change
 
     def meet(self, index: int, h: Tensor) -> Tensor:
         if self.tape is not None:
             self.tape.h[index] = h
             self.tape.seen[index] += 1
+            if self.change is not None:
+                return self.change(self.sites[index], h)
         return h
 
     def fire(self, index: int, tensor: Tensor) -> Tensor:
@@ -204,9 +217,9 @@ class Observer(_Hooked):
 class Seams(_Hooked):
     """The cuts and broadcasts of one graph under one rule."""
 
-    def __init__(self, graph: Graph, rule: Rule, feedback: nn.Module) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, rule: Rule, feedback: nn.Module) -> None:
         super().__init__(graph.sites, graph.sources)
-        self.rule, self.feedback, self.edges = rule, feedback, graph.edges
+        self.model, self.rule, self.feedback, self.edges = model, rule, feedback, graph.edges
         place = {site: i for i, site in enumerate(graph.sites)}
         self.routes = [
             [(place[e.site], e) for e in graph.edges if e.source == source] for source in graph.sources
@@ -273,16 +286,19 @@ class Seams(_Hooked):
         weights: list[Tensor] = []
         for edge in edges:
             own = weights_of(self.feedback, edge)
-            weights += own if learn and edge.shares is None else [B.detach() for B in own]
+            learned = learn and edge.shares is None and not self.rule.in_phase
+            weights += own if learned else [B.detach() for B in own]
+            if edge.borrows:
+                weights.append(self.model.get_parameter(edge.borrows).detach())
         sent = None
         if target is not None and self.rule.needs == "target":
             sent = target.one_hot(source)
         return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
 
-    def tied(self, model: nn.Module) -> dict[str, Tensor]:
+    def tied(self) -> dict[str, Tensor]:
         """The weights of the model whose gradient a feedback weight shares, ready to take the place of the plain ones."""
         shared = [
-            (e.shares, model.get_parameter(e.shares), getattr(self.feedback, e.key))
+            (e.shares, self.model.get_parameter(e.shares), getattr(self.feedback, e.key))
             for e in self.edges
             if e.shares
         ]

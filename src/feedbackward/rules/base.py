@@ -10,13 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from ..errors import AttachError
 from ..graph import Edge, Graph, Site, Source
 from ..operators.base import Weights
+
+if TYPE_CHECKING:
+    from ..phase import Phase
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Rule(ABC):
     paper: ClassVar[str]
     properties: ClassVar[Properties]
     feeds: ClassVar[type[Site]] = Site  # Arc: the inputs of single layers instead of activities
+    sends_activity: ClassVar[bool] = False  # whether `message` is given the source's activity
+    in_phase: ClassVar[bool] = (
+        False  # whether feedback learns in `feedback_step`, instead of in every backward pass
+    )
     needs: ClassVar[Literal["error", "target", "nothing"]] = (
         "error"  # what the signals of a pass are made from
     )
@@ -63,10 +70,15 @@ class Rule(ABC):
         """The smallest batch the rule can work with."""
         return 1
 
-    def message(self, d: Tensor, target: Tensor | None) -> Tensor:
-        """What travels along the edges, `[M, *source]`: the source's error `d` unless the rule says otherwise.
+    def learns(self, edge: Edge) -> bool:
+        """Whether the weights of this edge are learned; a rule that mixes others decides edge by edge."""
+        return self.learned
 
-        `target` is there where the rule `needs` it: `learner.target(y)`, one-hot, over M and times its scale.
+    def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
+        """What travels along an edge, `[M, *source]`: the source's error `d` unless the rule says otherwise.
+
+        `target`: where the rule `needs` it, what `learner.target` was given, one-hot and times its scale, `[M, *source]`.
+        `activity`: where the rule `sends_activity`, the source itself, `[M, *source]`.
         """
         return d
 
@@ -76,6 +88,12 @@ class Rule(ABC):
         `d: [M, *source]` is what travelled, `h: [M, *site]` the activity.
         """
         raise NotImplementedError(f"{type(self).__name__} says that it learns its feedback, but not how.")
+
+    def feedback_step(self, phase: Phase) -> None:
+        """For a rule that learns its feedback `in_phase`: give the edges' weights their gradients, from passes of its own."""
+        raise NotImplementedError(
+            f"{type(self).__name__} says that its feedback learns in a phase, but not how."
+        )
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         """For a site of `Graph.local`: the network whose own loss trains the segment below the site."""

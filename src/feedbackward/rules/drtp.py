@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..graph import Graph, Site, Source, star
+from ..graph import Edge, Graph, Site, Source, star
 from ..operators import Dense, Operator
 from .base import Properties, Rule, refuse_zeros
 
@@ -55,6 +55,6 @@ class DRTP(Rule):
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return star(sites, source, self.operator)
 
-    def message(self, d: Tensor, target: Tensor | None) -> Tensor:
+    def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
         assert target is not None
         return target / len(target)
