@@ -144,6 +144,6 @@ def test_zeros_are_zeros_and_wrong_choices_are_named() -> None:
     assert not create("zeros", (7,)).any()
     with pytest.raises(fb.AttachError, match=r"kaiming.*choose one of zeros, kaiming_uniform"):
         fb.Dense("kaiming")
-    for options in ({"init": "zeros"}, {"scale": 0.0}):
+    for dense in (fb.Dense("zeros"), fb.Dense(scale=0.0)):
         with pytest.raises(fb.AttachError, match="zero feedback"):
-            fb.DFA(**options)
+            fb.DFA(operator=dense)

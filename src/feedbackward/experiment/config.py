@@ -57,6 +57,7 @@ class Settings:
         batch_size: images per step.
         forward: changes to the recipe's optimizer of the network's weights.
         feedback: changes to the recipe's optimizer of learned feedback weights.
+        schedule: joint; replay keeps one segment's activities in memory, eager too, for rules that need no error.
         device: auto takes a CUDA device where there is one.
         precision: bf16 and fp16 use autocast, fp16 with a loss scale.
         compile: compile the learner with torch.compile.
@@ -79,6 +80,7 @@ class Settings:
     batch_size: int | None = None
     forward: Changes = field(default_factory=Changes)
     feedback: Changes = field(default_factory=Changes)
+    schedule: Literal["joint", "replay", "eager"] = "joint"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False

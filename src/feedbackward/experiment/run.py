@@ -90,10 +90,17 @@ class Run:
             DivergenceError: the loss is NaN or infinite; no weight has then been changed.
         """
         images = self.prepared(images)
-        with self.precision():
-            output = self.forward(images)
-            loss = F.cross_entropy(output.float(), labels)
-        self.scaler.scale(loss).backward()
+        self.tell_target(labels)
+        if self.config.schedule == "joint":
+            with self.precision():
+                output = self.forward(images)
+                loss = F.cross_entropy(output.float(), labels)
+            self.scaler.scale(loss).backward()
+        else:
+            output, loss = self._scheduled(images, labels)
+        if self.learner.rule.in_phase:
+            with self.precision():
+                self.learner.feedback_step(images)
         correct = (output.argmax(1) == labels).sum()
         value, hits = torch.stack(
             [loss.detach().double(), correct]
@@ -109,6 +116,23 @@ class Run:
         position.seen += len(labels)
         position.batch += 1
         return value
+
+    def tell_target(self, labels: Tensor) -> None:
+        """Give the labels of the next pass to a rule that needs them."""
+        if self.learner.rule.needs == "target":
+            self.learner.target(labels)
+
+    def _scheduled(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and loss of a batch, its backward done by the configured schedule."""
+        seen: list[Tensor] = []
+
+        def loss_fn(output: Tensor) -> Tensor:
+            seen.append(output.detach())
+            return self.scaler.scale(F.cross_entropy(output.float(), labels))
+
+        with self.precision():
+            loss = self.learner.backward(images, loss_fn, schedule=self.config.schedule)
+        return seen[-1], loss / self.scaler.get_scale()
 
     def evaluate(self, images: Images, check: Callable[[], None] | None = None) -> tuple[float, float]:
         """Mean loss and accuracy in percent; ``check()`` is called between batches and may raise."""
@@ -134,6 +158,7 @@ class Run:
         count = min(self.config.probe_images, len(self.data.validation))
         chosen = self.data.validation.take(torch.arange(count))
         images, labels = next(Loader(chosen, self.data, count, device=self.device, shuffle=False).epoch(0))
+        self.tell_target(labels)
         return probe(self.learner, lambda out: F.cross_entropy(out.float(), labels), self.prepared(images))
 
     def state(self) -> dict[str, Any]:
