@@ -51,7 +51,7 @@ class _Marks:
         self.names = names
         self.found: dict[str, tuple[Any, ...]] = {}
 
-    def met(self, index: int, h: Tensor) -> None:
+    def met(self, index: int, h: Tensor, version: int) -> None:
         self.found[self.names[index]] = _mark(h)
 
     def fired(self, source: Source, tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _mark(h: Tensor) -> tuple[Any, ...]:
 
 def _marks(learner: Learner, inputs: Any) -> dict[str, tuple[Any, ...]]:
     marks = _Marks([site.name for site in learner.seams.sites])
-    with preserved(learner.model), torch.no_grad(), learner.seams.recording(sweep=marks):
+    with preserved(learner.model), torch.no_grad(), learner.seams.sweeping(marks):
         run(learner.model, inputs)
     torch.clear_autocast_cache()
     return marks.found

@@ -80,7 +80,7 @@ def _eager(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
         )
     _refuse_overlaps(learner, "eager")
     target = learner.begin_pass(inputs)
-    with learner.seams.recording(target, Deliver(learner.seams, target, {})):
+    with learner.seams.sweeping(Deliver(learner.seams, target, {}), target):
         output = run(learner.model, inputs)
     return _finish(loss_fn(output))
 
@@ -92,7 +92,7 @@ def _replay(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
     target = learner.begin_pass(inputs)
     errors, expected = _find_errors(learner, inputs, loss_fn, target)
     sweep = Deliver(learner.seams, target, errors, expected)
-    with learner.seams.recording(target, sweep):
+    with learner.seams.sweeping(sweep, target):
         output = run(learner.model, inputs)
     return _finish(loss_fn(output))
 
@@ -123,7 +123,7 @@ def _find_errors(
             continue
         seek = Seek(seams, name, target, errors, shapes)
         with preserved(learner.model), torch.no_grad():
-            with seams.recording(target, seek):
+            with seams.sweeping(seek, target):
                 output = run(learner.model, inputs)
             seek.add(loss_fn(output), None)
         torch.clear_autocast_cache()  # of weights that were cast without gradients
@@ -160,13 +160,13 @@ class Deliver:
     ) -> None:
         self.seams, self.target, self.errors, self.expected = seams, target, errors, expected
 
-    def met(self, index: int, h: Tensor) -> None:
+    def met(self, index: int, h: Tensor, version: int) -> None:
         if not h.requires_grad:  # a segment with nothing to train gets no signal
             return
         outputs, grads = [], []
         for edge in self.seams.edges_to[index]:
             d = self._error(edge.source, h)
-            self.seams.check(edge, h, h._version, d)
+            self.seams.check(edge, h, version, d)
             outputs.append(self.seams.broadcast(torch.zeros_like(d), [edge], [h], self.target))
             grads.append(d)
         if index in self.seams.local and self.target is not None:
@@ -205,7 +205,7 @@ class Seek:
         self.source: Tensor | None = None
         self.sum: Tensor | None = None
 
-    def met(self, index: int, h: Tensor) -> None:
+    def met(self, index: int, h: Tensor, version: int) -> None:
         if index in self.relays:
             self.shapes[index] = torch.zeros_like(h, requires_grad=False)
         if self.source is None or not h.requires_grad:

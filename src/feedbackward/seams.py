@@ -107,8 +107,9 @@ class Share(torch.autograd.Function):
 class Sweep(Protocol):
     """A schedule that runs the backward of a segment within the forward pass."""
 
-    def met(self, index: int, h: Tensor) -> None:
-        """Run the backward of the segment that ends with `h`, the activity of site `index`; nothing of it is kept."""
+    def met(self, index: int, h: Tensor, version: int) -> None:
+        """Run the backward of the segment that ends with `h`, the activity of site `index`; nothing of it is kept.
+        `version` is the one that `h` had when it was met."""
 
     def fired(self, source: Source, tensor: Tensor) -> Tensor:
         """What the rest of the network gets in place of the source."""
@@ -126,6 +127,7 @@ class Tape:
         self.sources: dict[str, Tensor | None] = {}
         self.losses: dict[str, list[Tensor]] = {}  # local ones, by their source's name
         self.target, self.sweep = target, sweep
+        self.pending: tuple[int, Tensor, int] | None = None  # what the sweep has yet to be told
 
 
 class _Hooked(ABC):
@@ -247,7 +249,8 @@ class Seams(_Hooked):
             cut = h.detach()
             tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
             if tape.sweep is not None:
-                tape.sweep.met(index, h)
+                self.flush()
+                tape.pending = (index, h, h._version)
             elif index in self.local and h.requires_grad and tape.target is not None:
                 end = self.local[index]
                 tape.losses.setdefault(end.source.name, []).append(self.local_loss(end, h, tape.target))
@@ -263,6 +266,25 @@ class Seams(_Hooked):
     def site_of(self, source: Source) -> int | None:
         """The number of the site that is the same tensor as the source, if there is one."""
         return self._sites_by_taps.get(source.taps)
+
+    @contextmanager
+    def sweeping(self, sweep: Sweep, target: Target | None = None) -> Iterator[Tape]:
+        """A forward pass in which the sweep is told of each site when the next module begins: by then the code that
+        called the last one has let go of the tensors in between, which would otherwise live through the backward."""
+        handles = [m.register_forward_pre_hook(self.flush, prepend=True) for m in self.model.modules()]
+        try:
+            with self.recording(target, sweep) as tape:
+                yield tape
+                self.flush()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def flush(self, *call: Any) -> None:
+        """Tell the sweep what it has yet to be told."""
+        if self.tape is not None and self.tape.pending is not None and self.tape.sweep is not None:
+            pending, self.tape.pending = self.tape.pending, None
+            self.tape.sweep.met(*pending)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -321,6 +343,7 @@ class Seams(_Hooked):
             )
         source = self.sources[index]
         if tape.sweep is not None:
+            self.flush()
             tape.sources[source.name] = None
             return tape.sweep.fired(source, tensor)
         tape.sources[source.name] = tensor
