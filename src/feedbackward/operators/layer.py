@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import AttachError
 from .base import Operator, Shape, Weights
 
-LAYER_INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "like_layer")
+LAYER_INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "kaiming_fan_out", "like_layer")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class LayerShaped(Operator):
     stride, padding, dilation and groups; the adjoint of the padding for other padding modes.
 
     init: `"zeros"`; `"xavier_uniform"`: U(-b, b), b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
-        `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these layers.
+        `"kaiming_fan_out"`: b = sqrt(6 / fan_out); `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these
+        layers.
+    scale: a factor on b.
     """
 
     sized = False
@@ -74,28 +77,48 @@ class LayerShaped(Operator):
                 f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(LAYER_INITS)}."
             )
 
-    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
-        B = torch.zeros(self.form.shape)
-        field = B[0, 0].numel() if B.dim() > 2 else 1
-        fan_in, fan_out = B.shape[1] * field, B.shape[0] * field
-        if self.init == "zeros":
-            return (B,)
+    @property
+    def bound(self) -> float:
+        """b of the initial weights U(-b, b), whose standard deviation is b / sqrt(3)."""
+        shape = self.form.shape
+        field = math.prod(shape[2:])
+        fan_in, fan_out = shape[1] * field, shape[0] * field
         squares = {
+            "zeros": 0.0,
             "xavier_uniform": 6 / (fan_in + fan_out),
             "kaiming_uniform": 6 / fan_in,
+            "kaiming_fan_out": 6 / fan_out,
             "like_layer": 1 / fan_in,
         }
-        bound = self.scale * squares[self.init] ** 0.5
-        return (B.uniform_(-bound, bound, generator=generator),)
+        return self.scale * math.sqrt(squares[self.init])
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        return (torch.zeros(self.form.shape).uniform_(-self.bound, self.bound, generator=generator),)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
-        (B,) = weights
+        B = weights[0]  # a borrowed weight of the model may follow
         if not self.form.stride:
             return d @ B
         if not self.form.pad:
             return self._convolve_back(B, d, site)
         padded = [site[0], *(n + sum(self._pads(i)) for i, n in enumerate(site[1:]))]
         return self._unpad(self._convolve_back(B, d, tuple(padded)), site)
+
+    def project(self, weight: Tensor, h: Tensor) -> Tensor:
+        """What the layer makes of `h: [M, *site]` with this weight, without a bias: `send` is the adjoint of it."""
+        if not self.form.stride:
+            return h @ weight.t()
+        return torch.ops.aten.convolution(self._pad(h), weight, None, *self._geometry)
+
+    def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
+        """The layer's own weight gradient, whose form `B` has."""
+        if center:
+            h = h - h.mean([i for i in range(h.dim()) if i != 1], keepdim=True)
+        if not self.form.stride:
+            return (d.t() @ h,)
+        mask = (False, True, False)
+        B = weights[0].to(d.dtype)  # only its shape is read
+        return (torch.ops.aten.convolution_backward(d, self._pad(h), B, None, *self._geometry, mask)[1],)
 
     def macs(self, source: Shape, site: Shape) -> int:
         f = self.form
@@ -108,12 +131,20 @@ class LayerShaped(Operator):
         return 4 * math.prod(self.form.shape)
 
     def _convolve_back(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
-        f = self.form
         like = d.new_empty(1).expand(len(d), *site)  # only its shape is read
-        output_padding = f.output_padding or (0,) * len(f.stride)
-        geometry = (f.stride, f.padding, f.dilation, f.transposed, output_padding, f.groups)
         mask = (True, False, False)
-        return torch.ops.aten.convolution_backward(d, like, B, None, *geometry, mask)[0]
+        return torch.ops.aten.convolution_backward(d, like, B, None, *self._geometry, mask)[0]
+
+    @property
+    def _geometry(self) -> tuple[object, ...]:
+        """As torch's convolutions take it."""
+        f = self.form
+        return f.stride, f.padding, f.dilation, f.transposed, f.output_padding or (0,) * len(f.stride), f.groups
+
+    def _pad(self, h: Tensor) -> Tensor:
+        if not self.form.pad:
+            return h
+        return F.pad(h, self.form.pad, "constant" if self.form.pad_mode == "zeros" else self.form.pad_mode)
 
     def _pads(self, axis: int) -> tuple[int, int]:
         """Padding before and after a spatial axis; F.pad counts axes from the last."""
