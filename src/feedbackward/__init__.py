@@ -14,7 +14,7 @@ from .learner import Learner, attach, param_groups
 from .operators import OPERATORS, Dense, LayerShaped, Operator, Shape, Weights
 from .phase import Pass, Phase
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
-from .rules import BP, DFA, DGL, DKP, DRTP, FA, RULES, Frozen, KolenPollack, Properties, Rule
+from .rules import BP, DFA, DGL, DKP, DRTP, FA, RULES, Frozen, KolenPollack, Mixed, Properties, Rule
 from .schedules import step_in_backward
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ __all__ = [
     "LayerShaped",
     "Learner",
     "Local",
+    "Mixed",
     "Operator",
     "ParameterAlignment",
     "Pass",

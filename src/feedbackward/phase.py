@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,15 @@ class Phase:
     def __init__(self, learner: Learner, inputs: Any) -> None:
         self._learner, self.inputs = learner, inputs
         self.edges = learner.graph.edges
+        self._sites, self._sources = learner.graph.sites, learner.graph.sources
+
+    def part(self, edges: Sequence[Edge]) -> Phase:
+        """The phase of some edges: its passes meet their sites and sources only."""
+        phase = Phase(self._learner, self.inputs)
+        phase.edges = tuple(edges)
+        phase._sites = tuple(dict.fromkeys(edge.site for edge in edges))
+        phase._sources = tuple(dict.fromkeys(edge.source for edge in edges))
+        return phase
 
     def weights(self, edge: Edge) -> Weights:
         """The edge's feedback weights, Parameters where they are learned."""
@@ -57,7 +66,7 @@ class Phase:
         restored afterwards. With `gradients` autograd records the pass.
         """
         learner = self._learner
-        observer = Observer(learner.graph.sites, learner.graph.sources, change)
+        observer = Observer(self._sites, self._sources, change)
         with ExitStack() as stack:
             stack.enter_context(preserved(learner.model))
             stack.enter_context(torch.set_grad_enabled(gradients))

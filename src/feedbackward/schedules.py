@@ -73,7 +73,7 @@ def _joint(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
 
 
 def _eager(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
-    if learner.rule.needs == "error":
+    if learner.rule.needs_error:
         raise AttachError(
             f"{learner.rule.label}'s signals are made from the output's error, which is known after the forward pass only: use "
             'schedule="replay", or a rule that needs no error (DRTP, DGL).'
@@ -255,7 +255,7 @@ def _refuse_replay(learner: Learner) -> None:
         raise AttachError(
             f'{rule.label} sends the source\'s activity along with its target, which replay does not keep: use schedule="joint".'
         )
-    if rule.needs != "error":
+    if not rule.needs_error:
         raise AttachError(f'{rule.label} needs no error, so nothing must be replayed: use schedule="eager".')
     if not learner.graph.edges:
         raise AttachError(

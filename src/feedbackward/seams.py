@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import SiteError
 from .feedback import weights_of
 from .graph import Edge, Graph, Local, Site, Source, Tap
+from .operators.base import Operator
 from .rules.base import Rule
 from .target import Target
 
@@ -40,8 +41,7 @@ class Broadcast(torch.autograd.Function):
         k = len(edges)
         ctx.rule, ctx.edges = rule, edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
-        correlated = [rule.learns(edge) and edge.shares is None and not rule.in_phase for edge in edges]
-        ctx.correlated = any(correlated)
+        ctx.correlated = any(rule.learns_in_pass(edge) for edge in edges)
         activity = source if rule.sends_activity else None
         ctx.save_for_backward(target, activity, *(tensors if ctx.correlated else tensors[k:]))
         return source.detach()  # not a view: an in-place operation may follow
@@ -92,16 +92,20 @@ class Join(torch.autograd.Function):
 
 
 class Share(torch.autograd.Function):
-    """`W` as it is; its backward gives the same gradient to `W` and to `B`, so that it is computed once."""
+    """`W` as it is; its backward gives `W` its gradient, and `B` what the operator makes of it: it is computed once."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: Any, W: Tensor, operator: Operator, *weights: Tensor) -> Tensor:
+        ctx.operator = operator
+        ctx.save_for_backward(*weights)
         return W.view_as(W)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.clone()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors
+        made = ctx.operator.share(weights, grad)
+        return (grad, None, *made, *[None] * (len(weights) - len(made)))
 
 
 class Sweep(Protocol):
@@ -308,7 +312,9 @@ class Seams(_Hooked):
         weights: list[Tensor] = []
         for edge in edges:
             own = weights_of(self.feedback, edge)
-            learned = learn and edge.shares is None and not self.rule.in_phase
+            if edge.operator.renewed:  # the next pass changes them, perhaps before this one's backward
+                own = tuple(B.clone() for B in own)
+            learned = learn and self.rule.learns_in_pass(edge)
             weights += own if learned else [B.detach() for B in own]
             if edge.borrows:
                 weights.append(self.model.get_parameter(edge.borrows).detach())
@@ -317,14 +323,21 @@ class Seams(_Hooked):
             sent = target.one_hot(source)
         return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
 
+    def renew(self) -> None:
+        """At the beginning of a pass: new weights for the edges whose operator makes them anew."""
+        for edge in self.edges:
+            if edge.operator.renewed:
+                with torch.no_grad():
+                    edge.operator.renew(weights_of(self.feedback, edge))
+
     def tied(self) -> dict[str, Tensor]:
         """The weights of the model whose gradient a feedback weight shares, ready to take the place of the plain ones."""
-        shared = [
-            (e.shares, self.model.get_parameter(e.shares), getattr(self.feedback, e.key))
-            for e in self.edges
-            if e.shares
-        ]
-        return {name: Share.apply(W, B) for name, W, B in shared if W.requires_grad}
+        shared = [(e, e.shares, self.model.get_parameter(e.shares)) for e in self.edges if e.shares]
+        return {
+            name: Share.apply(W, edge.operator, *weights_of(self.feedback, edge))
+            for edge, name, W in shared
+            if W.requires_grad
+        }
 
     def fire(self, index: int, tensor: Tensor) -> Tensor:
         """Put the broadcast of this source's error in place; every site it feeds must have been met, unchanged."""

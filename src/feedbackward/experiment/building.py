@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import MISSING
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..learner import Learner, attach
 from ..operators import OPERATORS, Operator
-from ..rules import RULES, Rule
+from ..rules import COMPOSED, RULES, Mixed, Rule
 from . import nets
 from .config import TrainConfig
 from .data import Data, DataConfig, Loader, load_data
@@ -25,10 +26,11 @@ from .suggest import hint
 
 def find_rule(name: str) -> type[Rule]:
     """The rule called ``name``, or the class ``package.module:Class``. Raises ConfigError for others."""
-    if name in RULES:
-        return RULES[name]
+    named = {**RULES, **COMPOSED}
+    if name in named:
+        return named[name]
     if ":" not in name:
-        raise ConfigError(f"unknown rule '{name}': {hint(name, RULES)} (or package.module:Class)")
+        raise ConfigError(f"unknown rule '{name}': {hint(name, named)} (or package.module:Class)")
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -50,7 +52,29 @@ def make_rule(name: str, options: dict[str, Any]) -> Rule:
     given = dict(options)
     if "operator" in fields and "operator" in given:
         given["operator"] = make_operator(given["operator"])
+    if issubclass(kind, Mixed) and "rules" in given:
+        given["rules"] = _make_rules(given["rules"])
+    absent = [
+        f.name for f in fields.values() if f.name not in given and f.default is f.default_factory is MISSING
+    ]
+    if absent:
+        raise ConfigError(f"the rule '{name}' needs its option '{absent[0]}'")
     return kind(**given)
+
+
+def _make_rules(specs: Any) -> dict[Any, Rule]:
+    """The rules of a mixture: for each pattern a name, or a mapping with `rule` and its `options`."""
+    if not isinstance(specs, Mapping):
+        raise ConfigError(f"the rules of a mixture are written as {{pattern: rule, ...}}, not as {specs!r}")
+    made: dict[Any, Rule] = {}
+    for pattern, spec in specs.items():
+        parts: Any = {"rule": spec} if isinstance(spec, str) else spec
+        if not isinstance(parts, Mapping) or "rule" not in parts or not {"rule", "options"} >= {*parts}:
+            raise ConfigError(
+                f"the rule for '{pattern}' is {spec!r}: give a rule's name, or {{rule: dfa, options: {{...}}}}"
+            )
+        made[pattern] = make_rule(parts["rule"], dict(parts.get("options") or {}))
+    return made
 
 
 def make_operator(spec: Any) -> Operator:

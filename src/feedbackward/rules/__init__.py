@@ -9,6 +9,7 @@ from .drtp import DRTP
 from .fa import FA
 from .frozen import Frozen
 from .kolen_pollack import KolenPollack
+from .mixed import Mixed
 
 RULES: dict[str, type[Rule]] = {
     "bp": BP,
@@ -21,4 +22,21 @@ RULES: dict[str, type[Rule]] = {
     "frozen": Frozen,
 }
 
-__all__ = ["BP", "DFA", "DGL", "DKP", "DRTP", "FA", "RULES", "Frozen", "KolenPollack", "Properties", "Rule"]
+# named as the rules are, but made of other rules: what they need and cost is said by an instance
+COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed}
+
+__all__ = [
+    "BP",
+    "COMPOSED",
+    "DFA",
+    "DGL",
+    "DKP",
+    "DRTP",
+    "FA",
+    "RULES",
+    "Frozen",
+    "KolenPollack",
+    "Mixed",
+    "Properties",
+    "Rule",
+]

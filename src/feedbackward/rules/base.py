@@ -28,12 +28,14 @@ class Properties:
 
     L layers, N batch, n features of all sites, C units of the source, W weights of the network, D the multiplications of
     backprop's input gradients (saved: hence the minus), opt. the optimizer's state of the feedback.
+
+    weight_transport: whether forward weights are used in the backward pass; in a word where it is less than that ("signs").
     """
 
     backward_unlocked: bool
     update_unlocked: bool
     forward_unlocked: bool
-    weight_transport: bool
+    weight_transport: bool | str
     learned_feedback: bool
     backward_steps: str
     extra_memory: str
@@ -70,9 +72,18 @@ class Rule(ABC):
         """The smallest batch the rule can work with."""
         return 1
 
+    @property
+    def needs_error(self) -> bool:
+        """Whether some signal is made from the output's error, so that it is known after the forward pass only."""
+        return self.needs == "error"
+
     def learns(self, edge: Edge) -> bool:
         """Whether the weights of this edge are learned; a rule that mixes others decides edge by edge."""
         return self.learned
+
+    def learns_in_pass(self, edge: Edge) -> bool:
+        """Whether the weights of this edge get their gradient from `feedback_grad`, in every backward pass."""
+        return self.learns(edge) and edge.shares is None and not self.in_phase
 
     def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
         """What travels along an edge, `[M, *source]`: the source's error `d` unless the rule says otherwise.
