@@ -14,20 +14,40 @@ from .learner import Learner, attach, param_groups
 from .operators import OPERATORS, Dense, LayerShaped, Operator, Shape, Weights
 from .phase import Pass, Phase
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
-from .rules import BP, DFA, DGL, DKP, DRTP, FA, RULES, Frozen, KolenPollack, Mixed, Properties, Rule
+from .rules import (
+    BP,
+    BRSF,
+    DFA,
+    DGL,
+    DKP,
+    DRTP,
+    FA,
+    FRSF,
+    RULES,
+    USF,
+    Frozen,
+    KolenPollack,
+    Mixed,
+    Properties,
+    Rule,
+    SignSymmetry,
+)
 from .schedules import step_in_backward
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BP",
+    "BRSF",
     "DFA",
     "DGL",
     "DKP",
     "DRTP",
     "FA",
+    "FRSF",
     "OPERATORS",
     "RULES",
+    "USF",
     "Arc",
     "AttachError",
     "CheckpointError",
@@ -52,6 +72,7 @@ __all__ = [
     "Properties",
     "Rule",
     "Shape",
+    "SignSymmetry",
     "Site",
     "SiteAlignment",
     "SiteError",

@@ -167,6 +167,7 @@ class Learner(nn.Module):
         """Check the inputs of a pass under cuts, and take the targets that it was given."""
         _refuse_input_gradients(inputs)
         self.seams.recompute = True
+        self.seams.renew()
         return self._take_target()
 
     def _refuse_detached(self) -> None:
@@ -309,7 +310,7 @@ def param_groups(
 
 def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
     """A rule that cuts nothing is backprop; a weight that is used must be one that the model really has."""
-    if not graph.sites and not rule.properties.weight_transport:
+    if not graph.sites and rule.properties.weight_transport is not True:
         raise AttachError(
             f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
         )

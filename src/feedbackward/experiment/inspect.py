@@ -98,10 +98,14 @@ def print_rules(form: str) -> None:
         print(LEGEND)
 
 
+def _answer(value: bool | str) -> str:
+    return value if isinstance(value, str) else "yes" if value else "no"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     unlocked = [what for what in ("backward", "update", "forward") if row[f"{what}_unlocked"]]
     return [
         "all" if len(unlocked) == 3 else ", ".join(unlocked) or "-",
-        *("yes" if row[key] else "no" for key in ("weight_transport", "learned_feedback")),
+        *(_answer(row[key]) for key in ("weight_transport", "learned_feedback")),
         *(row[key] for key in ("backward_steps", "extra_memory", "extra_compute", "paper")),
     ]

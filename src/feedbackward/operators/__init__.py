@@ -3,10 +3,23 @@
 from .base import Operator, Shape, Weights
 from .dense import Dense
 from .layer import LayerForm, LayerShaped
+from .signed import FixedSigned, FreshSigned, Signed, UniformSigned
 
 # by their names in configurations and on the command line
 OPERATORS: dict[str, type[Operator]] = {
     "dense": Dense,
 }
 
-__all__ = ["OPERATORS", "Dense", "LayerForm", "LayerShaped", "Operator", "Shape", "Weights"]
+__all__ = [
+    "OPERATORS",
+    "Dense",
+    "FixedSigned",
+    "FreshSigned",
+    "LayerForm",
+    "LayerShaped",
+    "Operator",
+    "Shape",
+    "Signed",
+    "UniformSigned",
+    "Weights",
+]

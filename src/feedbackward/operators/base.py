@@ -28,6 +28,7 @@ class Operator(ABC):
     learnable: ClassVar[int] = 1
     sized: ClassVar[bool] = True
     common: ClassVar[bool] = False
+    renewed: ClassVar[bool] = False  # whether `renew` changes the weights for every pass
 
     def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
         """The operator that serves an edge of these shapes, itself unless it says otherwise.
@@ -40,6 +41,16 @@ class Operator(ABC):
     @abstractmethod
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
         """Initial weights for an edge of these shapes, on CPU; floating-point ones in float32."""
+
+    def renew(self, weights: Weights) -> None:
+        """Change the weights in place, at the beginning of a pass under cuts. Only for operators that are `renewed`; a pass
+        sends by a copy of what its own beginning made."""
+        raise NotImplementedError(f"{type(self).__name__} says that it is renewed, but not how.")
+
+    def share(self, weights: Weights, grad: Tensor) -> Weights:
+        """For an edge that `shares` the gradient of a layer's weight: the gradients of its learnable weights, from that one.
+        None may be the given tensor itself."""
+        return (grad.clone(),)
 
     @abstractmethod
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:

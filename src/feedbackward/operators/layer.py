@@ -139,7 +139,14 @@ class LayerShaped(Operator):
     def _geometry(self) -> tuple[object, ...]:
         """As torch's convolutions take it."""
         f = self.form
-        return f.stride, f.padding, f.dilation, f.transposed, f.output_padding or (0,) * len(f.stride), f.groups
+        return (
+            f.stride,
+            f.padding,
+            f.dilation,
+            f.transposed,
+            f.output_padding or (0,) * len(f.stride),
+            f.groups,
+        )
 
     def _pad(self, h: Tensor) -> Tensor:
         if not self.form.pad:

@@ -2,18 +2,26 @@
 
 from .base import Properties, Rule
 from .bp import BP
+from .brsf import BRSF
 from .dfa import DFA
 from .dgl import DGL
 from .dkp import DKP
 from .drtp import DRTP
 from .fa import FA
 from .frozen import Frozen
+from .frsf import FRSF
 from .kolen_pollack import KolenPollack
 from .mixed import Mixed
+from .sign_symmetry import SignSymmetry
+from .usf import USF
 
 RULES: dict[str, type[Rule]] = {
     "bp": BP,
     "fa": FA,
+    "usf": USF,
+    "brsf": BRSF,
+    "frsf": FRSF,
+    "sign_symmetry": SignSymmetry,
     "kp": KolenPollack,
     "dfa": DFA,
     "dkp": DKP,
@@ -27,16 +35,20 @@ COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed}
 
 __all__ = [
     "BP",
+    "BRSF",
     "COMPOSED",
     "DFA",
     "DGL",
     "DKP",
     "DRTP",
     "FA",
+    "FRSF",
     "RULES",
+    "USF",
     "Frozen",
     "KolenPollack",
     "Mixed",
     "Properties",
     "Rule",
+    "SignSymmetry",
 ]

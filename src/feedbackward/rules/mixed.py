@@ -140,8 +140,8 @@ class Mixed(Rule):
         other = next((rule for rule in cutting if rule.feeds is not first.feeds), None)
         if other is not None:
             raise AttachError(
-                f"{first.label} and {other.label} cannot be mixed: one feeds activities, the other inputs of single layers, "
-                "and skip paths would carry an error round the cuts. Mix direct rules (DFA, DKP) or chains (FA, KP), or either with BP."
+                f"{first.label} and {other.label} cannot be mixed: one feeds activities, one the inputs of layers, "
+                "and skip paths would carry an error round the cuts. Mix direct rules (DFA, DKP) or chains (FA, KP), and BP with either."
             )
         losses = {type(rule).local_loss: rule.label for rule in cutting if _has_local(rule)}
         if len(losses) > 1:
@@ -184,11 +184,14 @@ def _together(properties: Sequence[Properties]) -> Properties:
     def listed(name: str) -> str:
         return " + ".join(dict.fromkeys(getattr(p, name) for p in properties))
 
+    words = [p.weight_transport for p in properties if isinstance(p.weight_transport, str)]
     return Properties(
         backward_unlocked=all(p.backward_unlocked for p in properties),
         update_unlocked=all(p.update_unlocked for p in properties),
         forward_unlocked=all(p.forward_unlocked for p in properties),
-        weight_transport=any(p.weight_transport for p in properties),
+        weight_transport=any(p.weight_transport is True for p in properties)
+        or " + ".join(dict.fromkeys(words))
+        or False,
         learned_feedback=any(p.learned_feedback for p in properties),
         backward_steps=listed("backward_steps"),
         extra_memory=listed("extra_memory"),

@@ -1,0 +1,54 @@
+"""Batchwise random-magnitude sign-concordant feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..graph import Arc, Graph, Site, Source, chain
+from ..operators.layer import LayerShaped
+from ..operators.signed import FreshSigned
+from .base import Properties, Rule, refuse_zeros
+
+
+@dataclass(frozen=True)
+class BRSF(Rule):
+    r"""Batchwise random-magnitude sign-concordant feedback: new random magnitudes for every batch, with the forward signs.
+
+    .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = |M_t| \odot \mathrm{sign}(W_l),\quad M_t\ \text{drawn anew in pass}\ t
+
+    The magnitudes are a hash of the layer's key, the number t of the pass and the weight's place: the same on every rank and
+    device, continued by a loaded `state_dict`, and independent of the generators that dropout draws from. Of the state, 16 bytes
+    a layer are stored. Every forward pass under cuts counts, also each of several accumulated ones; probes do not.
+
+    init, scale: the law of :math:`M_t`, see :class:`feedbackward.LayerShaped`.
+
+    Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,
+    Leibo & Poggio, AAAI 2016, who draw from U(0, 1) and normalise. BioTorch draws from the global generator.
+    """
+
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    name = "brsf"
+    label = "brSF"
+    paper = "Moskovitz et al. 2019"
+    feeds = Arc
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport="signs",
+        learned_feedback=False,
+        backward_steps="L",
+        extra_memory="0",
+        extra_compute="hash of W",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return chain(
+            sites, lambda arc: FreshSigned(LayerShaped(arc.form, self.init, self.scale)), borrowed=True
+        )
