@@ -11,6 +11,7 @@ from .errors import (
 )
 from .graph import Arc, Edge, Graph, Local, Site, Source, chain, ladder, star
 from .learner import Learner, attach, param_groups
+from .norms import keep_norms
 from .operators import OPERATORS, Dense, LayerShaped, Operator, Shape, Weights
 from .phase import Pass, Phase
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
@@ -80,6 +81,7 @@ __all__ = [
     "Weights",
     "attach",
     "chain",
+    "keep_norms",
     "ladder",
     "param_groups",
     "probe",

@@ -18,12 +18,14 @@ class Signed(Operator):
     """`B = M * sign(W)` for an edge that borrows `W`; where `W` is zero, so is `B`.
 
     layer: its form, and with `init` and `scale` the law U(-b, b) that the magnitudes are taken from.
+    follow_norm: scale `B` in every pass to the Frobenius norm that `W` has: one more number per layer is transported.
     """
 
     sized = False
     learnable = 0
 
     layer: LayerShaped
+    follow_norm: bool = False
 
     @abstractmethod
     def magnitudes(self, own: Weights, W: Tensor) -> Tensor | float:
@@ -31,7 +33,10 @@ class Signed(Operator):
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         *own, W = weights
-        return self.layer.send((W.sign() * self.magnitudes(tuple(own), W),), d, site)
+        B = W.sign() * self.magnitudes(tuple(own), W)
+        if self.follow_norm:
+            B = B * (W.norm() / B.norm().clamp_min(torch.finfo(B.dtype).tiny))
+        return self.layer.send((B,), d, site)
 
     def macs(self, source: Shape, site: Shape) -> int:
         return self.layer.macs(source, site)

@@ -22,6 +22,7 @@ class BRSF(Rule):
     a layer are stored. Every forward pass under cuts counts, also each of several accumulated ones; probes do not.
 
     init, scale: the law of :math:`M_t`, see :class:`feedbackward.LayerShaped`.
+    follow_norm: give B the norm that W has now. See uSF, also for strict normalisation.
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,
     Leibo & Poggio, AAAI 2016, who draw from U(0, 1) and normalise. BioTorch draws from the global generator.
@@ -29,6 +30,7 @@ class BRSF(Rule):
 
     init: str = "xavier_uniform"
     scale: float = 1.0
+    follow_norm: bool = False
 
     name = "brsf"
     label = "brSF"
@@ -49,6 +51,7 @@ class BRSF(Rule):
         refuse_zeros(self.label, self)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return chain(
-            sites, lambda arc: FreshSigned(LayerShaped(arc.form, self.init, self.scale)), borrowed=True
-        )
+        def signed(arc: Arc) -> FreshSigned:
+            return FreshSigned(LayerShaped(arc.form, self.init, self.scale), self.follow_norm)
+
+        return chain(sites, signed, borrowed=True)

@@ -20,6 +20,7 @@ class FRSF(Rule):
     One bit per weight is transported.
 
     init, scale: the law of :math:`M_l`, see :class:`feedbackward.LayerShaped`.
+    follow_norm: give B the norm that W has now. See uSF, also for strict normalisation.
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,
     Leibo & Poggio, AAAI 2016. As in BioTorch, whose gradients these equal, the magnitudes are those of the layer's initial law;
@@ -29,6 +30,7 @@ class FRSF(Rule):
 
     init: str = "xavier_uniform"
     scale: float = 1.0
+    follow_norm: bool = False
 
     name = "frsf"
     label = "frSF"
@@ -49,6 +51,7 @@ class FRSF(Rule):
         refuse_zeros(self.label, self)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return chain(
-            sites, lambda arc: FixedSigned(LayerShaped(arc.form, self.init, self.scale)), borrowed=True
-        )
+        def signed(arc: Arc) -> FixedSigned:
+            return FixedSigned(LayerShaped(arc.form, self.init, self.scale), self.follow_norm)
+
+        return chain(sites, signed, borrowed=True)

@@ -22,15 +22,18 @@ class USF(Rule):
 
     init, scale: the law, see :class:`feedbackward.LayerShaped`. `"xavier_uniform"` gives
         :math:`\sigma_l = \sqrt{2/(\mathrm{fan_{in}} + \mathrm{fan_{out}})}`, `"like_layer"` :math:`1/\sqrt{3\,\mathrm{fan_{in}}}`.
+    follow_norm: give B the norm that W has now, instead of that of its initial law.
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488); the name and
     the rule are older: Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016. The magnitude is
-    that of BioTorch, whose gradients these equal (its benchmarks name this rule); Liao et al. leave it out and normalise. The
-    paper's strict normalisation keeps each weight's norm, see :func:`feedbackward.keep_norms`.
+    that of BioTorch, whose gradients these equal (its benchmarks name this rule); Liao et al. leave it out and normalise.
+    The strict normalisation :math:`W \leftarrow W \|W_0\|/\|W\|` is :func:`feedbackward.keep_norms`; it is known to us from BioTorch,
+    whose weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
     """
 
     init: str = "xavier_uniform"
     scale: float = 1.0
+    follow_norm: bool = False
 
     name = "usf"
     label = "uSF"
@@ -51,6 +54,7 @@ class USF(Rule):
         refuse_zeros(self.label, self)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return chain(
-            sites, lambda arc: UniformSigned(LayerShaped(arc.form, self.init, self.scale)), borrowed=True
-        )
+        def signed(arc: Arc) -> UniformSigned:
+            return UniformSigned(LayerShaped(arc.form, self.init, self.scale), self.follow_norm)
+
+        return chain(sites, signed, borrowed=True)
