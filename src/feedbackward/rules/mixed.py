@@ -69,6 +69,7 @@ class Mixed(Rule):
             "feeds": cutting[0].feeds,
             "sends_activity": any(rule.sends_activity for rule in parts),
             "in_phase": any(rule.in_phase for rule in parts),
+            "linear": all(rule.linear for rule in parts),
             "needs": next(need for need in ("target", "error", "nothing") if need in needed),
             "properties": _together([rule.properties for rule in parts]),
         }
@@ -140,8 +141,8 @@ class Mixed(Rule):
         other = next((rule for rule in cutting if rule.feeds is not first.feeds), None)
         if other is not None:
             raise AttachError(
-                f"{first.label} and {other.label} cannot be mixed: one feeds activities, one the inputs of layers, "
-                "and skip paths would carry an error round the cuts. Mix direct rules (DFA, DKP) or chains (FA, KP), and BP with either."
+                f"{first.label} and {other.label} cannot be mixed: one feeds activities, the other inputs of layers, "
+                "and skip paths would carry an error round the cuts. Mix direct rules (DFA, DKP) or chains (FA, KP); BP fits both."
             )
         losses = {type(rule).local_loss: rule.label for rule in cutting if _has_local(rule)}
         if len(losses) > 1:
