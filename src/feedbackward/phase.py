@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .errors import FeedbackError
 from .graph import Edge, Site
 from .operators.base import Weights
 from .seams import Observer
@@ -40,6 +43,10 @@ class Phase:
         self._learner, self.inputs = learner, inputs
         self.edges = learner.graph.edges
         self._sites, self._sources = learner.graph.sites, learner.graph.sources
+        self._seed = int(
+            torch.randint(2**62, ())
+        )  # here: a pass restores the generator that it is drawn from
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def part(self, edges: Sequence[Edge]) -> Phase:
         """The phase of some edges: its passes meet their sites and sources only."""
@@ -76,6 +83,45 @@ class Phase:
             output = run(learner.model, self.inputs)
         activities = {site: h for site, h in zip(observer.sites, tape.h, strict=True) if h is not None}
         return Pass(activities, {k: v for k, v in tape.sources.items() if v is not None}, output)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Standard normal noise of this shape, device and dtype, new in every call and phase.
+
+        Noise that is drawn from torch's own generators within a pass would be the same in every phase: a pass restores them.
+        """
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(self._seed)
+        generator = self._generators[like.device]
+        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    def perturbed(self) -> tuple[dict[Site, Tensor], dict[str, Tensor]]:
+        """The noise `u` of every site, shaped like it, and by name how each source moves when all sites move along theirs.
+
+        One forward-mode pass: sample by sample the source moves by the sum over the sites of `dsource/dh u`.
+
+        Raises FeedbackError where a layer has no forward-mode derivative.
+        """
+        noise: dict[Site, Tensor] = {}
+        moving: dict[Site, Tensor] = {}
+
+        def push(site: Site, h: Tensor) -> Tensor:
+            if site not in moving:  # a second consumer gets the same
+                primal, tangent = forward_ad.unpack_dual(h)
+                noise[site] = self.noise(primal)
+                total = noise[site] if tangent is None else tangent + noise[site]
+                moving[site] = forward_ad.make_dual(primal, total)
+            return moving[site]
+
+        try:
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused ones have no derivative
+                met = self.forward(change=push).sources
+                moves = {name: forward_ad.unpack_dual(source).tangent for name, source in met.items()}
+        except NotImplementedError as error:
+            raise FeedbackError(
+                f"{self._learner.rule.label} differentiates the forward pass in forward mode, which a layer of this model does not "
+                f"support ({str(error).splitlines()[0]}). Replace that layer, or use a rule that learns from the error (DKP)."
+            ) from error
+        return noise, {k: torch.zeros_like(met[k]) if t is None else t for k, t in moves.items()}
 
     def give(self, edge: Edge, grads: Weights) -> None:
         """Add to the gradients of the edge's learnable weights, in their order."""

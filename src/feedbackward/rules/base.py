@@ -57,6 +57,8 @@ class Rule(ABC):
     needs: ClassVar[Literal["error", "target", "nothing"]] = (
         "error"  # what the signals of a pass are made from
     )
+    # whether the signals and feedback gradients of a pass scale with the loss, so that a GradScaler may scale it
+    linear: ClassVar[bool] = True
 
     @abstractmethod
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:

@@ -41,6 +41,7 @@ class DGL(Rule):
     label = "DGL"
     paper = "Belilovsky et al. 2020"
     needs = "target"
+    linear = False
     properties = Properties(
         backward_unlocked=True,
         update_unlocked=True,

@@ -38,6 +38,7 @@ class DRTP(Rule):
     label = "DRTP"
     paper = "Frenkel et al. 2021"
     needs = "target"
+    linear = False
     properties = Properties(
         backward_unlocked=True,
         update_unlocked=True,
