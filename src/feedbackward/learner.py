@@ -19,10 +19,12 @@ from .graph import Arc, Edge, Graph, Site, Source
 from .operators.base import Weights
 from .phase import Phase
 from .plan import Plan, describe, make_plan
+from .rehearsal import Rehearsal
 from .rules.base import Rule
-from .schedules import LossFn, Schedule, backward
+from .schedules import Schedule, backward
 from .seams import Seams
 from .sites import Sites, find_sites, find_source, refuse_unrecorded
+from .sweeps import LossFn
 from .target import Target
 from .trace import trace
 
@@ -112,7 +114,7 @@ class Learner(nn.Module):
         self.plan: Plan
         self._exact = False
         self._target: Target | None = None
-        self.repeatable = False  # whether the forward pass was found to be, before the first replay
+        self.rehearsed: Rehearsal | None = None  # before the first replay
         self._detached = False
         self._handles = self.seams.install(model)
 
@@ -152,15 +154,17 @@ class Learner(nn.Module):
     def feedback_step(self, inputs: Any) -> None:
         """For rules whose feedback learns in a phase of its own (weight mirror, decoders): run it on these inputs.
 
-        It adds to the gradients of the feedback weights and touches nothing else: no `.grad` of the model, buffer or random
-        state. Call it as often as the rule's docstring says, before the optimizer of the feedback steps. Raises
-        FeedbackError for rules without such a phase.
+        It adds to the gradients of the feedback weights and touches no `.grad` of the model, buffer or mode; one number is
+        drawn from torch's generator, for the noise. Call it as often as the rule's docstring says, before the optimizer of
+        the feedback steps. Raises FeedbackError for rules without such a phase, and under fp16 autocast: gradients that
+        are not made from a loss must not be unscaled with it.
         """
         self._refuse_detached()
         if not self.rule.in_phase:
             raise FeedbackError(
                 f"{self.rule.label} has no phase of its own for its feedback: leave out the call of feedback_step."
             )
+        self._refuse_fp16("feedback learns in a phase that no loss scale reaches")
         self.rule.feedback_step(Phase(self, inputs))
 
     def begin_pass(self, inputs: Any) -> Target | None:
@@ -191,12 +195,15 @@ class Learner(nn.Module):
             raise FeedbackError(
                 f"{self.rule.label} needs the targets before the forward pass: call `learner.target(y)` before `learner(x)`."
             )
-        if self.rule.needs == "target" and _fp16():
-            raise FeedbackError(
-                f"{self.rule.label}'s signals are not made from the loss, so a GradScaler would shrink them: use bf16, which needs "
-                "none, or float32."
-            )
+        if not self.rule.linear:
+            self._refuse_fp16("signals or feedback gradients do not scale with the loss")
         return target
+
+    def _refuse_fp16(self, why: str) -> None:
+        if _fp16():
+            raise FeedbackError(
+                f"{self.rule.label}'s {why}, so a GradScaler would shrink them: use bf16, which needs none, or float32."
+            )
 
     def _replicate_for_data_parallel(self) -> Learner:
         raise AttachError(

@@ -38,7 +38,12 @@ class Plan:
     head: Segment
     unreached: tuple[str, ...]  # trainable parameters that no segment holds
     overlaps: tuple[tuple[str, str], ...]  # pairs of segments that have some of their computation in common
-    sources: tuple[str, ...]  # in the order in which the forward pass reaches them
+    order: tuple[int | str, ...]  # sites by number, sources by name, as the forward pass reaches them
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources' names in the order in which the forward pass reaches them."""
+        return tuple(name for name in self.order if isinstance(name, str))
 
     @property
     def shared(self) -> dict[str, tuple[str, ...]]:
@@ -67,7 +72,7 @@ def make_plan(learner: Learner, example: Any) -> Plan:
     unreached = tuple(
         name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held
     )
-    return Plan(tuple(segments), head, unreached, _overlaps(labels, nodes), tuple(tape.sources))
+    return Plan(tuple(segments), head, unreached, _overlaps(labels, nodes), tuple(tape.order))
 
 
 def _overlaps(labels: Sequence[str], nodes: Sequence[set[Any]]) -> tuple[tuple[str, str], ...]:
@@ -75,6 +80,11 @@ def _overlaps(labels: Sequence[str], nodes: Sequence[set[Any]]) -> tuple[tuple[s
     inner = [{node for node in found if not hasattr(node, "variable")} for found in nodes]
     pairs = itertools.combinations(range(len(labels)), 2)
     return tuple((labels[i], labels[j]) for i, j in pairs if not inner[i].isdisjoint(inner[j]))
+
+
+def parameters_behind(tensors: Iterable[Tensor], names: dict[int, str]) -> tuple[str, ...]:
+    """The names of the parameters that these tensors' autograd graphs lead to."""
+    return _held(_nodes(tensors), names)
 
 
 def _held(nodes: set[Any], names: dict[int, str]) -> tuple[str, ...]:
@@ -109,7 +119,7 @@ def describe(learner: Learner) -> str:
         form, held = "none: frozen", tuple[Tensor, ...]()
         if edge:
             held = learner.weights_of(edge)
-            form = " + ".join(_size(w.shape) for w in held) or "made from the seed"
+            form = " + ".join(_size(w.shape) for w in held) or f"made from {edge.borrows or 'the seed'}"
             form += (
                 "" if type(edge.operator).__name__ in _SELF_EVIDENT else f" {type(edge.operator).__name__}"
             )

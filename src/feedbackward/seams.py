@@ -119,10 +119,20 @@ class Sweep(Protocol):
         """What the rest of the network gets in place of the source."""
 
 
-class Tape:
-    """What one forward pass has met so far. `target`: what `learner.target` was given; `sweep`: None for a joint pass."""
+class PassOverError(BaseException):
+    """A sweep has all that it wanted: the rest of the forward pass is left out. Not for a model's own handlers."""
 
-    def __init__(self, sites: int, target: Target | None = None, sweep: Sweep | None = None) -> None:
+
+class Tape:
+    """What one forward pass has met so far.
+
+    `target`: what `learner.target` was given. `sweep`: None for a joint pass. `hold`: the number of the site from which on
+    a pass that began without gradients records them; `errors` then gets the errors of the sources in the backward pass.
+    """
+
+    def __init__(
+        self, sites: int, target: Target | None = None, sweep: Sweep | None = None, hold: int | None = None
+    ) -> None:
         self.h: list[Tensor | None] = [None] * sites  # attached activities
         self.cut: list[Tensor | None] = [None] * sites  # what the rest of the network got instead
         self.versions = [0] * sites
@@ -130,7 +140,11 @@ class Tape:
         self.calls: dict[str, int] = {}
         self.sources: dict[str, Tensor | None] = {}
         self.losses: dict[str, list[Tensor]] = {}  # local ones, by their source's name
-        self.target, self.sweep = target, sweep
+        self.target, self.sweep, self.hold = target, sweep, hold
+        self.errors: dict[str, Tensor] = {}
+        self.order: list[int | str] = []  # sites by number and sources by name, as they were first met
+        self.held: Tensor | None = None  # the activity of the site `hold`
+        self.over = False  # whether the sweep ended the pass
         self.pending: tuple[int, Tensor, int] | None = None  # what the sweep has yet to be told
 
 
@@ -171,16 +185,19 @@ class _Hooked(ABC):
         return handles
 
     @contextmanager
-    def recording(self, target: Target | None = None, sweep: Sweep | None = None) -> Iterator[Tape]:
+    def recording(
+        self, target: Target | None = None, sweep: Sweep | None = None, hold: int | None = None
+    ) -> Iterator[Tape]:
         """One tape per forward pass, dropped at its end. A pass that missed a site or source is refused."""
         if self.tape is not None:
             raise SiteError(
                 "a forward pass of this learner runs already (in another thread?): use one learner per thread."
             )
-        self.tape = Tape(len(self.sites), target, sweep)
+        self.tape = Tape(len(self.sites), target, sweep, hold)
         try:
             yield self.tape
-            self._complete(self.tape)
+            if not self.tape.over:
+                self._complete(self.tape)
         finally:
             self.tape = None
 
@@ -251,6 +268,7 @@ class Seams(_Hooked):
         tape.seen[index] += 1
         if cut is None:
             cut = h.detach()
+            tape.order.append(index)
             tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
             if tape.sweep is not None:
                 self.flush()
@@ -258,8 +276,12 @@ class Seams(_Hooked):
             elif index in self.local and h.requires_grad and tape.target is not None:
                 end = self.local[index]
                 tape.losses.setdefault(end.source.name, []).append(self.local_loss(end, h, tape.target))
-        if tape.sweep is not None and tape.seen[index] == len(site.taps):
+        kept = tape.sweep is None and torch.is_grad_enabled()
+        if not kept and tape.seen[index] == len(site.taps):
             tape.h[index] = tape.cut[index] = None
+        if index == tape.hold and not torch.is_grad_enabled():
+            tape.held = h.detach()
+            torch.set_grad_enabled(True)
         return cut
 
     def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
@@ -278,8 +300,11 @@ class Seams(_Hooked):
         handles = [m.register_forward_pre_hook(self.flush, prepend=True) for m in self.model.modules()]
         try:
             with self.recording(target, sweep) as tape:
-                yield tape
-                self.flush()
+                try:
+                    yield tape
+                    self.flush()
+                except PassOverError:
+                    tape.over = True
         finally:
             for handle in handles:
                 handle.remove()
@@ -355,6 +380,7 @@ class Seams(_Hooked):
                 "fed twice. Attach again with an example of the form that is used in training."
             )
         source = self.sources[index]
+        tape.order.append(source.name)
         if tape.sweep is not None:
             self.flush()
             tape.sources[source.name] = None
@@ -365,13 +391,22 @@ class Seams(_Hooked):
         edges, activities = [], []
         for place, edge in self.routes[index]:
             h = tape.h[place]
+            if h is None and tape.hold is not None and tape.seen[place]:
+                continue  # below the held part
             self.check(edge, h, tape.versions[place], tensor)
             if h is not None and h.requires_grad:  # a segment with nothing to train gets no signal
                 edges.append(edge)
                 activities.append(h)
-        if not edges:
-            return tensor
-        return self.broadcast(tensor, edges, activities, tape.target)
+        if edges:
+            tensor = self.broadcast(tensor, edges, activities, tape.target)
+        return tensor if tape.hold is None else self._watched(tensor, source, tape)
+
+    def _watched(self, tensor: Tensor, source: Source, tape: Tape) -> Tensor:
+        """The source, whose error is put down in the backward pass."""
+        if not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_().clone()
+        tensor.register_hook(lambda d: tape.errors.__setitem__(source.name, d))
+        return tensor
 
     def _repeated(self) -> bool:
         """Whether this is a checkpoint that repeats, during backward, a part of a forward pass that was cut."""

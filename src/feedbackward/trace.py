@@ -97,22 +97,40 @@ def run(model: nn.Module, example: Any) -> Any:
     )
 
 
+class PassState:
+    """What a forward pass may change besides weights: a module's buffers, and the random number generators."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.slots = [
+            (m, name, b, b.detach().clone())
+            for m in module.modules()
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
+        tensors = (*module.parameters(), *module.buffers())
+        self.devices = {t.device for t in tensors if t.device.type == "cuda"}
+        self.random = (random.getstate(), torch.get_rng_state())
+        self.cuda = [(device, torch.cuda.get_rng_state(device)) for device in self.devices]
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        random.setstate(self.random[0])
+        torch.set_rng_state(self.random[1])
+        for device, state in self.cuda:
+            torch.cuda.set_rng_state(state, device)
+        for m, name, buffer, values in self.slots:
+            m._buffers[name] = buffer
+            buffer.data.copy_(values)  # .data: a backward pass that is still to come may hold this buffer
+
+
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
-    """Restore buffers, random number generators and the gradients' mode after a pass nobody asked for."""
-    slots = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-    saved = [b.detach().clone() for _, _, b in slots]
-    state = random.getstate()
-    devices = list({t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            for (m, name, buffer), values in zip(slots, saved, strict=True):
-                m._buffers[name] = buffer
-                buffer.data.copy_(values)  # .data: a backward pass that is still to come may hold this buffer
+    """Restore buffers and random number generators after a pass nobody asked for."""
+    state = PassState(module)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 @contextmanager

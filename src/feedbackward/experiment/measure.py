@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,20 +18,34 @@ WARM_UP = 3  # steps: allocators, autotuning, compilation, optimizer state
 
 
 def step_times(steps: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
-    """Median milliseconds of each of the functions, called in turn so that a slow moment hits all alike."""
+    """Median milliseconds of each of the functions; see `rounds`."""
+    return [statistics.median(times) for times in zip(*rounds(steps, repeats, device), strict=True)]
+
+
+def rounds(
+    steps: Sequence[Callable[[], Any]],
+    count: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[list[float]]:
+    """Milliseconds of each of the functions, round by round, after `WARM_UP` calls of each.
+
+    A round calls each once, so that a slow moment hits all alike, in an order that rotates: each follows each other one.
+    `clock` gives seconds.
+    """
     for step in steps:
         for _ in range(WARM_UP):
             step()
-    spent: list[list[float]] = [[] for _ in steps]
-    for repeat in range(repeats):
+    for turn in range(count):
+        spent = [0.0] * len(steps)
         for offset in range(len(steps)):
-            index = (repeat + offset) % len(steps)  # each follows each other one
+            index = (turn + offset) % len(steps)
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             steps[index]()
             _wait(device)
-            spent[index].append(1000 * (time.perf_counter() - start))
-    return [statistics.median(times) for times in spent]
+            spent[index] = 1000 * (clock() - start)
+        yield spent
 
 
 def peak_bytes(step: Callable[[], Any], alive: Iterable[Tensor], device: torch.device) -> int:
@@ -51,15 +66,83 @@ def peak_bytes(step: Callable[[], Any], alive: Iterable[Tensor], device: torch.d
     return live.peak
 
 
+def activation_bytes(
+    step: Callable[[], Any], held: Iterable[Tensor], parameters: Iterable[nn.Parameter], device: torch.device
+) -> int:
+    """The most bytes alive at any moment of one step besides `held` and the gradients of `parameters`.
+
+    `held` is what lives between steps: weights, buffers, feedback, the optimizer's state, the batch. Take a step before.
+    On the CPU every tensor of the step is counted from birth to death, temporaries too, and a gradient at no time; scratch
+    memory inside a kernel is not seen. On CUDA the allocator tells: scratch memory counts, and so does a gradient from
+    birth until it is accumulated.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    if device.type == "cuda":
+        return _allocated_beyond(step, parameters, device)
+    gradients: set[int] = set()
+    with LiveBytes(held) as live, _on_gradient(parameters, lambda grad: gradients.add(live.number(grad))):
+        step()
+    return live.peak_without({*live.first, *gradients})
+
+
+def _allocated_beyond(
+    step: Callable[[], Any], parameters: Sequence[nn.Parameter], device: torch.device
+) -> int:
+    """What CUDA's allocator gave out beyond what it held before and the gradients so far, at most."""
+    for p in parameters:
+        p.grad = None
+    torch.cuda.synchronize(device)
+    base, most = torch.cuda.memory_allocated(device), 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, torch.cuda.max_memory_allocated(device) - base)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def accumulated(grad: Tensor) -> None:
+        nonlocal base
+        look()
+        base += -(-grad.untyped_storage().nbytes() // 512) * 512  # the allocator's blocks
+
+    torch.cuda.reset_peak_memory_stats(device)
+    with _on_gradient(parameters, accumulated):
+        step()
+    torch.cuda.synchronize(device)
+    look()
+    return most
+
+
+@contextmanager
+def _on_gradient(parameters: Iterable[nn.Parameter], told: Callable[[Tensor], object]) -> Iterator[None]:
+    """Tell of each gradient as soon as it has been accumulated."""
+
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            told(parameter.grad)
+
+    handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensor storages that are alive, and the highest sum so far in `peak`."""
+    """Follows the bytes of all tensor storages that are alive, and the highest sum so far in `peak`.
+
+    `first`: the numbers of the storages that were `alive` at the start.
+    """
 
     def __init__(self, alive: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}  # each living storage's number; an address may be used again
+        self._log: list[tuple[int, int]] = []  # number, and bytes gained or lost
+        self._count = 0
         for tensor in alive:
             self._see(tensor)
+        self.first = set(self._known.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -68,19 +151,37 @@ class LiveBytes(TorchDispatchMode):
                 self._see(leaf)
         return result
 
+    def number(self, tensor: Tensor) -> int:
+        """The number of a tensor's storage, which tells it from all others of this time."""
+        self._see(tensor)
+        return self._known[tensor.untyped_storage()._cdata]
+
+    def peak_without(self, numbers: Container[int]) -> int:
+        """The highest sum of all storages but these."""
+        now = peak = 0
+        for number, size in self._log:
+            if number not in numbers:
+                now += size
+                peak = max(peak, now)
+        return peak
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._known[key] = self._count
+        self._count += 1
+        self._change(self._known[key], size)
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+        self._change(self._known.pop(key), -size)
+
+    def _change(self, number: int, size: int) -> None:
+        self._log.append((number, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def _wait(device: torch.device) -> None:
