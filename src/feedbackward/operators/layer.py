@@ -108,7 +108,7 @@ class LayerShaped(Operator):
         """What the layer makes of `h: [M, *site]` with this weight, without a bias: `send` is the adjoint of it."""
         if not self.form.stride:
             return h @ weight.t()
-        return torch.ops.aten.convolution(self._pad(h), weight, None, *self._geometry)
+        return torch.ops.aten.convolution(self.padded(h), weight, None, *self._geometry)
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
         """The layer's own weight gradient, whose form `B` has."""
@@ -118,7 +118,7 @@ class LayerShaped(Operator):
             return (d.t() @ h,)
         mask = (False, True, False)
         B = weights[0].to(d.dtype)  # only its shape is read
-        return (torch.ops.aten.convolution_backward(d, self._pad(h), B, None, *self._geometry, mask)[1],)
+        return (torch.ops.aten.convolution_backward(d, self.padded(h), B, None, *self._geometry, mask)[1],)
 
     def macs(self, source: Shape, site: Shape) -> int:
         f = self.form
@@ -148,7 +148,8 @@ class LayerShaped(Operator):
             f.groups,
         )
 
-    def _pad(self, h: Tensor) -> Tensor:
+    def padded(self, h: Tensor) -> Tensor:
+        """`h` with the padding that the layer applies before its convolution (other than zeros, or uneven)."""
         if not self.form.pad:
             return h
         return F.pad(h, self.form.pad, "constant" if self.form.pad_mode == "zeros" else self.form.pad_mode)

@@ -1,5 +1,6 @@
 """The learning rules, by their command-line names: the map of this folder."""
 
+from .activation_alignment import ActivationAlignment
 from .base import Properties, Rule
 from .bp import BP
 from .brsf import BRSF
@@ -10,10 +11,14 @@ from .drtp import DRTP
 from .fa import FA
 from .frozen import Frozen
 from .frsf import FRSF
+from .information_alignment import InformationAlignment
 from .kolen_pollack import KolenPollack
 from .mixed import Mixed
+from .self_alignment import SelfAlignment
 from .sign_symmetry import SignSymmetry
+from .symmetric_alignment import SymmetricAlignment
 from .usf import USF
+from .weight_mirror import WeightMirror
 
 RULES: dict[str, type[Rule]] = {
     "bp": BP,
@@ -27,6 +32,11 @@ RULES: dict[str, type[Rule]] = {
     "dkp": DKP,
     "drtp": DRTP,
     "dgl": DGL,
+    "weight_mirror": WeightMirror,
+    "information_alignment": InformationAlignment,
+    "symmetric_alignment": SymmetricAlignment,
+    "activation_alignment": ActivationAlignment,
+    "self_alignment": SelfAlignment,
     "frozen": Frozen,
 }
 
@@ -45,10 +55,15 @@ __all__ = [
     "FRSF",
     "RULES",
     "USF",
+    "ActivationAlignment",
     "Frozen",
+    "InformationAlignment",
     "KolenPollack",
     "Mixed",
     "Properties",
     "Rule",
+    "SelfAlignment",
     "SignSymmetry",
+    "SymmetricAlignment",
+    "WeightMirror",
 ]
