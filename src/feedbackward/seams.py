@@ -41,9 +41,9 @@ class Broadcast(torch.autograd.Function):
         k = len(edges)
         ctx.rule, ctx.edges = rule, edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
-        ctx.correlated = any(rule.learns_in_pass(edge) for edge in edges)
+        ctx.kept = rule.receives or any(rule.learns_in_pass(edge) for edge in edges)
         activity = source if rule.sends_activity else None
-        ctx.save_for_backward(target, activity, *(tensors if ctx.correlated else tensors[k:]))
+        ctx.save_for_backward(target, activity, *(tensors if ctx.kept else tensors[k:]))
         return source.detach()  # not a view: an in-place operation may follow
 
     @staticmethod
@@ -51,7 +51,7 @@ class Broadcast(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         target, activity, *saved = ctx.saved_tensors
         k = len(ctx.edges)
-        activities, rest = (saved[:k], saved[k:]) if ctx.correlated else ([], saved)
+        activities, rest = (saved[:k], saved[k:]) if ctx.kept else ([], saved)
         signals: list[Tensor | None] = []
         grads: list[Tensor | None] = []
         for i, (edge, (shape, dtype)) in enumerate(zip(ctx.edges, ctx.kinds, strict=True)):
@@ -64,7 +64,11 @@ class Broadcast(torch.autograd.Function):
             signal = None
             if ctx.needs_input_grad[4 + i]:
                 cast = tuple(w.to(dtype) if w.is_floating_point() else w for w in weights)
-                signal = edge.operator.send(cast, message, tuple(shape[lead:])).reshape(shape)
+                signal = edge.operator.send(cast, message, tuple(shape[lead:]))
+                if ctx.rule.receives:
+                    h = activities[i].flatten(0, lead - 1)
+                    signal = ctx.rule.receive(edge, signal.reshape(h.shape), h)
+                signal = signal.reshape(shape)
             signals.append(signal)
             wanted = ctx.needs_input_grad[4 + k + len(grads) : 4 + k + len(grads) + parts]
             made: Sequence[Tensor] = ()
@@ -344,7 +348,7 @@ class Seams(_Hooked):
             if edge.borrows:
                 weights.append(self.model.get_parameter(edge.borrows).detach())
         sent = None
-        if target is not None and self.rule.needs == "target":
+        if target is not None and self.rule.needs == "target" and self.site_of(edges[0].source) is None:
             sent = target.one_hot(source)
         return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
 

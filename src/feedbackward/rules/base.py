@@ -51,6 +51,7 @@ class Rule(ABC):
     properties: ClassVar[Properties]
     feeds: ClassVar[type[Site]] = Site  # Arc: the inputs of single layers instead of activities
     sends_activity: ClassVar[bool] = False  # whether `message` is given the source's activity
+    receives: ClassVar[bool] = False  # whether `receive` makes a site's signal of what the operator sent
     in_phase: ClassVar[bool] = (
         False  # whether feedback learns in `feedback_step`, instead of in every backward pass
     )
@@ -76,8 +77,8 @@ class Rule(ABC):
 
     @property
     def needs_error(self) -> bool:
-        """Whether some signal is made from the output's error, so that it is known after the forward pass only."""
-        return self.needs == "error"
+        """Whether some signal is made from the output or its error, so that it is known after the forward pass only."""
+        return self.needs == "error" or self.sends_activity
 
     def learns(self, edge: Edge) -> bool:
         """Whether the weights of this edge are learned; a rule that mixes others decides edge by edge."""
@@ -90,10 +91,18 @@ class Rule(ABC):
     def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
         """What travels along an edge, `[M, *source]`: the source's error `d` unless the rule says otherwise.
 
-        `target`: where the rule `needs` it, what `learner.target` was given, one-hot and times its scale, `[M, *source]`.
+        `target`: where the rule `needs` it, what `learner.target` was given, one-hot and times its scale, `[M, *source]`;
+            None at a source that is a site itself.
         `activity`: where the rule `sends_activity`, the source itself, `[M, *source]`.
         """
         return d
+
+    def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
+        """For a rule that `receives`: the signal of the edge's site, `[M, *site]`, from what the operator sent there.
+
+        `sent`, `h: [M, *site]`: what the operator made of the message, and the site's activity.
+        """
+        return sent
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         """The gradients of the edge's learnable weights, to be descended by the user's optimizer.

@@ -68,6 +68,7 @@ class Mixed(Rule):
             "label": " + ".join(dict.fromkeys(rule.label for rule in parts)),
             "feeds": cutting[0].feeds,
             "sends_activity": any(rule.sends_activity for rule in parts),
+            "receives": any(rule.receives for rule in parts),
             "in_phase": any(rule.in_phase for rule in parts),
             "linear": all(rule.linear for rule in parts),
             "needs": next(need for need in ("target", "error", "nothing") if need in needed),
@@ -112,6 +113,9 @@ class Mixed(Rule):
 
     def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
         return _rule_of(edge).message(edge, d, target, activity)
+
+    def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
+        return _rule_of(edge).receive(edge, sent, h)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         return _rule_of(edge).feedback_grad(edge, weights, d, h)
