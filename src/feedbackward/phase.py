@@ -94,10 +94,11 @@ class Phase:
         generator = self._generators[like.device]
         return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
-    def perturbed(self) -> tuple[dict[Site, Tensor], dict[str, Tensor]]:
-        """The noise `u` of every site, shaped like it, and by name how each source moves when all sites move along theirs.
+    def perturbed(self) -> list[tuple[Edge, Tensor, Tensor]]:
+        """For every edge: how its source moves, `[M, *source]`, and the noise along which its site did, `[M, *site]`.
 
-        One forward-mode pass: sample by sample the source moves by the sum over the sites of `dsource/dh u`.
+        One forward-mode pass in which all sites move along standard normal noise `u` at once: the source moves by the sum
+        over the sites of `dsource/dh u`, sample by sample. In the dtype of the edge's weights.
 
         Raises FeedbackError where a layer has no forward-mode derivative.
         """
@@ -106,10 +107,10 @@ class Phase:
 
         def push(site: Site, h: Tensor) -> Tensor:
             if site not in moving:  # a second consumer gets the same
-                primal, tangent = forward_ad.unpack_dual(h)
-                noise[site] = self.noise(primal)
+                still, tangent = forward_ad.unpack_dual(h)
+                noise[site] = self.noise(still)
                 total = noise[site] if tangent is None else tangent + noise[site]
-                moving[site] = forward_ad.make_dual(primal, total)
+                moving[site] = forward_ad.make_dual(still, total)
             return moving[site]
 
         try:
@@ -121,7 +122,13 @@ class Phase:
                 f"{self._learner.rule.label} differentiates the forward pass in forward mode, which a layer of this model does not "
                 f"support ({str(error).splitlines()[0]}). Replace that layer, or use a rule that learns from the error (DKP)."
             ) from error
-        return noise, {k: torch.zeros_like(met[k]) if t is None else t for k, t in moves.items()}
+        found = []
+        for edge in self.edges:
+            move, dtype = moves[edge.source.name], self.weights(edge)[0].dtype
+            d = torch.zeros_like(met[edge.source.name]) if move is None else move
+            pair = (t.to(dtype).flatten(0, edge.leading - 1) for t in (d, noise[edge.site]))
+            found.append((edge, *pair))
+        return found  # type: ignore[return-value]
 
     def give(self, edge: Edge, grads: Weights) -> None:
         """Add to the gradients of the edge's learnable weights, in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -60,6 +61,12 @@ class Operator(ABC):
         """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `d^T h`;
         `center` subtracts the mean of `h` over M first (per channel, for weights that are shared over space)."""
         raise NotImplementedError(f"{type(self).__name__} feedback cannot be learned")
+
+    def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
+        """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `B`."""
+        like = weights[0]
+        unit = torch.eye(math.prod(source), dtype=like.dtype, device=like.device).reshape(-1, *source)
+        return self.correlate(weights, unit, self.send(weights, unit, site), center=False)
 
     @abstractmethod
     def macs(self, source: Shape, site: Shape) -> int:

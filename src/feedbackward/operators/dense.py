@@ -63,6 +63,9 @@ class Dense(Operator):
         grad = grad.reshape(len(grad), *shape)
         return (grad.movedim(-1, 1) if moved else grad,)
 
+    def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
+        return weights
+
     def macs(self, source: Shape, site: Shape) -> int:
         return math.prod(source) * math.prod(site)
 

@@ -4,17 +4,25 @@ from .activation_alignment import ActivationAlignment
 from .base import Properties, Rule
 from .bp import BP
 from .brsf import BRSF
+from .ddtp import DDTP
 from .dfa import DFA
 from .dgl import DGL
 from .dkp import DKP
 from .drtp import DRTP
+from .dtp import DTP
+from .ebd import EBD
 from .fa import FA
+from .fdfa import FDFA
+from .flipped import Flipped
 from .frozen import Frozen
 from .frsf import FRSF
+from .grape import GrAPE
 from .information_alignment import InformationAlignment
 from .kolen_pollack import KolenPollack
 from .mixed import Mixed
+from .sdtp import SDTP
 from .self_alignment import SelfAlignment
+from .sign_dfa import SignDFA
 from .sign_symmetry import SignSymmetry
 from .symmetric_alignment import SymmetricAlignment
 from .usf import USF
@@ -31,38 +39,53 @@ RULES: dict[str, type[Rule]] = {
     "dfa": DFA,
     "dkp": DKP,
     "drtp": DRTP,
+    "sign_dfa": SignDFA,
+    "fdfa": FDFA,
+    "grape": GrAPE,
+    "ebd": EBD,
     "dgl": DGL,
     "weight_mirror": WeightMirror,
     "information_alignment": InformationAlignment,
     "symmetric_alignment": SymmetricAlignment,
     "activation_alignment": ActivationAlignment,
     "self_alignment": SelfAlignment,
+    "dtp": DTP,
+    "sdtp": SDTP,
+    "ddtp": DDTP,
     "frozen": Frozen,
 }
 
 # named as the rules are, but made of other rules: what they need and cost is said by an instance
-COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed}
+COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed, "flipped": Flipped}
 
 __all__ = [
     "BP",
     "BRSF",
     "COMPOSED",
+    "DDTP",
     "DFA",
     "DGL",
     "DKP",
     "DRTP",
+    "DTP",
+    "EBD",
     "FA",
+    "FDFA",
     "FRSF",
     "RULES",
+    "SDTP",
     "USF",
     "ActivationAlignment",
+    "Flipped",
     "Frozen",
+    "GrAPE",
     "InformationAlignment",
     "KolenPollack",
     "Mixed",
     "Properties",
     "Rule",
     "SelfAlignment",
+    "SignDFA",
     "SignSymmetry",
     "SymmetricAlignment",
     "WeightMirror",
