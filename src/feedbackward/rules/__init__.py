@@ -20,6 +20,7 @@ from .grape import GrAPE
 from .information_alignment import InformationAlignment
 from .kolen_pollack import KolenPollack
 from .mixed import Mixed
+from .pfa import PFA
 from .sdtp import SDTP
 from .self_alignment import SelfAlignment
 from .sign_dfa import SignDFA
@@ -49,6 +50,7 @@ RULES: dict[str, type[Rule]] = {
     "symmetric_alignment": SymmetricAlignment,
     "activation_alignment": ActivationAlignment,
     "self_alignment": SelfAlignment,
+    "pfa": PFA,
     "dtp": DTP,
     "sdtp": SDTP,
     "ddtp": DDTP,
@@ -72,6 +74,7 @@ __all__ = [
     "FA",
     "FDFA",
     "FRSF",
+    "PFA",
     "RULES",
     "SDTP",
     "USF",
