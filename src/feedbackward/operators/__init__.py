@@ -3,6 +3,7 @@
 from .base import Operator, Shape, Weights
 from .dense import Dense
 from .layer import LayerForm, LayerShaped
+from .product import Product
 from .signed import FixedSigned, FreshSigned, Signed, UniformSigned
 
 # by their names in configurations and on the command line
@@ -18,6 +19,7 @@ __all__ = [
     "LayerForm",
     "LayerShaped",
     "Operator",
+    "Product",
     "Shape",
     "Signed",
     "UniformSigned",
