@@ -171,7 +171,8 @@ class _Hooked(ABC):
         """Register the hooks; where a tensor is both source and site, the broadcast comes before the cut."""
         handles = []
         inputs: dict[str, dict[int, int]] = {}
-        for kind, activities in (("fire", self.sources), ("meet", self.sites)):
+        kinds = (("fire", self.sources), ("meet", self.sites))
+        for kind, activities in reversed(kinds) if prepend else kinds:  # of what is prepended the last comes first
             for index, activity in enumerate(activities):
                 for tap in activity.taps:
                     if tap.kind == "input":
