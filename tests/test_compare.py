@@ -2,16 +2,18 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from rich.console import Console
 
-from feedbackward.errors import ConfigError
+from feedbackward import DKP, RULES
+from feedbackward.errors import AttachError, ConfigError, FeedbackError
 from feedbackward.experiment.compare import compare
 from feedbackward.experiment.config import CompareConfig, RuleEntry, Search
 from feedbackward.experiment.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.recipes import find_recipe
+from feedbackward.experiment.report import table, write_report
 from feedbackward.experiment.run import Run
 from test_train import DATA, StopAfter
 
@@ -63,6 +65,64 @@ def test_one_diverging_rule_does_not_stop_the_others(comparison):
     bp, dfa = (rule["runs"][0] for rule in results["rules"])
     assert (bp["status"], dfa["status"], dfa["test_accuracy"]) == ("done", "diverged", None)
     assert "--forward.lr" in dfa["message"]
+
+
+def refuser(name):
+    """A rule that a net refuses, or that a step of it does."""
+
+    @dataclass(frozen=True)
+    class Refused(DKP):
+        label = "Refuser"
+
+        def graph(self, sites, source):
+            if name == "attach":
+                raise AttachError("nothing here is round: use a round net.")
+            return super().graph(sites, source)
+
+        def message(self, edge, d, target, activity):
+            if name == "diverges":
+                return d * math.inf
+            raise FeedbackError("the batch is odd: use an even one.")
+
+    return Refused
+
+
+@pytest.mark.parametrize(
+    ("when", "reason"), [("attach", "nothing here is round"), ("step", "the batch is odd")]
+)
+def test_what_the_net_refuses_is_told_and_the_others_run(comparison, tmp_path, monkeypatch, when, reason):
+    monkeypatch.setitem(RULES, "refuser", refuser(when))
+    search = Search(run=True, lr=[0.05], feedback_lr=[0.05], epochs=1)
+    settings = replace(comparison, rules=["refuser", "bp"], seeds=[0], epochs=1, search=search)
+    results = compared(settings)
+    bp, refused = results["rules"]
+    assert bp["runs"][0]["status"] == "done"
+    assert bp["step_ratio"] == 1.0
+    assert refused["runs"] == []
+    assert refused["refused"].startswith(reason)
+    paths = write_report(results, tmp_path / "report")
+    assert f"Refuser was refused: {reason}" in paths["report.md"].read_text()
+    assert f"Refuser was refused: {reason}" in paths["report.html"].read_text()
+    assert table(results)["Test accuracy (%)"][1] == "refused"
+    with pytest.raises(AttachError, match=f"every rule is refused; Refuser: {reason}"):
+        compared(replace(settings, rules=["refuser"], out=str(tmp_path / "alone")))
+
+
+def test_a_rule_whose_every_trial_diverges_does_not_stop_the_others(comparison, monkeypatch):
+    monkeypatch.setitem(RULES, "refuser", refuser("diverges"))
+    search = Search(run=True, lr=[0.05], feedback_lr=[0.05], epochs=1)
+    settings = replace(comparison, rules=["bp", "refuser"], seeds=[0], epochs=1, search=search)
+    bp, wild = compared(replace(settings, timing_steps=0))["rules"]
+    assert bp["runs"][0]["status"] == "done"
+    assert "every trial of Refuser diverged" in wild["refused"]
+
+
+def test_all_stands_for_every_rule(comparison):
+    settings = replace(comparison, rules=["all", RuleEntry(rule="dkp", options={"center": True})]).resolved()
+    assert [entry.rule for entry in settings.rules] == [*RULES, "dkp"]
+    assert settings.resolved() == settings
+    with pytest.raises(ConfigError, match="none twice"):
+        replace(comparison, rules=["all", "dkp"]).resolved()
 
 
 def test_the_search_picks_rates_on_held_out_images_only(comparison, tmp_path, monkeypatch):

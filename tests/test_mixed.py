@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import isfunction
 
 import pytest
 import torch
@@ -165,6 +166,20 @@ def test_what_it_needs_and_costs() -> None:
     assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).properties.learned_feedback
     assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).least_batch == 2
     assert fb.Mixed({"a": fb.DFA(), "b": fb.Frozen()}).properties.backward_unlocked
+    assert fb.Mixed({"a": fb.FA(), "b": fb.USF()}).properties.weight_transport == "signs"
+    assert fb.Mixed({"a": fb.BP(), "b": fb.USF()}).properties.weight_transport is True
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP()}).linear
+    assert not fb.Mixed({"a": fb.DKP(), "b": fb.DRTP()}).linear
+
+
+def test_nothing_that_a_rule_can_say_is_forgotten() -> None:
+    """Whatever the contract gets, a mixture has to ask its parts for."""
+    said = {name for name in fb.Rule.__annotations__ if name not in ("name", "paper")}
+    assert said <= vars(fb.Mixed({"*": fb.DFA()})).keys()
+    methods = {
+        name for name, value in vars(fb.Rule).items() if isfunction(value) and not name.startswith("_")
+    }
+    assert methods <= vars(fb.Mixed).keys()
 
 
 @dataclass(frozen=True)

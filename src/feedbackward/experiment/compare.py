@@ -11,14 +11,15 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import ConfigError, DivergenceError
-from .building import find_device, find_rule, import_from_here, make_rule, shared_data
+from ..errors import AttachError, ConfigError, DivergenceError
+from .building import find_device, import_from_here, make_rule, shared_data
 from .config import CompareConfig, RuleEntry, TrainConfig, slug
 from .configfile import to_dict, write_yaml
 from .costs import Costs, measure_costs
 from .environment import environment
 from .interrupts import Interrupts
 from .progress import Progress
+from .refusal import refusal
 from .runfolder import RunFolder
 from .search import pick, trial_rates
 from .train import train
@@ -28,11 +29,16 @@ BASELINE = "bp"  # comes first, and times and memory are relative to it
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule of the comparison, under its label, and the trials by which its rates were picked."""
+    """A rule of the comparison, under its label, and the trials by which its rates were picked.
+
+    learned: whether it learns feedback, which has a rate of its own then. refused: why it cannot be run here.
+    """
 
     entry: RuleEntry
     label: str
+    learned: bool
     trials: list[dict[str, Any]] = field(default_factory=list)
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def compare(config: CompareConfig, console: Console, interrupts: Interrupts) -> 
     """Run what has not been run yet, and return the results of all (as in results.json).
 
     A run that is finished is skipped and an interrupted one is resumed. Rates are picked on held-out images
-    only; the test images are used once per finished run.
+    only; the test images are used once per finished run. A rule that the net refuses is told with its reason.
 
     Raises:
         InterruptedRunError: a signal came; the running cell is saved.
@@ -61,15 +67,16 @@ def compare(config: CompareConfig, console: Console, interrupts: Interrupts) -> 
     config = config.resolved()
     import_from_here()
     folder = _claim(config)
-    contenders = _contenders(config)
+    contenders = _admit(config, _contenders(config), console, interrupts)
     if config.search.run:
         contenders = _search(config, contenders, console, interrupts)
+    running = _running(contenders)
     cells = [
-        Cell(f"{c.label}, seed {seed}", _cell(config, c, seed)) for seed in config.seeds for c in contenders
+        Cell(f"{c.label}, seed {seed}", _cell(config, c, seed)) for seed in config.seeds for c in running
     ]
     _run_all(cells, Progress(console, log=folder / "compare.log"), interrupts)
     console.print("measuring time and memory per step ...", highlight=False)
-    first = [_cell(config, contender, config.seeds[0]) for contender in contenders]
+    first = [_cell(config, contender, config.seeds[0]) for contender in running]
     costs = measure_costs(first, config.timing_steps, interrupts.check)
     return _results(config, contenders, costs)
 
@@ -102,15 +109,38 @@ def _contenders(config: CompareConfig) -> list[Contender]:
     """The rules in order, the baseline first, each with its own label."""
     made = []
     for entry in sorted(config.entries(), key=lambda entry: entry.rule != BASELINE):
-        make_rule(entry.rule, entry.options)  # refuses wrong options before anything is trained
+        rule = make_rule(entry.rule, entry.options)  # refuses wrong options before anything is trained
         options = ", ".join(f"{key}={value}" for key, value in entry.options.items())
-        label = entry.label or find_rule(entry.rule).label + (f" ({options})" if options else "")
-        made.append(Contender(entry, label))
+        label = entry.label or rule.label + (f" ({options})" if options else "")
+        made.append(Contender(entry, label, rule.learned))
     names = [slug(contender.label) for contender in made]
     for name, contender in zip(names, made, strict=True):
         if names.count(name) > 1:
             raise ConfigError(f"two rules have the label '{contender.label}': give each its own label")
     return made
+
+
+def _admit(
+    config: CompareConfig, contenders: Sequence[Contender], console: Console, interrupts: Interrupts
+) -> list[Contender]:
+    """The contenders, those that the net, the sites or the schedule refuse with the reason."""
+    admitted = []
+    for contender in contenders:
+        interrupts.check()
+        reason = refusal(_cell(config, contender, config.seeds[0]))
+        if reason is not None:
+            console.print(f"{contender.label} is refused: {reason}", highlight=False, markup=False)
+        admitted.append(replace(contender, refused=reason))
+    _running(admitted)
+    return admitted
+
+
+def _running(contenders: Sequence[Contender]) -> list[Contender]:
+    """Those that are not refused. Raises AttachError where there is none."""
+    running = [contender for contender in contenders if contender.refused is None]
+    if not running:
+        raise AttachError(f"every rule is refused; {contenders[0].label}: {contenders[0].refused}")
+    return running
 
 
 def _cell(config: CompareConfig, contender: Contender, seed: int) -> TrainConfig:
@@ -140,9 +170,8 @@ def _search(
 ) -> list[Contender]:
     """The contenders with the rates that do best on the held-out images, equal trials for each."""
     cells: dict[str, list[Cell]] = {contender.label: [] for contender in contenders}
-    for contender in contenders:
-        learned = find_rule(contender.entry.rule).properties.learned_feedback
-        for number, (lr, feedback_lr) in enumerate(trial_rates(config.search, learned)):
+    for contender in _running(contenders):
+        for number, (lr, feedback_lr) in enumerate(trial_rates(config.search, contender.learned)):
             entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
             trial = replace(
                 config.cell(entry, config.search.seed),
@@ -158,9 +187,17 @@ def _search(
     _run_all([cell for row in cells.values() for cell in row], progress, interrupts, test=False)
     found = []
     for contender in contenders:
-        trials = [_trial(cell) for cell in cells[contender.label]]
-        lr, feedback_lr = pick(trials, contender.label)
+        if contender.refused is not None:
+            found.append(contender)
+            continue
+        trials = [_trial(cell, contender.learned) for cell in cells[contender.label]]
         progress.prefix = ""
+        try:
+            lr, feedback_lr = pick(trials, contender.label)
+        except DivergenceError as error:  # one rule must not stop the others
+            progress.say(str(error))
+            found.append(replace(contender, trials=trials, refused=str(error)))
+            continue
         progress.say(f"{contender.label}: picked {_words(lr, feedback_lr)} of {len(trials)} trials")
         entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
         found.append(replace(contender, entry=entry, trials=trials))
@@ -171,9 +208,8 @@ def _words(lr: float, feedback_lr: float | None) -> str:
     return f"lr {lr:.3g}" + ("" if feedback_lr is None else f", feedback lr {feedback_lr:.3g}")
 
 
-def _trial(cell: Cell) -> dict[str, Any]:
+def _trial(cell: Cell, learned: bool) -> dict[str, Any]:
     run = _run(cell)
-    learned = find_rule(cell.config.rule).properties.learned_feedback
     return {
         **_rates(cell.config, learned),
         "status": run["status"],
@@ -202,27 +238,41 @@ def _run(cell: Cell) -> dict[str, Any]:
     }
 
 
+def _refused(contender: Contender) -> dict[str, Any]:
+    """A rule that could not be run, as the results hold it."""
+    entry = contender.entry
+    shared = {"rule": entry.rule, "label": contender.label, "options": entry.options}
+    return {**shared, "refused": contender.refused, "search": contender.trials, "runs": []}
+
+
+def _rule(config: CompareConfig, contender: Contender, cost: Costs, baseline: Costs | None) -> dict[str, Any]:
+    """A rule with its costs and runs, as the results hold it."""
+    entry = contender.entry
+    cells = [_cell(config, contender, seed) for seed in config.seeds]
+    return {
+        "rule": entry.rule,
+        "label": contender.label,
+        "options": entry.options,
+        "rates": _rates(cells[0], contender.learned),
+        "search": contender.trials,
+        **cost.as_dict(baseline),
+        "runs": [_run(Cell("", cell)) for cell in cells],
+    }
+
+
 def _results(
     config: CompareConfig, contenders: Sequence[Contender], costs: Sequence[Costs]
 ) -> dict[str, Any]:
     """Everything the report needs, and nothing it has to look up."""
     data = shared_data(config.data)
-    baseline = costs[0] if contenders[0].entry.rule == BASELINE else None
-    rules = []
-    for contender, cost in zip(contenders, costs, strict=True):
-        runs = [_run(Cell("", _cell(config, contender, seed))) for seed in config.seeds]
-        cell = _cell(config, contender, config.seeds[0])
-        rules.append(
-            {
-                "rule": contender.entry.rule,
-                "label": contender.label,
-                "options": contender.entry.options,
-                "rates": _rates(cell, find_rule(contender.entry.rule).properties.learned_feedback),
-                "search": contender.trials,
-                **cost.as_dict(baseline),
-                "runs": runs,
-            }
-        )
+    baseline = costs[0] if _running(contenders)[0].entry.rule == BASELINE else None
+    found = iter(costs)
+    rules = [
+        _refused(contender)
+        if contender.refused is not None
+        else _rule(config, contender, next(found), baseline)
+        for contender in contenders
+    ]
     return {
         "version": 1,
         "title": config.title or f"{config.model} on {data.name}",

@@ -7,12 +7,14 @@ a run saves.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from ..rules import RULES
 from .data import DataConfig
 from .recipes import Optimizer, Rates, Recipe, check, find_recipe
 
@@ -189,7 +191,7 @@ class CompareConfig(Settings):
 
     Attributes:
         title: of the report.
-        rules: names, or entries with rule, label, options, lr, feedback_lr.
+        rules: names, entries with rule, label, options, lr, feedback_lr, or `all` for every rule there is.
         seeds: one run per rule and seed.
         search: pick each rule's rates first.
         timing_steps: steps measured per rule, interleaved, for the time per step; 0 skips it.
@@ -204,7 +206,8 @@ class CompareConfig(Settings):
 
     def entries(self) -> list[RuleEntry]:
         """The rules, written out."""
-        return [RuleEntry(rule=r) if isinstance(r, str) else r for r in self.rules]
+        named = itertools.chain(*(RULES if r == "all" else [r] for r in self.rules))
+        return [RuleEntry(rule=r) if isinstance(r, str) else r for r in named]
 
     def cell(self, entry: RuleEntry, seed: int) -> TrainConfig:
         """The run of one rule and seed; its `out` is left open."""

@@ -89,11 +89,13 @@ def print_rules(form: str) -> None:
         return
     live = form == "table"
     table = Table(box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=False, padding=(0, 1 - live))
-    for heading in HEADINGS:
-        table.add_column(heading, no_wrap=heading != "Paper")
+    console = Console() if live else Console(width=1000)
+    headings = HEADINGS if console.width >= 120 else HEADINGS[:-1]  # narrow: without the paper
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading == "Rule", overflow="fold")
     for name, row in rows.items():
-        table.add_row(name, *_cells(row))
-    (Console() if live else Console(width=1000)).print(table)
+        table.add_row(name, *_cells(row)[: len(headings) - 1])
+    console.print(table)
     if live:
         print(LEGEND)
 

@@ -68,14 +68,20 @@ def _ratio(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}×"
 
 
+def _count(row: dict[str, Any]) -> str:
+    if row["refused"]:
+        return NONE
+    return str(row["n"]) if row["n"] == row["planned"] else f"{row['n']}/{row['planned']}"
+
+
 def table(results: Results) -> dict[str, list[str]]:
     """Heading of each column and its cells, one per rule; a column without any value is left out."""
     columns: dict[str, list[str]] = {}
     for row in summarise(results):
         cells = {
             "Rule": str(row["label"]),
-            "Test accuracy (%)": plus_minus(row["mean"], row["std"]),
-            "n": str(row["n"]) if row["n"] == row["planned"] else f"{row['n']}/{row['planned']}",
+            "Test accuracy (%)": "refused" if row["refused"] else plus_minus(row["mean"], row["std"]),
+            "n": _count(row),
             "Diverged": str(row["diverged"]) if row["diverged"] else NONE,
             "Gap to BP": _difference(row["gap"]),
             "vs Frozen": _difference(row["frozen"], sign=True),

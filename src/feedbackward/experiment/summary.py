@@ -108,10 +108,11 @@ def control(results: Results, name: str) -> Results | None:
 def summarise(results: Results) -> list[dict[str, Any]]:
     """One row per rule, in the order given.
 
-    Keys: rule, label, n (finished runs), planned, diverged, mean and std of the test accuracy (percent;
-    sample standard deviation, None for n = 1), gap (BP minus rule) and frozen (rule minus Frozen), both as
-    `paired` gives them, step_ratio and peak_ratio (to BP), angle (degrees, mean over sites and seeds at the
-    last probe), floor_sites (sites whose BP gradient norm is then below 1e-7 in some seed), feedback_bytes.
+    Keys: rule, label, n (finished runs), planned, refused (the reason why there are no runs, else None), diverged,
+    mean and std of the test accuracy (percent; sample standard deviation, None for n = 1), gap (BP minus rule) and
+    frozen (rule minus Frozen), both as `paired` gives them, step_ratio and peak_ratio (to BP), angle (degrees, mean
+    over sites and seeds at the last probe), floor_sites (sites whose BP gradient norm is then below 1e-7 in some
+    seed), feedback_bytes.
     """
     results = clean(results)
     bp, frozen = control(results, "bp"), control(results, "frozen")
@@ -127,6 +128,7 @@ def _row(rule: Results, bp: Results | None, frozen: Results | None) -> dict[str,
         "label": label_of(rule),
         "n": len(done),
         "planned": len(runs),
+        "refused": rule.get("refused"),
         "diverged": sum(run.get("status") == "diverged" for run in runs),
         "mean": mean_of(accuracies),
         "std": stdev(accuracies) if len(accuracies) > 1 else None,
@@ -220,6 +222,9 @@ def notes(results: Results) -> list[str]:
         found.append("BP was not run, so no gap to backprop is given.")
     if control(results, "frozen") is None:
         found.append("The Frozen control was not run, so nothing here shows that hidden layers learn.")
+    found += [
+        f"{label_of(rule)} was refused: {rule['refused']}" for rule in results["rules"] if rule.get("refused")
+    ]
     for rule in results["rules"]:
         found += [f"{label_of(rule)}, seed {run.get('seed')}: {_lost(run)}" for run in lost_runs(rule)]
     for row in filter(has_feedback, summarise(results)):
