@@ -208,6 +208,30 @@ def direct(known: Known) -> Array:
     return signal
 
 
+def reversed_direct(known: Known) -> Array:
+    """delta h_m = -sum_c e_mc B_c."""
+    return -direct(known)
+
+
+def normalised_direct(known: Known) -> Array:
+    """delta h_m = sum_c e_mc B_c / |B_c|  (GrAPE, Caillon et al. 2026)."""
+    signal = np.zeros_like(known.h)
+    for e, index in known.rows():
+        for c in range(len(e)):
+            signal[index] += e[c] * known.B[c] / np.sqrt((known.B[c] ** 2).sum())
+    return signal
+
+
+def sign_of_error(known: Known) -> Array:
+    """delta h_m = (1/M) sum_c sign(e_mc) B_c, M samples or tokens  (sDFA, Frenkel et al. 2021)."""
+    signal = np.zeros_like(known.h)
+    rows = list(known.rows())
+    for e, index in rows:
+        for c in range(len(e)):
+            signal[index] += (1 if e[c] > 0 else -1 if e[c] < 0 else 0) * known.B[c] / len(rows)
+    return signal
+
+
 def backprop(known: Known) -> Array:
     """delta h_l as the layers above it give it."""
     return known.true
@@ -224,6 +248,12 @@ def outer_product(known: Known) -> Array:
         for c in range(len(e)):
             gradient[c] += e[c] * known.h[index]
     return gradient
+
+
+def towards_correlation(known: Known) -> Array:
+    """grad B_c = B_c - sum_m e_mc h_m: a step of rate 1 - lambda is R <- lambda R + (1 - lambda) sum_m e_m h_m
+    (EBD, Erdogan et al. 2025)."""
+    return known.B - outer_product(known)
 
 
 def centred_outer_product(known: Known) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import oracles
-from feedbackward import BP, DFA, DKP, Dense, Frozen, Rule
+from feedbackward import BP, DFA, DKP, EBD, FDFA, Dense, Flipped, Frozen, GrAPE, Rule, SignDFA
 from oracles import Array, Known
 
 
@@ -35,6 +35,11 @@ ROWS = (
     Row("dfa-normal", DFA(operator=Dense("scaled_normal", 0.5)), oracles.direct),
     Row("dkp", DKP(), oracles.direct, oracles.outer_product),
     Row("dkp-centred", DKP(center=True), oracles.direct, oracles.centred_outer_product, least_batch=2),
+    Row("dkp-flipped", Flipped(DKP()), oracles.reversed_direct, oracles.outer_product),
+    Row("sign_dfa", SignDFA(), oracles.sign_of_error),
+    Row("ebd", EBD(operator=Dense()), oracles.direct, oracles.towards_correlation),
+    Row("fdfa", FDFA(operator=Dense()), oracles.direct),  # what it learns, in a phase: test_rules_direct
+    Row("grape", GrAPE(), oracles.normalised_direct),
 )
 DIRECT = tuple(row for row in ROWS if row.direct)
 LEARNED = tuple(row for row in ROWS if row.feedback is not None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..learner import Learner, attach
 from ..operators import OPERATORS, Operator
-from ..rules import COMPOSED, RULES, Mixed, Rule
+from ..rules import COMPOSED, RULES, Flipped, Mixed, Rule
 from . import nets
 from .config import TrainConfig
 from .data import Data, DataConfig, Loader, load_data
@@ -54,6 +54,8 @@ def make_rule(name: str, options: dict[str, Any]) -> Rule:
         given["operator"] = make_operator(given["operator"])
     if issubclass(kind, Mixed) and "rules" in given:
         given["rules"] = _make_rules(given["rules"])
+    if issubclass(kind, Flipped) and "rule" in given:
+        given["rule"] = _make_part("to flip", given["rule"])
     absent = [
         f.name for f in fields.values() if f.name not in given and f.default is f.default_factory is MISSING
     ]
@@ -66,15 +68,17 @@ def _make_rules(specs: Any) -> dict[Any, Rule]:
     """The rules of a mixture: for each pattern a name, or a mapping with `rule` and its `options`."""
     if not isinstance(specs, Mapping):
         raise ConfigError(f"the rules of a mixture are written as {{pattern: rule, ...}}, not as {specs!r}")
-    made: dict[Any, Rule] = {}
-    for pattern, spec in specs.items():
-        parts: Any = {"rule": spec} if isinstance(spec, str) else spec
-        if not isinstance(parts, Mapping) or "rule" not in parts or not {"rule", "options"} >= {*parts}:
-            raise ConfigError(
-                f"the rule for '{pattern}' is {spec!r}: give a rule's name, or {{rule: dfa, options: {{...}}}}"
-            )
-        made[pattern] = make_rule(parts["rule"], dict(parts.get("options") or {}))
-    return made
+    return {pattern: _make_part(f"for '{pattern}'", spec) for pattern, spec in specs.items()}
+
+
+def _make_part(where: str, spec: Any) -> Rule:
+    """A rule within another: a name, or a mapping with `rule` and its `options`."""
+    parts: Any = {"rule": spec} if isinstance(spec, str) else spec
+    if not isinstance(parts, Mapping) or "rule" not in parts or not {"rule", "options"} >= {*parts}:
+        raise ConfigError(
+            f"the rule {where} is {spec!r}: give a rule's name, or {{rule: dfa, options: {{...}}}}"
+        )
+    return make_rule(parts["rule"], dict(parts.get("options") or {}))
 
 
 def make_operator(spec: Any) -> Operator:

@@ -35,20 +35,16 @@ class Flipped(Rule):
 
     name = "flipped"
     paper = "control"
+    receives = True
 
     def __post_init__(self) -> None:
-        inner = self.rule
-        if not isinstance(inner, Rule):
-            raise AttachError(f"Flipped needs an instance of a Rule, for example fb.DKP(), not {inner!r}.")
-        if issubclass(inner.feeds, Arc) or inner.sends_activity:
+        if not isinstance(self.rule, Rule):
             raise AttachError(
-                f"{inner.label} cannot be flipped: only a rule that sends one message directly to its sites has a sign of its own. "
-                "Flip a direct rule (DKP, DFA, FDFA)."
+                f"Flipped needs an instance of a Rule, for example fb.DKP(), not {self.rule!r}."
             )
-        of_inner = ("feeds", "sends_activity", "in_phase", "needs", "linear", "properties")
-        for key in of_inner:
-            object.__setattr__(self, key, getattr(inner, key))
-        object.__setattr__(self, "label", f"{inner.label} flipped")
+        for key in ("feeds", "sends_activity", "in_phase", "needs", "linear", "properties"):
+            object.__setattr__(self, key, getattr(self.rule, key))
+        object.__setattr__(self, "label", f"{self.rule.label} flipped")
 
     @property
     def needs_error(self) -> bool:
@@ -60,9 +56,10 @@ class Flipped(Rule):
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         graph = self.rule.graph(sites, source)
-        if not graph.edges:
+        if issubclass(self.feeds, Arc) or {edge.source for edge in graph.edges} != {source}:
             raise AttachError(
-                f"{self.rule.label} sends nothing, so there is no sign to flip: use DKP or DFA."
+                f"{self.rule.label} cannot be flipped: a sign is reversed once for every site, so each must be fed straight from "
+                f"the source {source.name!r}. Flip a direct rule (DKP, DFA, FDFA)."
             )
         return graph
 
@@ -73,10 +70,13 @@ class Flipped(Rule):
         return self.rule.learns_in_pass(edge)
 
     def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
-        return -self.rule.message(edge, d, target, activity)
+        return self.rule.message(edge, d, target, activity)
+
+    def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
+        return -self.rule.receive(edge, sent, h)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        return self.rule.feedback_grad(edge, weights, -d, h)  # `d` is what travelled
+        return self.rule.feedback_grad(edge, weights, d, h)
 
     def feedback_step(self, phase: Phase) -> None:
         self.rule.feedback_step(phase)

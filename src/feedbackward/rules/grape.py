@@ -88,7 +88,7 @@ class Normalised(Operator):
         return (B / _norms(B),)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
-        return Dense().send(weights, d.flatten(1) / _norms(weights[0]).flatten(), site)
+        return Dense().send(weights, d.reshape(len(d), -1) / _norms(weights[0]).flatten(), site)
 
     def macs(self, source: Shape, site: Shape) -> int:
         return Dense().macs(source, site)
