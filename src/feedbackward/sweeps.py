@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 LossFn = Callable[[Any], Tensor]
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class Mark:
     """A few numbers that tell one activity from another: its shape, its mean magnitude, and a weighted mean."""
@@ -74,15 +78,18 @@ class Deliver:
 
     def _send(self, index: int, h: Tensor, version: int) -> None:
         outputs, grads = [], []
-        for edge in self.seams.edges_to[index]:
-            d = self._error(edge.source, h)
-            self.seams.check(edge, h, version, d)
-            outputs.append(self.seams.broadcast(torch.zeros_like(d), [edge], [h], self.target))
-            grads.append(d)
-        if index in self.seams.local and self.target is not None:
-            loss = self.seams.local_loss(self.seams.local[index], h, self.target)
-            outputs.append(loss)
-            grads.append(torch.ones_like(loss))
+        with torch.autograd.graph.saved_tensors_hooks(
+            _same, _same
+        ):  # not a checkpoint's, where the site lies in one
+            for edge in self.seams.edges_to[index]:
+                d = self._error(edge.source, h)
+                self.seams.check(edge, h, version, d)
+                outputs.append(self.seams.broadcast(torch.zeros_like(d), [edge], [h], self.target))
+                grads.append(d)
+            if index in self.seams.local and self.target is not None:
+                loss = self.seams.local_loss(self.seams.local[index], h, self.target)
+                outputs.append(loss)
+                grads.append(torch.ones_like(loss))
         if outputs:
             with self.seams.paused(), torch.autocast(h.device.type, enabled=False):
                 torch.autograd.backward(outputs, grads)
