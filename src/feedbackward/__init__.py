@@ -12,11 +12,12 @@ from .errors import (
 from .graph import Arc, Edge, Graph, Local, Site, Source, chain, ladder, star
 from .learner import Learner, attach, param_groups
 from .norms import keep_norms
-from .operators import OPERATORS, Dense, LayerShaped, Operator, Shape, Weights
+from .operators import OPERATORS, Dense, LayerKernel, LayerShaped, Operator, Shape, Weights
 from .phase import Pass, Phase
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
 from .rules import (
     BP,
+    CDFA,
     BRSF,
     DDTP,
     DFA,
@@ -28,6 +29,7 @@ from .rules import (
     FA,
     FDFA,
     FRSF,
+    LRA,
     PFA,
     RULES,
     SDTP,
@@ -37,9 +39,11 @@ from .rules import (
     Frozen,
     GrAPE,
     InformationAlignment,
+    KernelDFA,
     KolenPollack,
     Mixed,
     Properties,
+    RecLRA,
     Rule,
     SelfAlignment,
     SignDFA,
@@ -53,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BP",
+    "CDFA",
     "BRSF",
     "DDTP",
     "DFA",
@@ -64,6 +69,7 @@ __all__ = [
     "FA",
     "FDFA",
     "FRSF",
+    "LRA",
     "OPERATORS",
     "PFA",
     "RULES",
@@ -84,7 +90,9 @@ __all__ = [
     "GrAPE",
     "Graph",
     "InformationAlignment",
+    "KernelDFA",
     "KolenPollack",
+    "LayerKernel",
     "LayerShaped",
     "Learner",
     "Local",
@@ -95,6 +103,7 @@ __all__ = [
     "Phase",
     "Probe",
     "Properties",
+    "RecLRA",
     "Rule",
     "SelfAlignment",
     "Shape",

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import AttachError, SiteError
-from .graph import Arc, Source, Tap
+from .graph import Arc, PreActivation, Source, Tap
 from .operators.layer import LayerForm
 from .sites import Sites, known_modules, source_tensor
-from .trace import PARAMETRIC, PRODUCTS, Call, Trace, gradient_edges
+from .trace import ELEMENTWISE, PARAMETRIC, PRODUCTS, Call, Trace, gradient_edges
 
 
 def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Arc]:
@@ -63,7 +63,30 @@ def _arc(trace: Trace, call: Call) -> Arc:
         source=source,
         form=LayerForm.of(call.module),
         weight=f"{call.name}.weight",
+        below=_below(trace, call),
     )
+
+
+def _below(trace: Trace, call: Call) -> PreActivation | str:
+    """The output of the layer before this one, or what stands between that is not a single elementwise activation."""
+    activation: nn.Module | None = None
+    before, (tensor, version) = call, call.inputs[0]
+    while True:
+        made = trace.producer(tensor, version, before.start)
+        if made is None:
+            return "an operation that is no module of its own"
+        before = made[0]
+        if isinstance(before.module, PARAMETRIC):
+            break
+        if type(before.module) in ELEMENTWISE and activation is None:
+            activation = before.module
+        elif not isinstance(before.module, nn.Flatten):
+            return f"{before.name or 'the model'!r} ({type(before.module).__name__})"
+        tensor, version = before.inputs[0]
+    tokens = tensor.dim() - 2 if isinstance(before.module, nn.Linear) else 0
+    taps = (Tap(before.name, "output"),)
+    f = (activation or nn.Identity()).forward
+    return PreActivation(before.name, taps, tuple(tensor.shape[1:]), tokens, activation=f)
 
 
 def _refuse_subclass(call: Call) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from .errors import AttachError
 from .operators.base import Operator
 from .operators.layer import LayerForm
@@ -53,16 +55,28 @@ class Source(Activity):
 
 
 @dataclass(frozen=True)
+class PreActivation(Site):
+    """A layer's output, of which the next layer sees an elementwise function and nothing else.
+
+    `activation` is that function, the identity where there is none.
+    """
+
+    activation: Callable[[Tensor], Tensor] = field(kw_only=True, compare=False)
+
+
+@dataclass(frozen=True)
 class Arc(Site):
     """The input of one layer as that layer alone sees it: other users of the same tensor, such as a skip path, stay
     connected. It is fed from the layer's own output, by weights of the layer's own form.
 
-    `weight` is the name of the layer's weight in the model.
+    `weight` is the name of the layer's weight in the model. `below` is the output of the layer before, where nothing but
+    an elementwise activation lies between; else what does, in words.
     """
 
     source: Source = field(kw_only=True)
     form: LayerForm = field(kw_only=True)
     weight: str = field(kw_only=True)
+    below: PreActivation | str = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,26 @@ PARAMETRIC = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+# activations without parameters that work on each number by itself
+ELEMENTWISE = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanh,
+)
 # how autograd's nodes of matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
 _CHANNELS_FIRST = (*PARAMETRIC[1:], nn.modules.batchnorm._NormBase, nn.GroupNorm)

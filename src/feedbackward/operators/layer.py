@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..errors import AttachError
 from .base import Operator, Shape, Weights
 
-LAYER_INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "kaiming_fan_out", "like_layer")
+LAYER_INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "kaiming_fan_out", "like_layer", "normal")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class LayerShaped(Operator):
 
     init: `"zeros"`; `"xavier_uniform"`: U(-b, b), b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
         `"kaiming_fan_out"`: b = sqrt(6 / fan_out); `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these
-        layers.
-    scale: a factor on b.
+        layers; `"normal"`: N(0, 1).
+    scale: a factor on the initial weights.
     """
 
     sized = False
@@ -79,7 +79,7 @@ class LayerShaped(Operator):
 
     @property
     def bound(self) -> float:
-        """b of the initial weights U(-b, b), whose standard deviation is b / sqrt(3)."""
+        """b of the initial weights U(-b, b); for every init their standard deviation is b / sqrt(3)."""
         shape = self.form.shape
         field = math.prod(shape[2:])
         fan_in, fan_out = shape[1] * field, shape[0] * field
@@ -89,11 +89,15 @@ class LayerShaped(Operator):
             "kaiming_uniform": 6 / fan_in,
             "kaiming_fan_out": 6 / fan_out,
             "like_layer": 1 / fan_in,
+            "normal": 3.0,
         }
         return self.scale * math.sqrt(squares[self.init])
 
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
-        return (torch.zeros(self.form.shape).uniform_(-self.bound, self.bound, generator=generator),)
+        B = torch.zeros(self.form.shape)
+        if self.init == "normal":
+            return (B.normal_(std=self.scale, generator=generator),)
+        return (B.uniform_(-self.bound, self.bound, generator=generator),)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         B = weights[0]  # a borrowed weight of the model may follow

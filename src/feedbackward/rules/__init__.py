@@ -3,6 +3,7 @@
 from .activation_alignment import ActivationAlignment
 from .base import Properties, Rule
 from .bp import BP
+from .cdfa import CDFA
 from .brsf import BRSF
 from .ddtp import DDTP
 from .dfa import DFA
@@ -18,9 +19,12 @@ from .frozen import Frozen
 from .frsf import FRSF
 from .grape import GrAPE
 from .information_alignment import InformationAlignment
+from .kernel_dfa import KernelDFA
 from .kolen_pollack import KolenPollack
+from .lra import LRA
 from .mixed import Mixed
 from .pfa import PFA
+from .rec_lra import RecLRA
 from .sdtp import SDTP
 from .self_alignment import SelfAlignment
 from .sign_dfa import SignDFA
@@ -38,6 +42,8 @@ RULES: dict[str, type[Rule]] = {
     "sign_symmetry": SignSymmetry,
     "kp": KolenPollack,
     "dfa": DFA,
+    "cdfa": CDFA,
+    "kernel_dfa": KernelDFA,
     "dkp": DKP,
     "drtp": DRTP,
     "sign_dfa": SignDFA,
@@ -54,6 +60,8 @@ RULES: dict[str, type[Rule]] = {
     "dtp": DTP,
     "sdtp": SDTP,
     "ddtp": DDTP,
+    "lra": LRA,
+    "rec_lra": RecLRA,
     "frozen": Frozen,
 }
 
@@ -62,6 +70,7 @@ COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed, "flipped": Flipped}
 
 __all__ = [
     "BP",
+    "CDFA",
     "BRSF",
     "COMPOSED",
     "DDTP",
@@ -74,6 +83,7 @@ __all__ = [
     "FA",
     "FDFA",
     "FRSF",
+    "LRA",
     "PFA",
     "RULES",
     "SDTP",
@@ -83,9 +93,11 @@ __all__ = [
     "Frozen",
     "GrAPE",
     "InformationAlignment",
+    "KernelDFA",
     "KolenPollack",
     "Mixed",
     "Properties",
+    "RecLRA",
     "Rule",
     "SelfAlignment",
     "SignDFA",

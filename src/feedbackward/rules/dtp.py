@@ -1,0 +1,144 @@
+"""Difference target propagation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import AttachError
+from ..graph import Edge, Graph, Site, Source, ladder
+from ..operators.decoder import Decoder, Decoding, pair
+from .base import Properties, Rule
+
+if TYPE_CHECKING:
+    from ..phase import Phase
+
+
+@dataclass(frozen=True)
+class DTP(Rule):
+    r"""Difference target propagation: every site gets a target from the one above, through a learned decoder.
+
+    .. math::
+        t_L = a_L - \beta N e, \qquad t_l = h_l - \big(g_l(h_{l+1}) - g_l(t_{l+1})\big), \qquad
+        \delta h_l = (h_l - t_l) / (\beta N)
+
+    :math:`\delta h_l` is the gradient of the local loss :math:`\|h_l - t_l\|^2 / (2 \beta N)` with the target fixed; so
+    :math:`t_l = h_l - \beta N\, \delta h_l` at every site as at the output, and for small beta
+    :math:`\delta h_l \to \delta h_{l+1}\, \partial g_l / \partial h_{l+1}`. N is the batch (times the tokens, where these are
+    kept). Published is :math:`\|h_l - t_l\|^2`, the same but for a factor :math:`2 \beta`. With exact inverses as
+    decoders the targets are those of a Gauss-Newton step.
+
+    The decoders :math:`g_l(s) = f(s B_l + b_l)`, `B_l: [n_{l+1}, n_l]`, learn in `learner.feedback_step(x)`, from noise at each site:
+
+    .. math::
+        \nabla\, \tfrac{1}{N \sigma^2} \big\| g_l(f_{l+1}(h_l + \epsilon)) - (h_l + \epsilon) \big\|^2, \qquad
+        \epsilon \sim \mathcal N(0, \sigma^2)
+
+    where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay random.
+    The published training has some epochs of it first. Its scale is far from that of the network's loss: give the
+    feedback an optimizer of its own.
+
+    beta: how far the target of the output goes along its error. sigma: the noise.
+    activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
+
+    Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's
+    normalisation as in the code of Meulemans et al. 2020. The paper sets the target of the last hidden layer by the
+    gradient; here the output's, whose decoder is learned as all others are. Inferred: decoders of maps are dense.
+    """
+
+    beta: float = 0.16
+    sigma: float = 0.25
+    activation: str = "linear"
+
+    name = "dtp"
+    label = "DTP"
+    paper = "Lee et al. 2015"
+    sends_activity = True
+    in_phase = True
+    linear = False
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L",
+        extra_memory="B: n_(l+1) n_l + opt.",
+        extra_compute="2 F + 5 N B - D",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_noise(self.label, self.sigma)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        graph = ladder(sites, source, Decoder(self.activation, self.beta))
+        refuse_mixed_tokens(self.label, graph)
+        return graph
+
+    def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
+        assert activity is not None
+        return pair(activity, self.beta * len(d) * d)
+
+    def feedback_step(self, phase: Phase) -> None:
+        reconstruct(phase, self.sigma)
+
+
+def reconstruct(
+    phase: Phase, sigma: float, seen: Callable[[Edge, Tensor], Tensor] = lambda edge, s: s
+) -> None:
+    """Let each decoder reconstruct its noisy site from what the segment above makes of it. `seen(edge, s)`: the decoder's input."""
+    with learning(phase):
+        clean = phase.forward()
+        noisy = {site: h + sigma * phase.noise(h) for site, h in clean.sites.items()}
+        # every segment starts from its own noisy site, whatever the ones below have made
+        made = phase.forward(change=lambda site, h: noisy[site])
+        for edge in phase.edges:
+            s, h = rows(edge, made.sources[edge.source.name]), rows(edge, noisy[edge.site])
+            difference = decoder(phase, edge)(seen(edge, s)) - h
+            descend(phase, edge, difference.square().sum() / (len(h) * sigma**2))
+
+
+@contextmanager
+def learning(phase: Phase) -> Iterator[None]:
+    """Gradients, and full precision: what noise changes is small."""
+    device = phase.weights(phase.edges[0])[0].device
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def decoder(phase: Phase, edge: Edge) -> Callable[[Tensor], Tensor]:
+    """`g(s): [M, *site]` of `s: [M, *source]`."""
+    assert isinstance(edge.operator, Decoding)
+    return partial(edge.operator.decode, phase.weights(edge), site=edge.site_shape)
+
+
+def descend(phase: Phase, edge: Edge, loss: Tensor) -> None:
+    """Give an edge's decoder the gradient of the loss."""
+    phase.give(edge, torch.autograd.grad(loss, phase.weights(edge)[: edge.operator.learnable]))
+
+
+def rows(edge: Edge, activity: Tensor) -> Tensor:
+    """`[M, ...]`."""
+    return activity.flatten(0, edge.leading - 1)
+
+
+def refuse_noise(label: str, sigma: float) -> None:
+    if not sigma > 0:
+        raise AttachError(f"{label}'s decoders learn from noise: sigma is {sigma}, it must be above 0.")
+
+
+def refuse_mixed_tokens(label: str, graph: Graph) -> None:
+    """A target's distance is in units of M, which must be the same all the way down."""
+    kept = {edge.leading: edge.site.name for edge in graph.edges}
+    if len(kept) > 1:
+        names = " and ".join(repr(name) for name in kept.values())
+        raise AttachError(
+            f"{label}: some sites keep their token dimensions and others do not ({names}), so a target would change its distance on "
+            "the way. Name sites of one kind with `sites=`, or use DDTP."
+        )
