@@ -8,7 +8,8 @@ from torch import Tensor, nn
 import feedbackward as fb
 import oracles
 from oracles import Array
-from pairs import Pair, mirrored
+from pairs import Pair, grads, loss_fn, mirrored
+from test_chain import LAYERS_2D, make
 
 F64 = torch.float64
 
@@ -39,3 +40,17 @@ def angle(a: Tensor, b: Tensor) -> float:
     """Degrees between two tensors taken whole."""
     cosine = (a * b).sum() / (a.norm() * b.norm())
     return float(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))))
+
+
+def awkward(name: str) -> tuple[nn.Module, Tensor]:
+    """A net around one awkward layer, and its inputs."""
+    torch.manual_seed(0)
+    model, x = make(LAYERS_2D[name](), 2), torch.randn(5, 2, 9, 8, dtype=F64)
+    model(x)  # makes lazy layers
+    return model, x
+
+
+def step(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
+    learner.zero_grad()
+    loss_fn(y)(learner(x)).backward()
+    return grads(learner.model)

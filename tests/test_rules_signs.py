@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import feedbackward as fb
-from chains import F64, chain_step, layer_of, weight_of
+from chains import F64, chain_step, layer_of, step, weight_of
 from feedbackward.operators.counter import uniform
 from pairs import CONV, MLP, Pair, assert_close, grads, loss_fn
 from reference import make_biotorch
@@ -65,12 +65,6 @@ def expected_feedback(learner: fb.Learner, edge: fb.Edge) -> np.ndarray:
     if getattr(rule, "follow_norm", False):
         B *= np.linalg.norm(W) / np.linalg.norm(B)
     return B
-
-
-def step(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
-    learner.zero_grad()
-    loss_fn(y)(learner(x)).backward()
-    return grads(learner.model)
 
 
 @pytest.mark.parametrize("rule", SIGNED.values(), ids=SIGNED)
@@ -241,7 +235,7 @@ def test_a_weight_of_zero_feeds_nothing_back() -> None:
 def test_zero_feedback_and_unknown_options_are_refused(kind: type[fb.Rule]) -> None:
     with pytest.raises(fb.AttachError, match="zero feedback"):
         kind(scale=0.0)
-    wrong = {"magnitude": "fresh"} if kind is fb.SignSymmetry else {"init": "normal"}
+    wrong = {"magnitude": "fresh"} if kind is fb.SignSymmetry else {"init": "cauchy"}
     with pytest.raises(fb.AttachError, match="choose one of"):
         MLP.attach(kind(**wrong))
 

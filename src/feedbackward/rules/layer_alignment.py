@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,16 +32,21 @@ class Seen:
     W: Tensor
     B: Tensor
     x: Tensor
+    _kept: list[Tensor] = field(
+        default_factory=list
+    )  # a cached_property holds a lock, which no compiler can see through
 
-    @cached_property
+    @property
     def p(self) -> Tensor:
-        return self.layer.project(self.W, self.x)
+        if not self._kept:
+            self._kept.append(self.layer.project(self.W, self.x))
+        return self._kept[0]
 
-    @cached_property
+    @property
     def q(self) -> Tensor:
         return self.layer.project(self.B, self.x)
 
-    @cached_property
+    @property
     def r(self) -> Tensor:
         return self.layer.send((self.B,), self.p, tuple(self.x.shape[1:]))
 
