@@ -171,6 +171,13 @@ def signals(
     return {name: None if h.grad is None else h.grad.clone() for name, h in met.items()}
 
 
+def step(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
+    """One backward pass and, where the rule has one, one phase."""
+    loss_fn(y)(learner(x)).backward()
+    if learner.rule.in_phase:
+        learner.feedback_step(x)
+
+
 def _watch(module: nn.Module, tap, name: str, met: dict[str, Tensor]):  # type: ignore[no-untyped-def]
     calls = iter(range(1 << 20))
 

@@ -98,7 +98,7 @@ class Phase:
         """For every edge: how its source moves, `[M, *source]`, and the noise along which its site did, `[M, *site]`.
 
         One forward-mode pass in which all sites move along standard normal noise `u` at once: the source moves by the sum
-        over the sites of `dsource/dh u`, sample by sample. In the dtype of the edge's weights.
+        over the sites of `dsource/dh u`, sample by sample. Without autocast, and given in the dtype of the edge's weights.
 
         Raises FeedbackError where a layer has no forward-mode derivative.
         """
@@ -113,8 +113,10 @@ class Phase:
                 moving[site] = forward_ad.make_dual(still, total)
             return moving[site]
 
+        device = next(self._learner.model.parameters()).device.type
         try:
-            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused ones have no derivative
+            # fused attention has no forward-mode derivative; norms under autocast give theirs in another dtype
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
                 met = self.forward(change=push).sources
                 moves = {name: forward_ad.unpack_dual(source).tangent for name, source in met.items()}
         except NotImplementedError as error:
