@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +53,8 @@ def make_feedback(
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
     for edge in _distinct(graph):
         generator = torch.Generator().manual_seed(_digest(seed, edge.key))
-        made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
+        with _drawn_on(reference.device):
+            made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
         for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
             weight = weight.to(reference.device, dtype if weight.is_floating_point() else None)
             if rule.learns(edge) and i < edge.operator.learnable:
@@ -59,7 +62,7 @@ def make_feedback(
             else:
                 holder.register_buffer(name, weight)
     for local in graph.local:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _drawn_on(reference.device):
             torch.manual_seed(_digest(seed, local.key))
             auxiliary = rule.auxiliary(local.site, local.source)
         holder.add_module(local.key, auxiliary.to(reference.device, reference.dtype))
@@ -79,6 +82,11 @@ def weight_names(edge: Edge) -> list[str]:
 def count_bytes(tensors: Iterator[Tensor] | Weights) -> int:
     """Bytes of all these tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _drawn_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Weights are drawn on the CPU, to be the same everywhere; for a meta model nothing is drawn nor allocated."""
+    return torch.device(device) if device.type == "meta" else nullcontext()
 
 
 def _distinct(graph: Graph) -> list[Edge]:
