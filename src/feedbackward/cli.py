@@ -24,6 +24,7 @@ usage: feedbackward COMMAND [options]
   train    train one network by one rule
   compare  train by several rules and seeds under one recipe, and report
   probe    how near a trained run's gradients are to backprop's
+  bench    step time, throughput and memory beside backprop's
   rules    what each rule needs and costs
 
 feedbackward COMMAND --help lists the options. A first look, in under four minutes:
@@ -134,10 +135,20 @@ def _rules(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    from .experiment.benchcases import parse_bench
+
+    config = parse_bench(arguments)
+    from .experiment.benchreport import run_bench
+
+    return run_bench(config, arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
     "probe": _probe,
+    "bench": _bench,
     "rules": _rules,
 }
 

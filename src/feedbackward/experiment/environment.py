@@ -30,7 +30,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -75,3 +79,11 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    """Bytes of the machine's main memory, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
