@@ -25,7 +25,8 @@ end-to-end: .venv/dev
 	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true
 
 bench-step: .venv/dev
-	$(BIN)/python bench/step_time.py --out bench/results/step_time.json
+	$(BIN)/feedbackward bench vgg16 --rules '[dfa,dkp,{rule: dkp, options: {center: true}}]' \
+		--batch 64 --rounds 11 --threads 2 --json bench/results/step_time.json
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
