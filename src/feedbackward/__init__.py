@@ -17,13 +17,14 @@ from .phase import Pass, Phase
 from .probe import ParameterAlignment, Probe, SiteAlignment, probe
 from .rules import (
     BP,
-    CDFA,
     BRSF,
+    CDFA,
     DDTP,
     DFA,
     DGL,
     DKP,
     DRTP,
+    DSP,
     DTP,
     EBD,
     FA,
@@ -52,18 +53,20 @@ from .rules import (
     WeightMirror,
 )
 from .schedules import step_in_backward
+from .staleness import Stale
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BP",
-    "CDFA",
     "BRSF",
+    "CDFA",
     "DDTP",
     "DFA",
     "DGL",
     "DKP",
     "DRTP",
+    "DSP",
     "DTP",
     "EBD",
     "FA",
@@ -113,6 +116,7 @@ __all__ = [
     "SiteAlignment",
     "SiteError",
     "Source",
+    "Stale",
     "SymmetricAlignment",
     "WeightMirror",
     "Weights",

@@ -115,6 +115,7 @@ class Learner(nn.Module):
         self._exact = False
         self._target: Target | None = None
         self.rehearsed: Rehearsal | None = None  # before the first replay
+        self.stale = False  # whether a `Stale` delays the gradients
         self._detached = False
         self._handles = self.seams.install(model)
 
@@ -127,6 +128,11 @@ class Learner(nn.Module):
         cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
         if torch.is_grad_enabled():
             self.seams.recompute = cut
+            if not self.stale and not self._exact and any(self.rule.delays(2)):
+                raise FeedbackError(
+                    f"{self.rule.label} is a schedule as well, without which it would be plain backprop: make `stale = "
+                    "fb.Stale(learner)`, and call `stale.exchange()` before every optimizer step."
+                )
         if not cut:
             return self.model(*args, **kwargs)
         with self.seams.recording(self.begin_pass((args, kwargs))):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .feedback import count_bytes
 from .graph import Arc
+from .seams import Observer
 from .trace import preserved, run, training_mode
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Plan:
     head: Segment
     unreached: tuple[str, ...]  # trainable parameters that no segment holds
     overlaps: tuple[tuple[str, str], ...]  # pairs of segments that have some of their computation in common
+    stages: tuple[Segment, ...]  # segments and head; of a network without cuts what lies between the sites
     order: tuple[int | str, ...]  # sites by number, sources by name, as the forward pass reaches them
 
     @property
@@ -72,7 +74,26 @@ def make_plan(learner: Learner, example: Any) -> Plan:
     unreached = tuple(
         name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held
     )
-    return Plan(tuple(segments), head, unreached, _overlaps(labels, nodes), tuple(tape.order))
+    stages = (*segments, head) if learner.graph.sites else _uncut(learner, example, head, names)
+    return Plan(tuple(segments), head, unreached, _overlaps(labels, nodes), stages, tuple(tape.order))
+
+
+def _uncut(learner: Learner, example: Any, head: Segment, names: dict[int, str]) -> tuple[Segment, ...]:
+    """The parts between the sites of a network without cuts; a parameter that several parts use is the lowest one's."""
+    observer, model = Observer(learner.sites, ()), learner.model
+    handles = observer.install(model, prepend=True)
+    try:
+        with preserved(model), training_mode(model), torch.enable_grad(), observer.recording() as tape:
+            run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts, seen = [], set[str]()
+    for site, h in zip(learner.sites, tape.h, strict=True):
+        behind = parameters_behind([] if h is None else [h], names)
+        parts.append(Segment(site.name, tuple(name for name in behind if name not in seen)))
+        seen.update(behind)
+    return (*parts, Segment("head", tuple(name for name in head.parameters if name not in seen)))
 
 
 def _overlaps(labels: Sequence[str], nodes: Sequence[set[Any]]) -> tuple[tuple[str, str], ...]:

@@ -60,6 +60,9 @@ class Settings:
         forward: changes to the recipe's optimizer of the network's weights.
         feedback: changes to the recipe's optimizer of learned feedback weights.
         schedule: joint; replay keeps one segment's activities in memory, eager too, for rules that need no error.
+        staleness: steps by which all gradients arrive late, on top of what the rule says (dsp).
+        calibrate_every: steps from one training step by exact backprop, weight transport and all, to the next; 0 never.
+        freeze_feedback_after: epochs after which learned feedback (and auxiliary networks) stays as it is; by default never.
         device: auto takes a CUDA device where there is one.
         precision: bf16 and fp16 use autocast, fp16 with a loss scale.
         compile: compile the learner with torch.compile.
@@ -83,6 +86,9 @@ class Settings:
     forward: Changes = field(default_factory=Changes)
     feedback: Changes = field(default_factory=Changes)
     schedule: Literal["joint", "replay", "eager"] = "joint"
+    staleness: int = 0
+    calibrate_every: int = 0
+    freeze_feedback_after: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
@@ -157,6 +163,7 @@ class RuleEntry:
         options: the rule's own options.
         lr: rate of W, in place of the recipe's.
         feedback_lr: rate of B, in place of the recipe's.
+        calibrate_every, freeze_feedback_after: of this rule, in place of the comparison's.
     """
 
     rule: str
@@ -164,6 +171,13 @@ class RuleEntry:
     options: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
     feedback_lr: float | None = None
+    calibrate_every: int | None = None
+    freeze_feedback_after: int | None = None
+
+    def conditions(self) -> dict[str, int]:
+        """What is different in this rule's training loop."""
+        given = {name: getattr(self, name) for name in ("calibrate_every", "freeze_feedback_after")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +205,7 @@ class CompareConfig(Settings):
 
     Attributes:
         title: of the report.
-        rules: names, entries with rule, label, options, lr, feedback_lr, or `all` for every rule there is.
+        rules: names, entries (rule, label, options, lr, ...), or `all` for every rule there is.
         seeds: one run per rule and seed.
         search: pick each rule's rates first.
         timing_steps: steps measured per rule, interleaved, for the time per step; 0 skips it.
@@ -212,7 +226,9 @@ class CompareConfig(Settings):
     def cell(self, entry: RuleEntry, seed: int) -> TrainConfig:
         """The run of one rule and seed; its `out` is left open."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name != "out"}
-        config = TrainConfig(**shared, rule=entry.rule, rule_options=entry.options, seed=seed)
+        config = TrainConfig(
+            **shared | entry.conditions(), rule=entry.rule, rule_options=entry.options, seed=seed
+        )
         if entry.lr is not None:
             config = replace(config, forward=replace(config.forward, lr=entry.lr))
         if entry.feedback_lr is not None:
@@ -248,7 +264,17 @@ def _changed(base: Optimizer, lr: float | None, changes: Changes) -> Optimizer:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    least = {"epochs": 1, "batch_size": 1, "threads": 1, "probe_every": 0, "probe_images": 1, "seed": 0}
+    least = {
+        "epochs": 1,
+        "batch_size": 1,
+        "threads": 1,
+        "probe_every": 0,
+        "probe_images": 1,
+        "seed": 0,
+        "staleness": 0,
+        "calibrate_every": 0,
+        "freeze_feedback_after": 0,
+    }
     for name, smallest in least.items():
         value = getattr(config, name)
         if value is not None and value < smallest:

@@ -106,6 +106,9 @@ def _step(run: Run, check: Callable[[], None]) -> tuple[Callable[[], None], tupl
 def _tensors(run: Run) -> Iterator[Tensor]:
     """Everything that stays alive between steps."""
     yield from (*run.learner.parameters(), *run.learner.buffers())
+    if run.stale is not None:
+        waiting = run.stale.state_dict()["waiting"].values()
+        yield from (grad for queue in waiting for grad in queue if grad is not None)
     for weights in run.weights.values():
         for state in weights.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))

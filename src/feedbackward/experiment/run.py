@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, DivergenceError
+from ..errors import CheckpointError, ConfigError, DivergenceError
 from ..probe import Probe, probe
+from ..staleness import Stale
 from .building import build_learner
 from .checkpoint import check_same_tensors
 from .config import TrainConfig
@@ -55,6 +56,7 @@ class Run:
         recipe = config.training()
         self.epochs = recipe.epochs
         self.learner = build_learner(config, data, device)
+        self.stale = self._staleness()
         self.loader = Loader(
             data.train, data, recipe.batch_size, device=device, augment=config.data.augment, seed=config.seed
         )
@@ -90,15 +92,15 @@ class Run:
             DivergenceError: the loss is NaN or infinite; no weight has then been changed.
         """
         images = self.prepared(images)
-        self.tell_target(labels)
-        if self.config.schedule == "joint":
-            with self.precision():
-                output = self.forward(images)
-                loss = F.cross_entropy(output.float(), labels)
-            self.scaler.scale(loss).backward()
+        if frozen := self.feedback_is_frozen:
+            self.learner.feedback.requires_grad_(False)
+        if self.calibrates:
+            with self.learner.exact():
+                output, loss = self._joint(images, labels)
         else:
-            output, loss = self._scheduled(images, labels)
-        if self.learner.rule.in_phase:
+            self.tell_target(labels)
+            output, loss = self._backward(images, labels)
+        if self.learner.rule.in_phase and not frozen:
             with self.precision():
                 self.learner.feedback_step(images)
         correct = (output.argmax(1) == labels).sum()
@@ -107,6 +109,8 @@ class Run:
         ).tolist()  # one wait for the device, not two
         if not math.isfinite(value):
             self._diverged(value, images)
+        if self.stale is not None:
+            self.stale.exchange()
         for weights in self.weights.values():
             weights.step(self.scaler)
         self.scaler.update()
@@ -117,13 +121,41 @@ class Run:
         position.batch += 1
         return value
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the next step is one by exact backprop."""
+        every, position = self.config.calibrate_every, self.position
+        return every > 0 and (position.epoch * len(self.loader) + position.batch + 1) % every == 0
+
+    @property
+    def calibrations(self) -> int:
+        """Steps by exact backprop so far."""
+        every, position = self.config.calibrate_every, self.position
+        return (position.epoch * len(self.loader) + position.batch) // every if every else 0
+
+    @property
+    def feedback_is_frozen(self) -> bool:
+        """Whether learned feedback has come to its last epoch."""
+        after = self.config.freeze_feedback_after
+        return after is not None and self.position.epoch >= after
+
     def tell_target(self, labels: Tensor) -> None:
         """Give the labels of the next pass to a rule that needs them."""
         if self.learner.rule.needs == "target":
             self.learner.target(labels)
 
-    def _scheduled(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _joint(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and loss of a batch, its backward done at once."""
+        with self.precision():
+            output = self.forward(images)
+            loss = F.cross_entropy(output.float(), labels)
+        self.scaler.scale(loss).backward()
+        return output, loss
+
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Output and loss of a batch, its backward done by the configured schedule."""
+        if self.config.schedule == "joint":
+            return self._joint(images, labels)
         seen: list[Tensor] = []
 
         def loss_fn(output: Tensor) -> Tensor:
@@ -170,6 +202,7 @@ class Run:
             "feedback": self.learner.feedback.state_dict(),
             "weights": {part: weights.state_dict() for part, weights in self.weights.items()},
             "scaler": self.scaler.state_dict(),
+            "stale": None if self.stale is None else self.stale.state_dict(),
             "random": random_state(),
         }
 
@@ -198,8 +231,23 @@ class Run:
         for part, weights in self.weights.items():
             weights.load_state_dict(state["weights"][part])
         self.scaler.load_state_dict(state["scaler"])
+        if self.stale is not None:
+            self.stale.load_state_dict(state["stale"])
         self.position = Position(**state["position"])
         restore_random_state(state["random"])
+
+    def _staleness(self) -> Stale | None:
+        """What delays the gradients, if anything does."""
+        delays = [
+            delay + self.config.staleness for delay in self.learner.rule.delays(len(self.learner.plan.stages))
+        ]
+        if not any(delays):
+            return None
+        if self.config.precision == "fp16":
+            raise ConfigError(
+                "precision is fp16, whose loss scale may change while a gradient waits: use bf16 or fp32 with staleness"
+            )
+        return Stale(self.learner, delays)
 
     def _diverged(self, value: float, images: Tensor) -> None:
         with self.precision():

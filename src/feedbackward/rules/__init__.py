@@ -3,13 +3,14 @@
 from .activation_alignment import ActivationAlignment
 from .base import Properties, Rule
 from .bp import BP
-from .cdfa import CDFA
 from .brsf import BRSF
+from .cdfa import CDFA
 from .ddtp import DDTP
 from .dfa import DFA
 from .dgl import DGL
 from .dkp import DKP
 from .drtp import DRTP
+from .dsp import DSP
 from .dtp import DTP
 from .ebd import EBD
 from .fa import FA
@@ -62,6 +63,7 @@ RULES: dict[str, type[Rule]] = {
     "ddtp": DDTP,
     "lra": LRA,
     "rec_lra": RecLRA,
+    "dsp": DSP,
     "frozen": Frozen,
 }
 
@@ -70,14 +72,15 @@ COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed, "flipped": Flipped}
 
 __all__ = [
     "BP",
-    "CDFA",
     "BRSF",
+    "CDFA",
     "COMPOSED",
     "DDTP",
     "DFA",
     "DGL",
     "DKP",
     "DRTP",
+    "DSP",
     "DTP",
     "EBD",
     "FA",

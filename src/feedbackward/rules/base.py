@@ -80,6 +80,11 @@ class Rule(ABC):
         """Whether some signal is made from the output or its error, so that it is known after the forward pass only."""
         return self.needs == "error" or self.sends_activity
 
+    def delays(self, parts: int) -> tuple[int, ...]:
+        """For a preset of rule and schedule: how many steps late the gradients of each part of the network arrive, the lowest
+        part first and the head last. A `Stale` then delays them."""
+        return (0,) * parts
+
     def learns(self, edge: Edge) -> bool:
         """Whether the weights of this edge are learned; a rule that mixes others decides edge by edge."""
         return self.learned

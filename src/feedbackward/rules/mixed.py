@@ -58,6 +58,11 @@ class Mixed(Rule):
                     f"the rule for {_words(pattern)} must be an instance of a Rule that is not Mixed itself, for example "
                     f"fb.DFA(), not {rule!r}."
                 )
+            if any(rule.delays(2)):
+                raise AttachError(
+                    f"{rule.label} is a schedule of the whole network, which has no part in a mixture: mix the rules, and delay their "
+                    "gradients with fb.Stale."
+                )
         parts = list(self.rules.values())
         if not parts:
             raise AttachError('Mixed needs at least one pattern and its rule, for example {"*": fb.DFA()}.')

@@ -1,0 +1,125 @@
+"""Staleness: a schedule in which the gradients of each part of the network arrive some steps late."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .errors import AttachError, CheckpointError
+from .feedback import weight_names
+from .learner import Learner
+
+
+class Stale:
+    r"""Gradients that arrive late: a part that is k steps stale is updated at step t with its gradient of step t - k.
+
+    .. math:: W_l^{t+1} = W_l^t - \eta\, \nabla_{W_l} \mathcal L\,(W^{t-k_l};\, x^{t-k_l})
+
+    What a pipeline gives, where every stage works on another batch, on one device and step by step. It goes with any rule:
+
+    >>> stale = fb.Stale(learner, 1)
+    >>> loss.backward()
+    >>> stale.exchange()  # the gradients of this step for those of the step before
+    >>> optimizer.step()
+
+    The parts are the segments of `learner.plan.stages`, the lowest first and the head last. The feedback weights of a
+    site, and its auxiliary network, belong to the part that they train; feedback that shares a weight's gradient is as late
+    as the weight. In its first k steps a part has no gradient (None), and the optimizer leaves it as it is. A part that
+    is not stale keeps its gradients untouched.
+
+    Args:
+        learner: as `attach` returned it.
+        staleness: steps for all parts alike (1: pipelined DFA), or one number per part. Default: what the rule says
+            (:class:`feedbackward.DSP`).
+
+    Call `exchange` once before every optimizer step, after the gradients of all accumulated batches and of
+    `feedback_step` are there; clip afterwards. It holds k gradients of each part. Not with a GradScaler that changes its
+    scale, unless gradients are unscaled before, and not with `step_in_backward`, which leaves no gradients to exchange.
+
+    Raises AttachError where a parameter belongs to parts of different staleness, for their sum has no one age.
+    """
+
+    def __init__(self, learner: Learner, staleness: int | Sequence[int] | None = None) -> None:
+        parts = learner.plan.stages
+        if staleness is None:
+            staleness = learner.rule.delays(len(parts))
+        delays = (staleness,) * len(parts) if isinstance(staleness, int) else tuple(staleness)
+        if len(delays) != len(parts) or any(delay < 0 for delay in delays):
+            raise AttachError(
+                f"staleness must be one number >= 0, or {len(parts)} of them, for the parts that end at "
+                f"{', '.join(part.site for part in parts)}: got {staleness}."
+            )
+        self.delays = delays
+        self._learner = learner
+        ages = _ages(learner, delays)
+        self._parameters = {
+            name: p for name, p in learner.named_parameters() if p.requires_grad and ages.get(name, 0)
+        }
+        self._queues: dict[str, deque[Tensor | None]] = {
+            name: deque([None] * ages[name]) for name in self._parameters
+        }
+        learner.stale = True
+
+    def exchange(self) -> None:
+        """Put in place of each stale part's gradients those of so many steps ago, and keep the present ones."""
+        for name, p in self._parameters.items():
+            queue, grad = self._queues[name], p.grad
+            # a view of somebody's buffer (DDP) will be written over
+            queue.append(grad.clone() if grad is not None and grad._is_view() else grad)
+            p.grad = queue.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gradients that have yet to arrive, by parameter, the oldest first."""
+        return {
+            "delays": list(self.delays),
+            "waiting": {name: list(queue) for name, queue in self._queues.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave. Raises CheckpointError where it belongs to another network or staleness."""
+        waiting = state["waiting"]
+        if list(state["delays"]) != list(self.delays) or waiting.keys() != self._queues.keys():
+            raise CheckpointError(
+                f"the waiting gradients belong to another network or staleness: they are for delays {list(state['delays'])} and "
+                f"{len(waiting)} parameters, here it is {list(self.delays)} and {len(self._queues)}."
+            )
+        for name, kept in waiting.items():
+            p = self._parameters[name]
+            if any(grad is not None and grad.shape != p.shape for grad in kept):
+                raise CheckpointError(
+                    f"the waiting gradients of {name!r} are not of its shape {list(p.shape)}."
+                )
+            self._queues[name] = deque(
+                None if grad is None else grad.to(p.device, p.dtype, copy=True) for grad in kept
+            )
+
+
+def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, int]:
+    """The delay of every parameter of the learner that is in some part."""
+    found: dict[str, dict[int, str]] = {}
+    for part, delay in zip(learner.plan.stages, delays, strict=True):
+        for name in part.parameters:
+            found.setdefault(f"model.{name}", {})[delay] = part.site
+    places = {site.taps: i for i, site in enumerate(learner.graph.sites)}
+    auxiliary = dict(learner.feedback.named_parameters())
+    for edge in learner.graph.edges:
+        i = places[edge.site.taps]
+        own = found.get(f"model.{edge.shares}", {delays[i]: edge.site.name})
+        for name in weight_names(edge):
+            found.setdefault(f"feedback.{name}", {}).update(own)
+    for end in learner.graph.local:
+        i = places[end.site.taps]
+        for name in auxiliary:
+            if name.startswith(f"{end.key}."):
+                found.setdefault(f"feedback.{name}", {})[delays[i]] = end.site.name
+    for name, ages in found.items():
+        if len(ages) > 1:
+            where = " and ".join(f"{site!r} ({delay} steps)" for delay, site in ages.items())
+            raise AttachError(
+                f"{name} is in several parts of different staleness, {where}, and its gradient is their sum: give these parts the "
+                "same staleness, or choose sites that do not overlap."
+            )
+    return {name: next(iter(ages)) for name, ages in found.items()}
