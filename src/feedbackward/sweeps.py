@@ -35,6 +35,8 @@ class Mark:
     @staticmethod
     def of(h: Tensor) -> Mark:
         """The mark of an activity; one wait for the device."""
+        if h.is_meta:  # it has a shape only
+            return Mark(tuple(h.shape), 0.0, 0.0)
         h = h.detach()
         last = h.shape[-1] if h.dim() else 1
         weights = torch.linspace(0.5, 1.5, last, device=h.device, dtype=h.dtype)
