@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import feedbackward as fb
 import zoo
+from feedbackward import segments
 from feedbackward.experiment import nets
 from feedbackward.experiment.measure import LiveBytes
 from feedbackward.graph import Tap
@@ -42,7 +43,7 @@ def outcome(
     schedule: str,
     sites: object = "layers",
     error_at: str | None = None,
-    hold: bool = True,
+    hold: bool | str = True,
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor], Tensor, Tensor]:
     """Gradients, state, random state and loss after one backward of a copy."""
     x, y = batch
@@ -52,7 +53,7 @@ def outcome(
     torch.manual_seed(3)
     if rule.needs == "target":
         learner.target(y)
-    loss = learner.backward(x, loss_fn(y), schedule=schedule)  # type: ignore[arg-type]
+    loss = learner.backward(x, loss_fn(y), schedule, schedule == "replay" and hold == "inputs")  # type: ignore[arg-type]
     grads = {name: p.grad for name, p in learner.named_parameters()}
     return grads, learner.state_dict(), torch.get_rng_state(), loss
 
@@ -75,10 +76,10 @@ RULES = {
 EAGER = {"drtp": fb.DRTP(), "dgl": fb.DGL(hidden=4), "frozen": fb.Frozen()}
 
 
-@pytest.mark.parametrize("hold", [True, False], ids=["held", "all"])
+@pytest.mark.parametrize("hold", [True, False, "inputs"], ids=["held", "all", "inputs"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_replay_gives_joint_gradients(pair: Pair, rule: str, hold: bool) -> None:
+def test_replay_gives_joint_gradients(pair: Pair, rule: str, hold: bool | str) -> None:
     model, options = dropped(pair), {"sites": pair.sites, "error_at": pair.error_at}
     first = outcome(model, RULES[rule], pair.batch(), "joint", **options)
     assert sum(g is not None and bool(g.any()) for g in first[0].values()) > 3
@@ -100,9 +101,19 @@ def test_replay_of_real_nets(name: str) -> None:
     torch.manual_seed(0)
     model = nets.build(name, (3, 16, 16), 5).to(F64)
     batch = (torch.randn(4, 3, 16, 16, dtype=F64), torch.randint(5, (4,)))
-    for hold in (True, False):
+    for hold in (True, False, "inputs"):
         joint, replay = (outcome(model, fb.DKP(), batch, s, hold=hold) for s in ("joint", "replay"))
         assert_same(joint, replay)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_kept_inputs_segments_run_in_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head first, for it gives the error; then each segment by itself."""
+    batch = PAIRS[1].batch()
+    first = outcome(dropped(PAIRS[1]), fb.DKP(), batch, "joint")
+    shuffled = lambda places: random.Random(seed).sample(list(places), len(places))  # noqa: E731
+    monkeypatch.setattr(segments, "reversed", shuffled, raising=False)
+    assert_same(first, outcome(dropped(PAIRS[1]), fb.DKP(), batch, "replay", hold="inputs"))
 
 
 # --- relays ------------------------------------------------------------------------------------------------------
@@ -135,9 +146,9 @@ def deep(width: int = 6) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, 3)).to(F64)
 
 
-@pytest.mark.parametrize("hold", [True, False], ids=["held", "all"])
+@pytest.mark.parametrize("hold", [True, False, "inputs"], ids=["held", "all", "inputs"])
 @pytest.mark.parametrize("relay", [1, 2, 3, "6"], ids=str)
-def test_relays(relay: int | str, hold: bool) -> None:
+def test_relays(relay: int | str, hold: bool | str) -> None:
     """A relay that is a site is sent its own error; one inside a segment ("6", a pre-activation) gets it by a pass."""
     batch = (torch.randn(5, 7, dtype=F64), torch.randint(3, (5,)))
     first = outcome(deep(), Relayed(relay=relay), batch, "joint")
@@ -247,8 +258,15 @@ def test_spectral_norm_takes_one_power_step() -> None:
     layers = [nn.Linear(6, 8), nn.Tanh(), normed(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 3)]
     model = nn.Sequential(*layers).to(F64)
     batch = (torch.randn(5, 6, dtype=F64), torch.randint(3, (5,)))
-    for hold in (True, False):
+    for hold in (True, False, "inputs"):
         assert_same(*(outcome(model, fb.DKP(), batch, s, hold=hold) for s in ("joint", "replay")))
+
+
+INTERLEAVED = (
+    "two_inputs",
+    "named_inputs",
+    "resnet",
+)  # a branch or shortcut begins before the segment below has ended
 
 
 @pytest.mark.parametrize("case", zoo.ZOO, ids=str)
@@ -267,9 +285,16 @@ def test_every_model_of_the_zoo_is_replayed_or_refused(case: zoo.Case) -> None:
         with pytest.raises(fb.AttachError, match=r"overlap.*sites=\"blocks\""):
             learner.backward(example, loss, schedule="replay")
         return
-    learner.backward(example, loss, schedule="replay")
-    for name, p in learner.named_parameters():
-        assert_close(p.grad, expected[name], name, tolerance=1e-6)
+    kept = copy.deepcopy(learner)
+    for other, keep_inputs in ((learner, False), (kept, True)):
+        torch.set_rng_state(state)
+        if keep_inputs and case.name in INTERLEAVED:
+            with pytest.raises(fb.AttachError, match=r"cannot run by itself.*keep_inputs=False"):
+                other.backward(example, loss, schedule="replay", keep_inputs=True)
+            continue
+        other.backward(example, loss, schedule="replay", keep_inputs=keep_inputs)
+        for name, p in other.named_parameters():
+            assert_close(p.grad, expected[name], name, tolerance=1e-6)
 
 
 # --- the optimizer in the backward pass --------------------------------------------------------------------------
@@ -406,7 +431,7 @@ def test_pythons_own_random_numbers_are_restored() -> None:
 
 
 @pytest.mark.parametrize("hold", [True, False], ids=["held", "all"])
-def test_a_pass_that_changes_later_is_noticed(hold: bool) -> None:
+def test_a_pass_that_changes_later_is_noticed(hold: bool | str) -> None:
     """It was repeatable when it was rehearsed."""
     x = torch.randn(5, 4)
     model = Noisy("none")

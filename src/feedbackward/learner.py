@@ -16,9 +16,10 @@ from .arcs import find_arcs
 from .errors import AttachError, FeedbackError
 from .feedback import count_bytes, fitted, make_feedback, weights_of
 from .graph import Arc, Edge, Graph, Site, Source
+from .operators import OPERATORS
 from .operators.base import Weights
 from .phase import Phase
-from .plan import Plan, describe, make_plan
+from .plan import Plan, describe, in_bytes, make_plan
 from .rehearsal import Rehearsal
 from .rules.base import Rule
 from .schedules import Schedule, backward
@@ -114,6 +115,9 @@ class Learner(nn.Module):
         self.plan: Plan
         self._exact = False
         self._target: Target | None = None
+        self.separable = (
+            False  # whether segments run by themselves, found by the first replay with kept inputs
+        )
         self.rehearsed: Rehearsal | None = None  # before the first replay
         self.stale = False  # whether a `Stale` delays the gradients
         self._detached = False
@@ -139,7 +143,9 @@ class Learner(nn.Module):
             tied = self.seams.tied()
             return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
 
-    def backward(self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint") -> Tensor:
+    def backward(
+        self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint", keep_inputs: bool = False
+    ) -> Tensor:
         """Run forward and backward on a batch, and return the loss; gradients add to `.grad`, no optimizer steps.
 
         Args:
@@ -150,12 +156,14 @@ class Learner(nn.Module):
                 segment's activities in memory at a time, for one more forward pass (and one for each relay that is no site).
                 `"eager"`: in one pass, for rules whose signals need no error. Batch norm's statistics are updated once,
                 dropout masks are the same in every pass.
+            keep_inputs: of `replay`: keep the activity of every site from the first pass, so that each segment runs by itself,
+                from the last to the first, and no pass is needed for any relay. Memory: the sites' activities and one segment.
 
         Raises AttachError where the rule, overlapping segments or a forward pass that cannot be repeated do not allow the
         schedule, SiteError as a forward pass does.
         """
         self._refuse_detached()
-        return backward(self, inputs, loss_fn, schedule)
+        return backward(self, inputs, loss_fn, schedule, keep_inputs)
 
     def feedback_step(self, inputs: Any) -> None:
         """For rules whose feedback learns in a phase of its own (weight mirror, decoders): run it on these inputs.
@@ -261,7 +269,24 @@ class Learner(nn.Module):
                 f"no segment trains these parameters: {names}. Freeze them, or choose other sites.",
                 stacklevel=3,
             )
+        self._warn_of_size()
         return self
+
+    def _warn_of_size(self) -> None:
+        """Say when feedback whose form the user chooses is larger than the model itself."""
+        chosen = {
+            e.key: weights_of(self.feedback, e)
+            for e in self.graph.edges
+            if type(e.operator) in OPERATORS.values() and not isinstance(e.site, Arc)
+        }
+        feedback = sum(count_bytes(weights) for weights in chosen.values())
+        own = count_bytes(self.model.parameters())
+        if feedback > own:
+            warnings.warn(
+                f"the feedback weights take {in_bytes(feedback)}, the model's own parameters {in_bytes(own)}. Smaller feedback: "
+                "operator=fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense()), fb.Sparse(1) or fb.LowRank(r).",
+                stacklevel=4,
+            )
 
 
 def _fp16() -> bool:

@@ -147,7 +147,7 @@ def describe(learner: Learner) -> str:
         elif site in local:
             auxiliary = learner.feedback.get_submodule(local[site].key)
             form, held = "a loss of its own", (*auxiliary.parameters(), *auxiliary.buffers())
-        size = _bytes(count_bytes(held)) if edge or site in local else ""
+        size = in_bytes(count_bytes(held)) if edge or site in local else ""
         rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
     rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -157,7 +157,7 @@ def describe(learner: Learner) -> str:
     ]
     title = (
         f"{learner.rule} on {type(learner.model).__name__}: {len(learner.graph.sites)} sites, "
-        f"error of {learner.source.name!r}, feedback {_bytes(learner.feedback_bytes)}"
+        f"error of {learner.source.name!r}, feedback {in_bytes(learner.feedback_bytes)}"
     )
     shared = (
         {} if issubclass(learner.rule.feeds, Arc) else plan.shared
@@ -175,7 +175,7 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])}, ... ({len(names)} tensors)"
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

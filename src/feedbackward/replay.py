@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import AttachError, SiteError
+from .errors import AttachError
 from .graph import Arc, Source
 from .rehearsal import rehearse
 from .seams import Seams
-from .sweeps import Deliver, LossFn, Mark, finish, refuse_overlaps
+from .segments import replay_kept
+from .sweeps import Deliver, LossFn, Mark, finish, no_error, refuse_overlaps
 from .target import Target
 from .trace import PassState, preserved, run
 
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 
-def replay(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
+def replay(learner: Learner, inputs: Any, loss_fn: LossFn, keep_inputs: bool = False) -> Tensor:
     """Forward and backward of a batch; returns the loss."""
     _refuse_replay(learner)
     refuse_overlaps(learner, "replay")
     if learner.rehearsed is None:
         learner.rehearsed = rehearse(learner, inputs)
     target = learner.begin_pass(inputs)
+    if keep_inputs:
+        return replay_kept(learner, inputs, loss_fn, target)
     hold = learner.rehearsed.hold
     if hold is None:
         return _repeat_all(learner, inputs, loss_fn, target)
@@ -160,10 +163,7 @@ class Seek:
 
     def error(self) -> Tensor:
         if self.sum is None:
-            raise SiteError(
-                f"the loss does not depend on the source {self.name!r}, so there is no error to send: return the model's "
-                "predictions from it, or choose another error_at."
-            )
+            raise no_error(self.name)
         return self.sum
 
 

@@ -12,6 +12,7 @@ replay: a forward pass gives the error, and the lower part of it is repeated, se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -29,15 +30,19 @@ if TYPE_CHECKING:
 Schedule = Literal["joint", "replay", "eager"]
 
 
-def backward(learner: Learner, inputs: Any, loss_fn: LossFn, schedule: Schedule) -> Tensor:
+def backward(
+    learner: Learner, inputs: Any, loss_fn: LossFn, schedule: Schedule, keep_inputs: bool = False
+) -> Tensor:
     """Forward and backward by a schedule; see `Learner.backward`."""
     ways: dict[str, Callable[[Learner, Any, LossFn], Tensor]] = {
         "joint": _joint,
-        "replay": replay,
+        "replay": partial(replay, keep_inputs=keep_inputs),
         "eager": _eager,
     }
     if schedule not in ways:
         raise AttachError(f"unknown schedule {schedule!r}: choose one of {', '.join(ways)}.")
+    if keep_inputs and schedule != "replay":
+        raise AttachError(f'keep_inputs is an option of schedule="replay", not of {schedule!r}.')
     if not torch.is_grad_enabled():
         raise AttachError("learner.backward computes gradients: call it outside torch.no_grad().")
     return ways[schedule](learner, inputs, loss_fn)

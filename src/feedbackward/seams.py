@@ -172,7 +172,9 @@ class _Hooked(ABC):
         handles = []
         inputs: dict[str, dict[int, int]] = {}
         kinds = (("fire", self.sources), ("meet", self.sites))
-        for kind, activities in reversed(kinds) if prepend else kinds:  # of what is prepended the last comes first
+        for kind, activities in (
+            reversed(kinds) if prepend else kinds
+        ):  # of what is prepended the last comes first
             for index, activity in enumerate(activities):
                 for tap in activity.taps:
                     if tap.kind == "input":
@@ -240,6 +242,46 @@ class Observer(_Hooked):
         if self.tape is not None:
             self.tape.sources[self.sources[index].name] = tensor
         return tensor.clone()  # an in-place operation that follows must not change the tensor that was kept
+
+
+class Director(_Hooked):
+    """Asks two functions what the rest of the network gets at a site and at a source."""
+
+    def __init__(self, sites: tuple[Site, ...], sources: tuple[Source, ...]) -> None:
+        super().__init__(sites, sources)
+        self.met: Callable[[int, Tensor], Tensor] = lambda index, h: h
+        self.fired: Callable[[Source, Tensor], Tensor] = lambda source, tensor: tensor
+
+    @contextmanager
+    def directing(
+        self,
+        met: Callable[[int, Tensor], Tensor],
+        fired: Callable[[Source, Tensor], Tensor],
+        whole: bool = True,
+    ) -> Iterator[None]:
+        """A pass under these functions; unless `whole`, one that may leave sites out. `PassOverError` ends it."""
+        self.met, self.fired = met, fired
+        with self.recording() as tape:
+            tape.over = not whole
+            try:
+                yield
+            except PassOverError:
+                tape.over = True
+
+    def meet(self, index: int, h: Tensor) -> Tensor:
+        tape = self.tape
+        if tape is None:  # a checkpoint that repeats a module in the backward pass
+            return h.detach() if torch._C._current_graph_task_id() != -1 else h
+        tape.seen[index] += 1
+        if tape.cut[index] is None or tape.h[index] is not h:
+            tape.h[index], tape.cut[index] = h, self.met(index, h)
+        return tape.cut[index]  # type: ignore[return-value]
+
+    def fire(self, index: int, tensor: Tensor) -> Tensor:
+        if self.tape is None:
+            return tensor
+        self.tape.sources[self.sources[index].name] = tensor
+        return self.fired(self.sources[index], tensor)
 
 
 class Seams(_Hooked):

@@ -112,8 +112,17 @@ class Deliver:
     def _error(self, source: Source, h: Tensor) -> Tensor:
         if source.name in self.errors:
             return self.errors[source.name]
-        assert self.target is not None
+        if self.target is None:
+            raise no_error(source.name)
         return h.new_zeros(1).expand(len(self.target.raw), *source.shape)
+
+
+def no_error(name: str) -> SiteError:
+    """What to say where a source gets no error."""
+    return SiteError(
+        f"the loss does not depend on the source {name!r}, so there is no error to send: return the model's "
+        "predictions from it, or choose another error_at."
+    )
 
 
 def finish(loss: Tensor) -> Tensor:

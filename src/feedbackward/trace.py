@@ -117,27 +117,38 @@ def run(model: nn.Module, example: Any) -> Any:
     )
 
 
+class RandomState:
+    """The state of the random number generators that a forward pass of the module may draw from."""
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = (*module.parameters(), *module.buffers())
+        devices = {t.device for t in tensors if t.device.type == "cuda"}
+        self.cpu = (random.getstate(), torch.get_rng_state())
+        self.cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+    def restore(self) -> None:
+        """Put them back."""
+        random.setstate(self.cpu[0])
+        torch.set_rng_state(self.cpu[1])
+        for device, state in self.cuda:
+            torch.cuda.set_rng_state(state, device)
+
+
 class PassState:
     """What a forward pass may change besides weights: a module's buffers, and the random number generators."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.random = RandomState(module)
         self.slots = [
             (m, name, b, b.detach().clone())
             for m in module.modules()
             for name, b in m._buffers.items()
             if b is not None
         ]
-        tensors = (*module.parameters(), *module.buffers())
-        self.devices = {t.device for t in tensors if t.device.type == "cuda"}
-        self.random = (random.getstate(), torch.get_rng_state())
-        self.cuda = [(device, torch.cuda.get_rng_state(device)) for device in self.devices]
 
     def restore(self) -> None:
         """Put everything back as it was."""
-        random.setstate(self.random[0])
-        torch.set_rng_state(self.random[1])
-        for device, state in self.cuda:
-            torch.cuda.set_rng_state(state, device)
+        self.random.restore()
         for m, name, buffer, values in self.slots:
             m._buffers[name] = buffer
             buffer.data.copy_(values)  # .data: a backward pass that is still to come may hold this buffer
