@@ -318,3 +318,25 @@ class TestCommand:
         assert commands
         for command in commands:
             parse_bench(shlex.split(command.replace("\\\n", " ")))
+
+
+class TestPeers:
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "bench" / "peers.py"), "--model", "small_cnn", "--size", "8"]
+        command += ["--batch", "4", "--rounds", "1", "--threads", "1", *arguments]
+        environment = {**os.environ, "PYTHONPATH": ""}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    def test_without_them_ours_are_timed(self, tmp_path: Path) -> None:
+        done = self.run("--json", str(tmp_path / "peers.json"))
+        assert (done.returncode, done.stderr) == (0, "")
+        for name in ("BioTorch", "dkp-gist"):
+            assert f"{name} is not on the import path: git clone" in done.stdout
+        (model,) = json.loads((tmp_path / "peers.json").read_text())["models"]
+        assert [row["rule"] for row in model["rows"]] == ["bp", "bp, checkpointed", "dfa", "fa", "dkp"]
+
+    def test_a_folder_that_does_not_hold_them(self, tmp_path: Path) -> None:
+        done = self.run("--dkp-gist", str(tmp_path))
+        assert done.returncode == 2
+        assert "gradfunctions.py is not there: git clone" in done.stderr
+        assert "Traceback" not in done.stderr

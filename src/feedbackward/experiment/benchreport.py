@@ -58,8 +58,9 @@ def run_bench(config: BenchConfig, arguments: Sequence[str]) -> int:
             if stopped:
                 break
     print(LEGEND)
-    results = document({"settings": to_dict(config)}, measured, device, ["bench", *arguments])
-    results["interrupted"] = bool(stopped)
+    head = {"settings": to_dict(config), "interrupted": bool(stopped)}
+    command = shlex.join(["feedbackward", "bench", *arguments])
+    results = document(head, measured, device, command)
     if config.json:
         write_json(Path(config.json), results)
     if config.plot:
@@ -76,13 +77,14 @@ def describe(config: BenchConfig, model: str) -> str:
 
 
 def document(
-    head: dict[str, Any], measured: list[dict[str, Any]], device: torch.device, arguments: Sequence[str]
+    head: dict[str, Any], measured: list[dict[str, Any]], device: torch.device, command: str | None = None
 ) -> dict[str, Any]:
     """All that a result needs to be understood later: command, date, hardware, versions, settings, numbers."""
+    found = environment(device)
     return {
-        "command": shlex.join(["feedbackward", *arguments]),
+        "command": command or found.pop("command"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": {key: value for key, value in environment(device).items() if key != "command"},
+        "environment": {key: value for key, value in found.items() if key != "command"},
         **head,
         "models": measured,
     }
