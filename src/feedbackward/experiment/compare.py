@@ -110,7 +110,8 @@ def _contenders(config: CompareConfig) -> list[Contender]:
     made = []
     for entry in sorted(config.entries(), key=lambda entry: entry.rule != BASELINE):
         rule = make_rule(entry.rule, entry.options)  # refuses wrong options before anything is trained
-        options = ", ".join(f"{key}={value}" for key, value in entry.options.items())
+        told = {**entry.options, **entry.conditions()}
+        options = ", ".join(f"{key}={value}" for key, value in told.items())
         label = entry.label or rule.label + (f" ({options})" if options else "")
         made.append(Contender(entry, label, rule.learned))
     names = [slug(contender.label) for contender in made]
@@ -253,6 +254,8 @@ def _rule(config: CompareConfig, contender: Contender, cost: Costs, baseline: Co
         "rule": entry.rule,
         "label": contender.label,
         "options": entry.options,
+        "calibrate_every": cells[0].calibrate_every,
+        "freeze_feedback_after": cells[0].freeze_feedback_after,
         "rates": _rates(cells[0], contender.learned),
         "search": contender.trials,
         **cost.as_dict(baseline),

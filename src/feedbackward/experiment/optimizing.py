@@ -30,11 +30,12 @@ class Weights:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Clip, update, advance the schedule, and drop the gradients."""
-        if self.settings.clip:
-            scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
-        scaler.step(self.optimizer)
+        """Clip, update, advance the schedule, and drop the gradients. Without any gradient only the schedule advances."""
+        if any(p.grad is not None for p in self.parameters):
+            if self.settings.clip:
+                scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+            scaler.step(self.optimizer)
         if self.schedule.last_epoch == 0:
             self._first_schedule_step()
         else:

@@ -111,6 +111,8 @@ class Run:
             self._diverged(value, images)
         if self.stale is not None:
             self.stale.exchange()
+        if frozen:
+            self.learner.feedback.zero_grad()  # of before, where gradients come late
         for weights in self.weights.values():
             weights.step(self.scaler)
         self.scaler.update()

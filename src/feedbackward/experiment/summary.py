@@ -101,8 +101,9 @@ def verdict(difference: dict[str, Any] | None) -> str:
 
 
 def control(results: Results, name: str) -> Results | None:
-    """The first rule called `name` ("bp" or "frozen"), if it was run."""
-    return next((rule for rule in results["rules"] if rule.get("rule") == name), None)
+    """The first rule called `name` ("bp" or "frozen"), if it was run; one without backprop steps goes before."""
+    named = [rule for rule in results["rules"] if rule.get("rule") == name]
+    return min(named, key=lambda rule: bool(rule.get("calibrate_every")), default=None)
 
 
 def summarise(results: Results) -> list[dict[str, Any]]:
@@ -224,6 +225,11 @@ def notes(results: Results) -> list[str]:
         found.append("The Frozen control was not run, so nothing here shows that hidden layers learn.")
     found += [
         f"{label_of(rule)} was refused: {rule['refused']}" for rule in results["rules"] if rule.get("refused")
+    ]
+    found += [
+        f"{label_of(rule)}: one step in {rule['calibrate_every']} is by exact backprop, which transports the forward weights."
+        for rule in results["rules"]
+        if rule.get("calibrate_every") and rule.get("rule") != "bp"
     ]
     for rule in results["rules"]:
         found += [f"{label_of(rule)}, seed {run.get('seed')}: {_lost(run)}" for run in lost_runs(rule)]

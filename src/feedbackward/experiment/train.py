@@ -179,6 +179,7 @@ def _result(run: Run, status: str, message: str = "") -> dict[str, Any]:
         "seed": run.config.seed,
         "seconds": run.position.seconds,
         "feedback_bytes": run.learner.feedback_bytes,
+        "calibrations": run.calibrations,
         "test_accuracy": None,
     }
 
