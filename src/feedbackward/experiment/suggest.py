@@ -15,6 +15,7 @@ def hint(name: str, known: Iterable[str]) -> str:
     """``did you mean 'a' or 'b'? known: a, b, c``, for the end of an error message."""
     known = list(known)
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    near.sort(key=lambda n: sorted(n) != sorted(name.lower()))  # letters in another order come first
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     return f"known: {', '.join(known)}"
