@@ -239,8 +239,13 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         "options",
-        [["--rules", "drtp,dgl", "--schedules", "eager"], ["--precision", "bf16", "--channels-last"]],
-        ids=["eager", "bf16"],
+        [
+            ["--rules", "drtp,dgl", "--schedules", "eager"],
+            ["--precision", "bf16", "--channels-last"],
+            ["--rules", "dfa", "--schedules", "replay,replay-keep"],
+            ["--rules", "dsp,usf"],
+        ],
+        ids=["eager", "bf16", "replay", "late and chained"],
     )
     def test_other_ways_to_step(
         self, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path

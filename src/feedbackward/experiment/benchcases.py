@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import AttachError, ConfigError
 from ..learner import Learner, attach
 from ..operators import OPERATORS
+from ..staleness import Stale
 from . import nets
 from .arguments import parse
 from .benching import Case, Trainee
@@ -37,7 +38,7 @@ class BenchConfig:
     Attributes:
         models: nets, or package.module:callable; also as arguments without a flag.
         rules: names, or entries with rule, label, options.
-        schedules: joint, replay, eager.
+        schedules: joint, replay, replay-keep (with keep_inputs=True), eager.
         operators: forms of the feedback, for the rules that have a choice; by default each rule's own.
         sites: layers, blocks, published, a list of module names; by default the net's own choice.
         norm: batch norm in the named nets.
@@ -57,7 +58,9 @@ class BenchConfig:
 
     models: list[str] = field(default_factory=lambda: ["vgg16"])
     rules: list[str | RuleEntry] = field(default_factory=lambda: ["dfa", "dkp"])
-    schedules: list[Literal["joint", "replay", "eager"]] = field(default_factory=lambda: ["joint"])
+    schedules: list[Literal["joint", "replay", "replay-keep", "eager"]] = field(
+        default_factory=lambda: ["joint"]
+    )
     operators: list[str | dict[str, Any]] = field(default_factory=list)
     sites: str | list[str] | None = None
     norm: bool = True
@@ -200,9 +203,12 @@ class Factory:
     def trainee(self, net: nn.Module, schedule: str = "joint", compiled: bool = True) -> Trainee:
         """A step of this network, or learner, and of its optimizer."""
         compiled = compiled and self.config.compile
+        way, _, keep = schedule.partition("-")
         optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=0.9)
         forward: Any = torch.compile(net) if compiled else net
         learner = net if isinstance(net, Learner) else None
+        delays = learner.rule.delays(len(learner.plan.stages)) if learner is not None else ()
+        stale = Stale(learner, delays) if learner is not None and any(delays) else None
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
@@ -214,12 +220,18 @@ class Factory:
                 loss.backward()
             else:
                 with self.precision():
-                    learner.backward(self.x, self.loss, schedule=schedule)  # type: ignore[arg-type]
+                    learner.backward(self.x, self.loss, way, keep_inputs=bool(keep))  # type: ignore[arg-type]
             if learner is not None and learner.rule.in_phase:
                 with self.precision():
                     learner.feedback_step(self.x)
+            if stale is not None:
+                stale.exchange()
             optimizer.step()
 
+        for _ in range(
+            max(delays, default=0)
+        ):  # until all gradients have arrived, and the optimizer's state is there
+            step()
         feedback = learner.feedback_bytes if learner is not None else 0
         return Trainee(step, net, optimizer, (self.x, self.y), feedback, seen=not compiled)
 
