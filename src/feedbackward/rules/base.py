@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import AttachError
 from ..graph import Edge, Graph, Site, Source
-from ..operators.base import Weights
+from ..operators.base import Operator, Weights
 
 if TYPE_CHECKING:
     from ..phase import Phase
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Properties:
     """What a rule needs and costs, for `feedbackward rules` and the docs.
 
-    L layers, N batch, n features of all sites, C units of the source, W weights of the network, D the multiplications of
-    backprop's input gradients (saved: hence the minus), opt. the optimizer's state of the feedback.
+    L layers, N batch, n features of all sites, C units of the source, W weights of the network, c outputs of a layer, D the
+    multiplications of backprop's input gradients (saved: hence the minus), opt. the optimizer's state of the feedback.
 
     weight_transport: whether forward weights are used in the backward pass; in a word where it is less than that ("signs").
     """
@@ -132,7 +132,11 @@ class Rule(ABC):
 
 
 def refuse_zeros(label: str, holder: object) -> None:
-    """Fixed feedback must not be zero. `holder` has the fields `init` and `scale`, where they have a meaning."""
+    """Fixed feedback must not be zero. `holder` has the fields `init` and `scale`, where they have a meaning; so may the
+    operators that it chooses from."""
+    for part in getattr(holder, "__dict__", {}).values():
+        if isinstance(part, Operator):
+            refuse_zeros(label, part)
     if getattr(holder, "init", None) == "zeros" or getattr(holder, "scale", None) == 0:
         raise AttachError(
             f"{label}'s feedback is fixed: zero feedback would never train a hidden layer. Use another init."

@@ -1,0 +1,65 @@
+"""Kernel-shaped direct feedback: the error as a constant map, through a convolution's own geometry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import Operator, Shape, Weights
+from .layer import LayerForm, LayerShaped
+
+
+@dataclass(frozen=True)
+class LayerKernel(Operator):
+    r"""`B: [C, c_in, *k]` from a source of C units to the input of a convolution, in that convolution's geometry.
+
+    The error is repeated at every position of the convolution's output and goes back through `B` as through the layer's
+    own weight (same stride, padding and dilation): :math:`\delta h = \mathrm{conv}^\top(d\, 1_{H' \times W'}, B)`. So the signal
+    is constant over space except at the borders and between strides. `B` has no groups: every unit reaches every channel.
+    Of a transposed convolution the kernel is `[c_in, C, *k]`.
+
+    init, scale: as :class:`LayerShaped` has them, for a layer with C outputs.
+    """
+
+    sized = False
+
+    form: LayerForm
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        return self._layer(source, site).create(source, site, generator)
+
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        d = d.flatten(1)
+        grid = self._grid(site)
+        error = d.reshape(*d.shape, *[1] * len(grid)).expand(*d.shape, *grid)
+        return self._layer(tuple(d.shape[1:]), site).send(weights, error, site)
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        return self._layer(source, site).macs((math.prod(source), *self._grid(site)), site)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return self._layer(source, site).bytes(source, site)
+
+    def _layer(self, source: Shape, site: Shape) -> LayerShaped:
+        """The feedback of a layer like this one, with an output channel for every unit of the source."""
+        ends = (math.prod(source), site[0])
+        shape = (*(reversed(ends) if self.form.transposed else ends), *self.form.shape[2:])
+        return LayerShaped(replace(self.form, shape=shape, groups=1), self.init, self.scale)
+
+    def _grid(self, site: Shape) -> Shape:
+        """The space of the layer's output for an input `site: [c, *space]`."""
+        f, grid = self.form, []
+        for i, (n, k) in enumerate(zip(site[1:], f.shape[2:], strict=True)):
+            reach = f.dilation[i] * (k - 1)
+            if f.transposed:
+                grid.append((n - 1) * f.stride[i] - 2 * f.padding[i] + reach + f.output_padding[i] + 1)
+                continue
+            last = len(f.stride) - 1 - i  # F.pad counts axes from the last
+            padding = 2 * f.padding[i] + sum(f.pad[2 * last : 2 * last + 2])
+            grid.append((n + padding - reach - 1) // f.stride[i] + 1)
+        return tuple(grid)
