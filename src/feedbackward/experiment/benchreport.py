@@ -29,9 +29,9 @@ from .interrupts import InterruptedRunError, Interrupts
 from .progress import Progress
 
 LEGEND = """\
-Step: zero gradients, forward, loss, backward, SGD with momentum of all weights; median of the rounds, in each of which
-every configuration takes one step. Of BP: relative to bp in the same round, median (least-most). Activations: the most
-bytes alive in a step, less weights, gradients, feedback, optimizer state and the batch."""
+Step: zero gradients, forward, loss, backward, the feedback's own phase where a rule has one, SGD with momentum of all weights;
+median of the rounds, in each of which every configuration takes one step. Of BP: relative to bp in the same round, median
+(least-most). Activations: the most bytes alive in a step, less weights, gradients, feedback, optimizer state and the batch."""
 
 
 def run_bench(config: BenchConfig, arguments: Sequence[str]) -> int:
