@@ -23,7 +23,7 @@ FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
 
 MUTATIONS = (
     # cuts and broadcasts
-    (SEAMS, "tuple(shape[lead:])).reshape(shape)", "tuple(shape[lead:])).neg().reshape(shape)", ORACLES),
+    (SEAMS, "signal = signal.reshape(shape)", "signal = signal.neg().reshape(shape)", ORACLES),
     (SEAMS, "cut = h.detach()", "cut = h", ORACLES),
     (SEAMS, "tape.versions[index] = h, cut, h._version", "tape.versions[index] = cut, cut, h._version", ORACLES),
     (SEAMS, "return (d, None, None, None, *signals", "return (d * 0, None, None, None, *signals", ORACLES),
@@ -57,6 +57,24 @@ MUTATIONS = (
     ("rules/dkp.py", "return 2 if self.center else 1", "return 1", ORACLES),
     ("rules/dfa.py", "star(sites, source, self.operator)", "star(sites, source, Dense())", FEEDBACK),
     ("rules/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),
+    # targets and late gradients
+    (SEAMS, "and self.site_of(edges[0].source) is None:", ":", "test_rules_targets.py"),
+    (SEAMS, "reversed(kinds) if prepend else kinds", "kinds", "test_rules_decoders.py"),
+    ("rules/dtp.py", "self.beta * len(d) * d", "self.beta * d", "test_rules_targets.py"),
+    ("rules/dtp.py", "change=lambda site, h: noisy[site]", "change=lambda site, h: h + sigma * phase.noise(h)", "test_rules_decoders.py"),
+    ("rules/ddtp.py", "decode(far) - decode(s) - rows", "decode(far) - rows", "test_rules_decoders.py"),
+    ("rules/ddtp.py", "if site == pushed else h", "", "test_rules_decoders.py"),
+    ("rules/sdtp.py", "p = activity.softmax(1)", "p = activity", "test_rules_targets.py"),
+    ("operators/decoder.py", "/ (self.beta * len(d))", "/ len(d)", "test_rules_targets.py"),
+    ("rules/lra.py", "f(a) - f(a - n * d)", "f(a) - f(a - d)", "test_rules_lra.py"),
+    ("rules/lra.py", "shares=arc.weight", "shares=None", "test_rules_lra.py"),
+    ("rules/rec_lra.py", "torch.where(h > 0, torch.minimum(d, h), d)", "d", "test_rules_lra.py"),
+    ("arcs.py", "in ELEMENTWISE and activation is None", "in ELEMENTWISE", "test_rules_lra.py"),
+    ("rules/dsp.py", "blocks - 1 - i * blocks // parts", "i * blocks // parts", "test_staleness.py"),
+    ("staleness.py", "grad.clone() if grad is not None and grad._is_view() else grad", "grad", "test_staleness.py"),
+    ("staleness.py", "deque([None] * ages[name])", "deque([None] * max(delays))", "test_staleness.py"),
+    ("staleness.py", "own = found.get(f\"model.{edge.shares}\", {delays[i]: edge.site.name})", "own = {delays[i]: edge.site.name}", "test_staleness.py"),
+    ("plan.py", "Segment(site.name, tuple(name for name in behind if name not in seen))", "Segment(site.name, tuple(behind))", "test_staleness.py"),
     # dense feedback
     (DENSE, "grad = d.t() @ h", "grad = (h.t() @ d).reshape(d.shape[1], -1)", ORACLES),
     (DENSE, "grad = d.t() @ h", "grad = d.t() @ h / len(h)", LAWS),
