@@ -140,10 +140,9 @@ def describe(learner: Learner) -> str:
         form, held = "none: frozen", tuple[Tensor, ...]()
         if edge:
             held = learner.weights_of(edge)
-            form = " + ".join(_size(w.shape) for w in held) or f"made from {edge.borrows or 'the seed'}"
-            form += (
-                "" if type(edge.operator).__name__ in _SELF_EVIDENT else f" {type(edge.operator).__name__}"
-            )
+            form = " + ".join(_size(w.shape) for w in held) or f"made from {edge.borrows or 'the seed'}:"
+            kind = type(edge.operator).__name__
+            form += "" if kind in _SELF_EVIDENT else f" {kind}"
         elif site in local:
             auxiliary = learner.feedback.get_submodule(local[site].key)
             form, held = "a loss of its own", (*auxiliary.parameters(), *auxiliary.buffers())

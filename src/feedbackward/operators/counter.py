@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", int, Tensor)
 _MASK = 0xFFFFFFFF
 
 
@@ -16,12 +19,19 @@ def uniform(state: Tensor, size: int) -> Tensor:
     return (_mix(_mix(index) ^ stream) >> 8).float() * 2.0**-24
 
 
+def words(key: int, start: int, stop: int, device: torch.device | None) -> Tensor:
+    """The numbers `start` to `stop` of a key's sequence, 32 random bits each, in int64. `key`: from 0 to 2**63."""
+    stream = _mix(_mix(key & _MASK) ^ (key >> 32))
+    index = torch.arange(start, stop, device=device)
+    return _mix(_mix(index & _MASK) ^ (index >> 32) ^ stream)
+
+
 def new_state(generator: torch.Generator) -> Tensor:
     """A key drawn from the generator, and the count 0."""
     return torch.cat([torch.randint(2**62, (1,), generator=generator), torch.zeros(1, dtype=torch.int64)])
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Number) -> Number:
     """A bijection of 32 bits in which every bit of the result depends on every bit of `x`: shifts and odd multipliers below
     2**31, so that no product leaves 63 bits."""
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import AttachError
 from .base import Operator, Shape, Weights
+from .options import check_init, check_scale
 
 INITS = ("zeros", "kaiming_uniform", "scaled_normal", "scaled_uniform")
 
@@ -29,38 +29,26 @@ class Dense(Operator):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.init not in INITS:
-            raise AttachError(
-                f"unknown feedback initialisation {self.init!r}: choose one of {', '.join(INITS)}."
-            )
+        check_init(self.init, INITS)
+        check_scale(self.scale)
 
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
-        B = torch.zeros(math.prod(source), *site)
-        root = math.sqrt(math.prod(site))
-        if self.init == "kaiming_uniform":
-            B.uniform_(-math.sqrt(6) / root, math.sqrt(6) / root, generator=generator)
-        elif self.init == "scaled_normal":
-            B.normal_(generator=generator).div_(root)
-        elif self.init == "scaled_uniform":
-            B.uniform_(-1.0, 1.0, generator=generator).div_(root)
+        B = draw(self.init, (math.prod(source), *site), math.prod(site), generator)
         return (B.mul_(self.scale),)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         (B,) = weights
         if _channels_last(B):
             last = (*site[1:], site[0])
-            return (_rows(d) @ _rows(B.movedim(1, -1))).unflatten(1, last).movedim(-1, 1)
-        return (_rows(d) @ _rows(B)).reshape(len(d), *site)
+            return (rows(d) @ rows(B.movedim(1, -1))).unflatten(1, last).movedim(-1, 1)
+        return (rows(d) @ rows(B)).reshape(len(d), *site)
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
         moved = _channels_last(weights[0])
         if moved:
             h = h.movedim(1, -1)
-        shape, h, d = h.shape[1:], _rows(h), _rows(d)
-        grad = d.t() @ h
-        if center:  # d^T (h - mean h) without a centred copy of h
-            grad = grad - torch.outer(d.sum(0), h.mean(0))
-        grad = grad.reshape(len(grad), *shape)
+        grad = outer(rows(d), rows(h), center)
+        grad = grad.reshape(len(grad), *h.shape[1:])
         return (grad.movedim(-1, 1) if moved else grad,)
 
     def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
@@ -73,7 +61,28 @@ class Dense(Operator):
         return 4 * math.prod(source) * math.prod(site)
 
 
-def _rows(t: Tensor) -> Tensor:
+def draw(init: str, shape: Shape, width: int, generator: torch.Generator) -> Tensor:
+    """Initial weights of a shape, by one of `INITS` with `width` for its n."""
+    B = torch.zeros(shape)
+    root = math.sqrt(width)
+    if init == "kaiming_uniform":
+        B.uniform_(-math.sqrt(6) / root, math.sqrt(6) / root, generator=generator)
+    elif init == "scaled_normal":
+        B.normal_(generator=generator).div_(root)
+    elif init == "scaled_uniform":
+        B.uniform_(-1.0, 1.0, generator=generator).div_(root)
+    return B
+
+
+def outer(d: Tensor, h: Tensor, center: bool) -> Tensor:
+    """`d^T h` of rows `d: [M, C]` and `h: [M, n]`; centred `d^T (h - mean h)`, without a centred copy of `h`."""
+    grad = d.t() @ h
+    if center:
+        grad = grad - torch.outer(d.sum(0), h.mean(0))
+    return grad
+
+
+def rows(t: Tensor) -> Tensor:
     """One row per item of the first dimension; also of a tensor [M]."""
     return t.reshape(len(t), -1)
 

@@ -1,0 +1,80 @@
+"""Low-rank feedback: a product of two thin matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import AttachError
+from .base import Operator, Shape, Weights
+from .dense import INITS, draw, outer, rows
+from .options import check_count, check_init, check_scale
+
+
+@dataclass(frozen=True)
+class LowRank(Operator):
+    r"""`B = U V` of rank r: `U: [C, r]`, `V: [r, *site]`; the error passes through r numbers.
+
+    .. math:: \delta h = (d\, U)\, V, \qquad \nabla U = d^\top (h V^\top), \qquad \nabla V = (d\, U)^\top h
+
+    The gradients are those of the factors when the product has the gradient :math:`d^\top h`.
+
+    rank: r, at most min(C, n).
+    init: of V, as :class:`Dense` has them; the entries of U have variance 1/r, so that those of `U V` have the variance of
+        Dense's. `"zeros"`: V = 0 and U random, for with both zero neither would ever get a gradient.
+    scale: a factor on the initial V.
+
+    Crafton et al. 2019 (arXiv:1903.02083) use fixed low-rank feedback. Hanut & Kadmon 2025 (arXiv:2502.20580) and Li & Benna
+    2024 (arXiv:2405.20594) learn the factors of layer-wise feedback, by other rules for U.
+    """
+
+    parts = ("U", "V")
+    learnable = 2
+
+    rank: int
+    init: str = "kaiming_uniform"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+        check_init(self.init, INITS)
+        check_scale(self.scale)
+
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        C, n = math.prod(source), math.prod(site)
+        if self.rank > min(C, n):
+            raise AttachError(
+                f"rank={self.rank} for {C} source units and {n} features: a matrix of that shape has rank at most {min(C, n)}, "
+                "so the factors would only add weights. Use Dense there, or a smaller rank."
+            )
+        return self
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        C, r = math.prod(source), self.rank
+        bound = math.sqrt(3 / r)
+        U = torch.zeros(C, r).uniform_(-bound, bound, generator=generator)
+        return U, draw(self.init, (r, *site), math.prod(site), generator).mul_(self.scale)
+
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        U, V = weights
+        return ((rows(d) @ U) @ rows(V)).reshape(len(d), *site)
+
+    def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
+        U, V = (w.to(d.dtype) for w in weights)
+        d, h = rows(d), rows(h)
+        grad = outer(d @ U, h, center).reshape(V.shape)
+        return outer(d, h @ rows(V).t(), center), grad
+
+    def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
+        U, V = weights
+        flat = rows(V)
+        return U @ (flat @ flat.t()), ((U.t() @ U) @ flat).reshape(V.shape)
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        return self.rank * (math.prod(source) + math.prod(site))
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return 4 * self.rank * (math.prod(source) + math.prod(site))

@@ -1,0 +1,58 @@
+"""A form of feedback for maps and another for vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import AttachError
+from .base import Operator, Shape, Weights
+
+
+@dataclass(frozen=True)
+class PerShape(Operator):
+    """Serves each site by one of two operators: convolutional nets have maps below and vectors above.
+
+    >>> PerShape(maps=Pooled(), vectors=Dense())
+
+    maps: for sites with channels and space, `[c, H, ...]`. vectors: for the others, `[n]`.
+    """
+
+    parts = ()
+    learnable = 0
+
+    maps: Operator
+    vectors: Operator
+
+    def __post_init__(self) -> None:
+        for name, given in (("maps", self.maps), ("vectors", self.vectors)):
+            if not isinstance(given, Operator):
+                raise AttachError(
+                    f"PerShape's {name} must be an instance of an Operator, for example fb.Dense(), not {given!r}."
+                )
+
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        return self._choice(site).fit(source, site, seed)
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        self._unfitted()
+
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        self._unfitted()
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        return self._choice(site).macs(source, site)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return self._choice(site).bytes(source, site)
+
+    def _choice(self, site: Shape) -> Operator:
+        return self.maps if len(site) > 1 else self.vectors
+
+    def _unfitted(self) -> NoReturn:
+        raise AttachError(
+            "PerShape only chooses an operator for each edge: use the one that fit(source, site, seed) returns."
+        )

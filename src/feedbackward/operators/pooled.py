@@ -1,0 +1,93 @@
+"""Pooled feedback: a signal that is constant over space, or over patches of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import AttachError
+from .base import Operator, Shape, Weights
+from .dense import INITS, draw, outer, rows
+from .options import check_count, check_init, check_scale
+
+
+@dataclass(frozen=True)
+class Pooled(Operator):
+    r"""For maps `[c, H, ...]` of one to three dimensions of space: `B: [C, c, ceil(H / size), ...]`, one weight per patch.
+
+    .. math:: \delta h_{m, i, y} = \sum_c d_{mc} B_{c, i, \lfloor y / \mathrm{size} \rfloor}
+
+    Learned, a patch's weight gets the sum over the patch of the dense gradient, :math:`d^\top \sum_{y} h_{i, y}`.
+
+    size: the side of the patches; those at the far border may be cut off. None: one patch, the whole space.
+    init: as :class:`Dense` has them, with n *all* features of the site, not the patches alone: the entries of the dense `B` that
+        it stands for keep Dense's variance, so that the signal has the same norm.
+    scale: a factor on the initial weights.
+
+    The first dimension of the site is taken as channels, so it does not fit tokens `[T, D]` that a source without tokens feeds.
+    """
+
+    size: int | None = None
+    init: str = "kaiming_uniform"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            check_count("size", self.size)
+        check_init(self.init, INITS)
+        check_scale(self.scale)
+        object.__setattr__(self, "sized", self.size is not None)  # one patch fits a space of any size
+
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        if len(site) < 2:
+            raise AttachError(
+                f"Pooled feedback is constant over space, and an activity of shape {list(site)} has none: use "
+                "fb.PerShape(maps=fb.Pooled(...), vectors=fb.Dense())."
+            )
+        return self
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        shape = (math.prod(source), site[0], *self._patches(site))
+        return (draw(self.init, shape, math.prod(site), generator).mul_(self.scale),)
+
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        (B,) = weights
+        signal = (rows(d) @ rows(B)).reshape(len(d), *B.shape[1:])
+        if self.size is None:
+            return signal.expand(len(d), *site)
+        for axis, length in enumerate(site[1:], 2):
+            signal = signal.repeat_interleave(self.size, axis).narrow(axis, 0, length)
+        return signal
+
+    def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
+        B = weights[0]
+        return (outer(rows(d), rows(self._sums(h)), center).reshape(B.shape),)
+
+    def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
+        B = weights[0]
+        return (B * self._sums(B.new_ones(1, 1, *site[1:])),)
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        return math.prod(source) * site[0] * math.prod(self._patches(site))
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return 4 * math.prod(source) * site[0] * math.prod(self._patches(site))
+
+    def _patches(self, site: Shape) -> Shape:
+        """The number of patches along each axis of space."""
+        return tuple(1 if self.size is None else -(-length // self.size) for length in site[1:])
+
+    def _sums(self, h: Tensor) -> Tensor:
+        """The sum of `h: [M, c, *space]` over each patch, `[M, c, *patches]`: the adjoint of repeating."""
+        if self.size is None:
+            return h.sum(tuple(range(2, h.dim())), keepdim=True)
+        for axis in range(2, h.dim()):
+            patches = -(-h.shape[axis] // self.size)
+            after = patches * self.size - h.shape[axis]
+            h = F.pad(h, (*(0, 0) * (h.dim() - 1 - axis), 0, after))
+            h = h.unflatten(axis, (patches, self.size)).sum(axis + 1)
+        return h

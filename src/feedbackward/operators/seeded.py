@@ -1,0 +1,96 @@
+"""Seeded feedback: made anew from a seed for every product, and never stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import AttachError
+from .base import Operator, Shape, Weights
+from .counter import words
+from .dense import Dense
+from .options import check_scale
+
+DISTRIBUTIONS = ("uniform", "binary")
+_CHUNK = 2**20  # weights at a time, so that their 64-bit integers are never in memory all at once
+
+
+@dataclass(frozen=True)
+class Seeded(Operator):
+    r"""`B: [C, *site]`, fixed, a function of (learner's seed, site, position) alone; nothing is stored.
+
+    Weight i of the flattened `[C, n]` is made from a hash of the edge's seed and i, in integer operations: the same bits on
+    every device, whatever PyTorch's generators do. The matrix of one edge at a time is in memory while its signal is made.
+
+    distribution: `"uniform"`: U(-b, b), b = scale * sqrt(6 / n), the law of :class:`Dense`'s default; `"binary"`: -s or s,
+        s = scale * sqrt(2 / n), as :class:`Binary`, 32 of them from one hash.
+
+    Han, Lee, Lee & Yoo, "A Low-Power Deep Neural Network Online Learning Processor for Real-Time Object Tracking Application",
+    IEEE TCAS-I, 2019, generate the random feedback on the chip.
+    """
+
+    parts = ()
+    learnable = 0
+
+    scale: float = 1.0
+    distribution: str = "uniform"
+    seed: int | None = field(default=None, init=False, repr=False)  # of the edge that this copy serves
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        if self.distribution not in DISTRIBUTIONS:
+            raise AttachError(
+                f"unknown distribution {self.distribution!r} of seeded feedback: choose one of {', '.join(DISTRIBUTIONS)}."
+            )
+
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        fitted = replace(self)
+        object.__setattr__(fitted, "seed", seed)
+        return fitted
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        return ()
+
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        B = self._matrix(d.shape[1:], site, d.device).to(d.dtype)
+        return Dense().send((B,), d, site)
+
+    def materialize(self, source: Shape, site: Shape) -> Tensor:
+        """The matrix `[C, *site]`, float32: as the weights of :class:`Dense` it sends the same signals, bit by bit."""
+        return self._matrix(source, site, None)
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        """Of the product; the hashes are integer operations and come on top."""
+        return math.prod(source) * math.prod(site)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return 0
+
+    def _matrix(self, source: Shape, site: Shape, device: torch.device | None) -> Tensor:
+        if self.seed is None:
+            raise AttachError(
+                "this Seeded feedback has no seed yet: use the operator that fit(source, site, seed) returns."
+            )
+        binary, n = self.distribution == "binary", math.prod(site)
+        size, per_word, make = math.prod(source) * n, 32 if binary else 1, _signs if binary else _uniform
+        count = -(-size // per_word)
+        step = count if torch.compiler.is_compiling() else _CHUNK // per_word
+        B = torch.empty(count * per_word, device=device)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            B[start * per_word : stop * per_word] = make(words(self.seed, start, stop, device))
+        return B[:size].mul_(self.scale * math.sqrt((2 if binary else 6) / n)).reshape(-1, *site)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """In (-1, 1), float32: the 2**24 odd multiples of 2**-24, exact and symmetric about zero."""
+    return ((bits >> 8) * 2 + (1 - 2**24)).float() * 2.0**-24
+
+
+def _signs(bits: Tensor) -> Tensor:
+    """The bits of each word from the lowest, as -1 and 1, float32."""
+    places = torch.arange(32, device=bits.device)
+    return (((bits.unsqueeze(1) >> places) & 1) * 2 - 1).flatten().float()

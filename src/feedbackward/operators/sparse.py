@@ -1,0 +1,108 @@
+"""Sparse feedback: every feature of a site listens to a few units of the source."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import AttachError
+from .base import Operator, Shape, Weights
+from .dense import rows
+from .options import check_count, check_scale
+
+
+@dataclass(frozen=True)
+class Sparse(Operator):
+    r"""Exactly s = `nonzeros` weights per feature, on s different units of the source.
+
+    .. math:: \delta h_{mj} = \sum_{k=1}^{s} v_{kj}\, d_{m, c_k(j)}, \qquad v, c: [s, *site]
+
+    The supports c are random and fixed, and balanced over the units: for each k, and for all k together, the numbers of
+    features that listen to any two units differ by at most one. The values `v`, U(-1/q, 1/q) with
+    q = sqrt(n / sqrt(C s)) as in the authors' code, can be learned: they get the entries of :math:`d^\top h` on the support.
+
+    scale: a factor on the initial values.
+
+    Crafton, Parihar, Gebhardt & Raychowdhury, "Direct Feedback Alignment With Sparse Connections for Local Learning",
+    Frontiers in Neuroscience 13:525, 2019 (arXiv:1903.02083).
+    """
+
+    parts = ("values", "index")
+
+    nonzeros: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("nonzeros", self.nonzeros)
+        check_scale(self.scale)
+
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        if self.nonzeros > math.prod(source):
+            raise AttachError(
+                f"nonzeros={self.nonzeros}, but its source has only {math.prod(source)} units to listen to: use at most that "
+                "many, or Dense feedback, which listens to all."
+            )
+        return self
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        C, n, s = math.prod(source), math.prod(site), self.nonzeros
+        bound = self.scale / math.sqrt(n / math.sqrt(C * s))
+        values = torch.zeros(s, *site).uniform_(-1.0, 1.0, generator=generator).mul_(bound)
+        index = _supports(C, n, s, generator).to(_index_dtype(C)).reshape(s, *site)
+        return values, index
+
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        values, index = weights
+        d = rows(d)
+        signal = values[0] * _gather(d, index[0])
+        for v, c in zip(values[1:], index[1:], strict=True):
+            signal = signal.addcmul(v, _gather(d, c))
+        return signal
+
+    def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
+        d, grads = rows(d), []
+        for c in weights[1]:
+            grad = (_gather(d, c) * h).sum(0)
+            if center:  # without a centred copy of h
+                grad = grad - _gather(d.sum(0, keepdim=True), c)[0] * h.mean(0)
+            grads.append(grad)
+        return (torch.stack(grads),)
+
+    def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
+        return weights[:1]
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        return self.nonzeros * math.prod(site)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return self.nonzeros * math.prod(site) * (4 + _index_dtype(math.prod(source)).itemsize)
+
+
+def _gather(d: Tensor, units: Tensor) -> Tensor:
+    """`d[:, units]`, [M, *site]."""
+    return d.index_select(1, units.flatten().long()).reshape(len(d), *units.shape)
+
+
+def _index_dtype(units: int) -> torch.dtype:
+    """One byte where it is enough. Not int16: torch.distributed's back ends cannot send it, so DDP would refuse the learner."""
+    return torch.uint8 if units <= 256 else torch.int32
+
+
+def _supports(C: int, n: int, s: int, generator: torch.Generator) -> Tensor:
+    """[s, n] units: different ones in every column, and counts that differ by at most one in each row and in all.
+
+    The features are dealt with in decks of C. Feature i of a deck listens to s units in sequence, from the i-th, of a circle
+    of all units that is shuffled anew for each deck.
+    """
+    decks = torch.rand(n // C, C, generator=generator).argsort(1)
+    whole = [decks.roll(-k, 1).flatten() for k in range(s)]
+    # the r features left over: row k takes the next r units of a circle, turned by one whenever it has come back to its start
+    r = n % C
+    circle = torch.randperm(C, generator=generator)
+    k, i = torch.arange(s).unsqueeze(1), torch.arange(r)
+    turns = k // (C // math.gcd(C, r))
+    rest = circle[(k * r + (i + turns) % max(r, 1)) % C]
+    return torch.cat([torch.stack(whole), rest], 1)[:, torch.randperm(n, generator=generator)]
