@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -82,9 +83,9 @@ def _make_part(where: str, spec: Any) -> Rule:
 
 
 def make_operator(spec: Any) -> Operator:
-    """The operator called by a name, or by a mapping with its `name` and its options.
+    """The operator called by a name, or by a mapping with its `name` and its options, operators among them.
 
-    Raises ConfigError for a name that is unknown or an option that the operator does not have.
+    Raises ConfigError for a name that is unknown, or an option that the operator does not have or needs.
     """
     if isinstance(spec, Operator):
         return spec
@@ -95,13 +96,19 @@ def make_operator(spec: Any) -> Operator:
         raise ConfigError(
             f"unknown feedback operator {name!r}: {known}; as a name, or as {{name: sparse, nonzeros: 1}}"
         )
-    kind = OPERATORS[name]
-    fields = getattr(kind, "__dataclass_fields__", {})
+    kind: Any = OPERATORS[name]
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     for key in options:
         if key not in fields:
             known = hint(key, fields) if fields else "it has no options"
             raise ConfigError(f"the operator '{name}' has no option '{key}': {known}")
-    return kind(**options)
+    absent = [f.name for f in fields.values() if f.name not in options and f.default is MISSING]
+    if absent:
+        raise ConfigError(f"the operator '{name}' needs its option '{absent[0]}'")
+    types = get_type_hints(kind)
+    return kind(
+        **{key: make_operator(given) if types[key] is Operator else given for key, given in options.items()}
+    )
 
 
 def find_device(name: str) -> torch.device:
