@@ -20,6 +20,7 @@ PACKAGE = TESTS.parent / "src" / "feedbackward"
 SEAMS, DENSE, LEARNER, PROBE, TRACE = "seams.py", "operators/dense.py", "learner.py", "probe.py", "trace.py"
 ORACLES, LAWS, STEPS = "test_oracles.py", "test_laws.py", "test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
+FORMS, SEEDED = "test_operators.py", "test_seeded.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -79,13 +80,42 @@ MUTATIONS = (
     (DENSE, "grad = d.t() @ h", "grad = (h.t() @ d).reshape(d.shape[1], -1)", ORACLES),
     (DENSE, "grad = d.t() @ h", "grad = d.t() @ h / len(h)", LAWS),
     (DENSE, "torch.outer(d.sum(0), h.mean(0))", "torch.outer(d.mean(0), h.mean(0))", ORACLES),
-    (DENSE, "(_rows(d) @ _rows(B)).reshape", "(_rows(d) @ _rows(B.transpose(1, -1))).reshape", ORACLES),
+    (DENSE, "(rows(d) @ rows(B)).reshape", "(rows(d) @ rows(B.transpose(1, -1))).reshape", ORACLES),
     (DENSE, "last = (*site[1:], site[0])", "last = (site[0], *site[1:])", ORACLES),
     (DENSE, "return (grad.movedim(-1, 1) if moved else grad,)", "return (grad,)", ORACLES),
     (DENSE, "B.uniform_(-math.sqrt(6) / root, math.sqrt(6)", "B.uniform_(-math.sqrt(3) / root, math.sqrt(3)", FEEDBACK),
     (DENSE, "B.normal_(generator=generator).div_(root)", "B.normal_(generator=generator)", FEEDBACK),
     (DENSE, "B.normal_(generator=generator)", "B.normal_()", FEEDBACK),
     (DENSE, "return (B.mul_(self.scale),)", "return (B,)", FEEDBACK),
+    # other forms of feedback
+    ("operators/shared.py", "@ B[:, : math.prod(site)]", "@ B[:, -math.prod(site) :]", FORMS),
+    ("operators/shared.py", "(0, weights[0].shape[1] - grad.shape[1])", "(weights[0].shape[1] - grad.shape[1], 0)", FORMS),
+    ("operators/sparse.py", "math.sqrt(n / math.sqrt(C * s))", "math.sqrt(n / math.sqrt(C / s))", FORMS),
+    ("operators/sparse.py", "decks.roll(-k, 1)", "decks.roll(0, 1)", FORMS),
+    ("operators/sparse.py", "(i + turns) % max(r, 1)", "i % max(r, 1)", FORMS),
+    ("operators/sparse.py", "(k * r + (i", "((i", FORMS),
+    ("operators/sparse.py", "circle = torch.randperm(C, generator=generator)", "circle = torch.arange(C)", FORMS),
+    ("operators/sparse.py", "* h.mean(0)", "* h.sum(0)", FORMS),
+    ("operators/sparse.py", "if units <= 256", "if units <= 257", FORMS),
+    ("operators/binary.py", ">> places) & 1", ">> (7 - places)) & 1", FORMS),
+    ("operators/binary.py", "math.sqrt(2 / math.prod(site))", "math.sqrt(2) / math.prod(site)", FORMS),
+    ("operators/low_rank.py", "rows(V).t(), center)", "rows(V).t(), False)", FORMS),
+    ("operators/low_rank.py", "bound = math.sqrt(3 / r)", "bound = math.sqrt(1 / r)", FORMS),
+    ("operators/low_rank.py", "if self.rank > min(C, n):", "if self.rank > C:", FORMS),
+    ("operators/pooled.py", "shape, math.prod(site), generator", "shape, math.prod(shape[1:]), generator", FORMS),
+    ("operators/pooled.py", "- 1 - axis), 0, after)", "- 1 - axis), after, 0)", FORMS),
+    ("operators/pooled.py", "B * self._sums(", "B + 0 * self._sums(", FORMS),
+    ("operators/per_shape.py", "if len(site) > 1 else", "if len(site) > 2 else", FORMS),
+    ("operators/kernel.py", "1, like).flip(0))", "1, like))", FORMS),
+    ("operators/kernel.py", "h.mean([0, *range(2, h.dim())], keepdim=True)", "h.mean([0], keepdim=True)", FORMS),
+    ("operators/kernel.py", "padding = self.dilation * (self.size // 2)", "padding = self.size // 2", FORMS),
+    ("operators/kernel.py", "if any(length % places for", "if any(length < places for", FORMS),
+    ("operators/seeded.py", "* 2 + (1 - 2**24)", "* 2 - 2**24", FORMS),
+    ("operators/seeded.py", "(2 if binary else 6)", "6", FORMS),
+    ("operators/seeded.py", "words(self.seed, start, stop, device)", "words(self.seed, 0, stop - start, device)", SEEDED),
+    ("operators/seeded.py", 'object.__setattr__(fitted, "seed", seed)', 'object.__setattr__(self, "seed", seed)', SEEDED),
+    ("operators/counter.py", "^ (index >> 32) ^ stream", "^ stream", SEEDED),
+    ("operators/counter.py", "stream = _mix(_mix(key & _MASK) ^ (key >> 32))", "stream = (key & _MASK) ^ (key >> 32)", SEEDED),
     # the learner
     ("feedback.py", '"{seed}:{key}"', '"{key}"', FEEDBACK),
     ("feedback.py", '"{seed}:{key}"', '"{seed}"', FEEDBACK),
