@@ -21,7 +21,6 @@ from torch.utils.hooks import RemovableHandle
 from .errors import SiteError
 from .feedback import weights_of
 from .graph import Edge, Graph, Local, Site, Source, Tap
-from .lifts import response
 from .operators.base import Operator
 from .rules.base import Rule
 from .target import Target
@@ -94,32 +93,6 @@ class Join(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:
         return (d, *(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds))
-
-
-class Fork(torch.autograd.Function):
-    """`h` as it is; its backward gives the same gradient to `h` and to `other`, which has its shape."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, other: Tensor) -> Tensor:
-        return h.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad
-
-
-class Blank(torch.autograd.Function):
-    """Zeros of the shape of `h`; their gradient is given to `h`."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        return torch.zeros_like(h)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
 
 
 class Share(torch.autograd.Function):
@@ -323,8 +296,6 @@ class Seams(_Hooked):
         ]
         self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
         self.local = {place[end.site]: end for end in graph.local}
-        self.lifts = {place[lift.below]: lift for lift in graph.lifts}
-        self._place = place
         self._sites_by_taps = {site.taps: place[site] for site in graph.sites}
         self.recompute = (
             False  # whether the latest forward was cut, for a checkpoint that repeats a part of it
@@ -344,8 +315,6 @@ class Seams(_Hooked):
         tape.seen[index] += 1
         if cut is None:
             cut = h.detach()
-            if index in self.lifts and torch.is_grad_enabled():  # what lies above is differentiated by it
-                cut.requires_grad_()
             tape.order.append(index)
             tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
             if tape.sweep is not None:
@@ -476,23 +445,10 @@ class Seams(_Hooked):
             self.check(edge, h, tape.versions[place], tensor)
             if h is not None and h.requires_grad:  # a segment with nothing to train gets no signal
                 edges.append(edge)
-                activities.append(self._lifting(place, tape))
+                activities.append(h)
         if edges:
             tensor = self.broadcast(tensor, edges, activities, tape.target)
         return tensor if tape.hold is None else self._watched(tensor, source, tape)
-
-    def _lifting(self, place: int, tape: Tape) -> Tensor:
-        """The activity of a site, hung so that what it is sent goes on to the site above, where there is a lift."""
-        h, cut, lift = tape.h[place], tape.cut[place], self.lifts.get(place)
-        assert h is not None
-        if lift is None:
-            return h
-        upper = self._place[lift.above]
-        above = tape.h[upper]
-        self._check_met(lift.above, above, tape.versions[upper])
-        assert above is not None
-        assert cut is not None
-        return Fork.apply(h, response(lift, h, cut, above, Blank.apply(self._lifting(upper, tape))))
 
     def _watched(self, tensor: Tensor, source: Source, tape: Tape) -> Tensor:
         """The source, whose error is put down in the backward pass."""
@@ -512,11 +468,12 @@ class Seams(_Hooked):
         )  # a plain pass of the model itself: its checkpoints are plain too
         return False
 
-    def _check_met(self, site: Site, h: Tensor | None, version: int) -> None:
-        """Refuse a site that was not met, or was changed in place since."""
+    def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
+        """Refuse an edge whose site was not met, was changed in place, or does not fit its source in this pass."""
+        site = edge.site
         if h is None:
             raise SiteError(
-                f"site {site.name!r} was not reached before the source in this forward pass, so its "
+                f"site {site.name!r} was not reached before the source {edge.source.name!r} in this forward pass, so its "
                 "layers would not be trained. The model must run the same modules in every training pass; name other sites."
             )
         # a compiler cannot branch on versions; attach's own eager pass has checked them
@@ -525,12 +482,6 @@ class Seams(_Hooked):
                 f"the activity at site {site.name!r} was changed in place after the cut (an inplace=True activation?), so "
                 "feedback would learn from the wrong tensor. Use inplace=False there, or choose the changed tensor as site."
             )
-
-    def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
-        """Refuse an edge whose site was not met, was changed in place, or does not fit its source in this pass."""
-        site = edge.site
-        self._check_met(site, h, version)
-        assert h is not None
         lead = edge.leading
         fits = h.shape[lead:] == edge.site_shape and source.shape[lead:].numel() == edge.source_size
         if edge.operator.sized and not fits:
