@@ -17,35 +17,52 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "src" / "feedbackward"
 
-SEAMS, DENSE, LEARNER, PROBE, TRACE = "seams.py", "operators/dense.py", "learner.py", "probe.py", "trace.py"
+SEAMS, HOOKS, FUNCTIONS = "seams.py", "hooks.py", "functions.py"
+DENSE, LEARNER, PROBE, TRACE = "operators/dense.py", "learner.py", "probe.py", "trace.py"
 ORACLES, LAWS, STEPS = "test_oracles.py", "test_laws.py", "test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
 FORMS, SEEDED = "test_operators.py", "test_seeded.py"
 
 MUTATIONS = (
     # cuts and broadcasts
-    (SEAMS, "signal = signal.reshape(shape)", "signal = signal.neg().reshape(shape)", ORACLES),
+    (FUNCTIONS, "signal = signal.reshape(shape)", "signal = signal.neg().reshape(shape)", ORACLES),
     (SEAMS, "cut = h.detach()", "cut = h", ORACLES),
     (SEAMS, "tape.versions[index] = h, cut, h._version", "tape.versions[index] = cut, cut, h._version", ORACLES),
-    (SEAMS, "return (d, None, None, None, *signals", "return (d * 0, None, None, None, *signals", ORACLES),
-    (SEAMS, "return (d, None, None, None, *signals, *grads)", "return (d, None, None, None, *signals[::-1], *grads)", ORACLES),
-    (SEAMS, "weights, message, activities[i]", "weights, message, activities[0]", ORACLES),
+    (FUNCTIONS, "return (d, None, None, None, *signals", "return (d * 0, None, None, None, *signals", ORACLES),
+    (FUNCTIONS, "return (d, None, None, None, *signals, *grads)", "return (d, None, None, None, *signals[::-1], *grads)", ORACLES),
+    (FUNCTIONS, "weights, message, activities[i]", "weights, message, activities[0]", ORACLES),
     (SEAMS, "if h is not None and h.requires_grad:", "if h is not None:", ORACLES),
-    (SEAMS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
+    (HOOKS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
     (SEAMS, "if source.shape[:lead].numel() < self.rule.least_batch:", "if False:", ORACLES),
     (SEAMS, "and h._version != version:", "and False:", STEPS),
-    (SEAMS, "return source.detach()  # not a view", "return source.view_as(source)  # not a view", STEPS),
+    (FUNCTIONS, "return source.detach()  # not a view", "return source.view_as(source)  # not a view", STEPS),
     (SEAMS, "if edge.operator.sized and not fits:", "if False:", STEPS),
-    (SEAMS, "            self.tape = None\n\n    def _complete", "            pass\n\n    def _complete", LAWS),
+    (HOOKS, "            self.tape = None\n\n    def _complete", "            pass\n\n    def _complete", LAWS),
     # chains
-    (SEAMS, "return grad, grad.clone()", "return grad, -grad", CHAIN),
-    (SEAMS, "own if learn and edge.shares is None else", "own if learn else", CHAIN),
-    (SEAMS, "for name, W, B in shared if W.requires_grad", "for name, W, B in shared", CHAIN),
+    ("operators/base.py", "return (grad.clone(),)", "return (-grad,)", CHAIN),
+    ("rules/base.py", "return self.learns(edge) and edge.shares is None and", "return self.learns(edge) and", CHAIN),
+    (SEAMS, "            if W.requires_grad\n", "", CHAIN),
     ("arcs.py", "c.inputs[0][0].requires_grad]", "c.inputs[0][0].requires_grad][1:]", CHAIN),
     ("arcs.py", "        end = max(call.end for call in trace.calls)", "        pass", CHAIN),
     ("operators/layer.py", "return d @ B", "return d @ B * 2", CHAIN),
     ("operators/layer.py", "folded, period - folded)", "folded, period - folded - 1)", CHAIN),
     ("operators/layer.py", "return position % size", "return position.clamp(0, size - 1)", CHAIN),
+    # schedules
+    ("sweeps.py", "raise PassOverError", "pass", "test_schedules.py"),
+    ("sweeps.py", "if self.expected is None or", "if True or", "test_schedules.py"),
+    ("sweeps.py", "saved_tensors_hooks(_same, _same)", "set_grad_enabled(True)", "test_schedules.py"),
+    ("replay.py", "    after.restore()", "    pass", "test_schedules.py"),
+    ("replay.py", "    before.restore()", "    pass", "test_schedules.py"),
+    ("replay.py", "[edge], [h], self.target, learn=False)\n            self.add(sent, d, more=True)", "[edge], [h], self.target, learn=False)\n            self.add(sent, -d, more=True)", "test_schedules.py"),
+    ("replay.py", "total += torch.autograd.grad(sent, h, d)[0]", "total = torch.autograd.grad(sent, h, d)[0] * 2", "test_schedules.py"),
+    ("rehearsal.py", "if above > largest:", "if False:", "test_schedules.py"),
+    ("segments.py", "kept.random[index].restore()", "pass", "test_schedules.py"),
+    ("segments.py", "kept.beginning.restore()", "pass", "test_schedules.py"),
+    ("segments.py", "    after.restore()", "    pass", "test_schedules.py"),
+    ("segments.py", "    if missing:", "    if False:", "test_schedules.py"),
+    ("plan.py", "if not inner[i].isdisjoint(inner[j])", "if False", "test_schedules.py"),
+    ("target.py", "* self.scale", "* 1", "test_schedules.py"),
+    ("rules/drtp.py", "return target / len(target)", "return target", "test_oracles.py"),
     # feedback graphs and what is a site
     ("graph.py", "return 1 + kept", "return 1", ORACLES),
     ("graph.py", "if kept and kept == site.tokens and", "if kept and", ORACLES),
@@ -60,7 +77,7 @@ MUTATIONS = (
     ("rules/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),
     # targets and late gradients
     (SEAMS, "and self.site_of(edges[0].source) is None:", ":", "test_rules_targets.py"),
-    (SEAMS, "reversed(kinds) if prepend else kinds", "kinds", "test_rules_decoders.py"),
+    (HOOKS, "reversed(kinds) if prepend else kinds", "kinds", "test_rules_decoders.py"),
     ("rules/dtp.py", "self.beta * len(d) * d", "self.beta * d", "test_rules_targets.py"),
     ("rules/dtp.py", "change=lambda site, h: noisy[site]", "change=lambda site, h: h + sigma * phase.noise(h)", "test_rules_decoders.py"),
     ("rules/ddtp.py", "decode(far) - decode(s) - rows", "decode(far) - rows", "test_rules_decoders.py"),
@@ -136,7 +153,7 @@ MUTATIONS = (
     (PROBE, "rule.norm().item() / norm if norm", "norm / rule.norm().item() if norm", MEASURES),
     (PROBE, "rule.sign() == bp.sign()", "rule.sign() != bp.sign()", MEASURES),
     (PROBE, ".double() @ B.t()", ".double() @ -B.t()", MEASURES),
-    (SEAMS, "return tensor.clone()", "return tensor", MEASURES),
+    (HOOKS, "return tensor.clone()", "return tensor", MEASURES),
 )  # fmt: skip
 
 

@@ -145,13 +145,22 @@ class Local:
 
 
 @dataclass(frozen=True)
+class Lift:
+    """What a site is sent goes on upwards, through the layers between, to the next site (see `lifts.response`)."""
+
+    below: Site
+    above: Site
+
+
+@dataclass(frozen=True)
 class Graph:
     """Where the network is cut, what is sent where, and which sites have a local loss. Sites with neither an edge nor a
-    local loss get no signal."""
+    local loss, and to which nothing is lifted, get no signal."""
 
     sites: tuple[Site, ...] = ()
     edges: tuple[Edge, ...] = ()
     local: tuple[Local, ...] = ()
+    lifts: tuple[Lift, ...] = ()
 
     def __post_init__(self) -> None:
         keys = [edge.key for edge in self.edges if not edge.operator.common]
@@ -193,11 +202,29 @@ def chain(
 
 def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
     """The source's error is sent to the last site, what that gets to the site before, and so on down."""
-    sources = [*(Source(site.name, site.taps, site.shape, site.tokens) for site in sites[1:]), source]
+    sources = [*map(_as_source, sites[1:]), source]
     edges = (Edge(above, site, operator) for above, site in zip(sources, sites, strict=True))
     return Graph(tuple(sites), tuple(edges))
+
+
+def modules(groups: Sequence[Sequence[Site]], source: Source, form: Callable[[int], Operator]) -> Graph:
+    """Direct connections within each group of sites, from its output: that of the last group is the source, that of the
+    others is their last site, which is not cut: its error comes from the group above, through the layers between.
+
+    `form(k)` is the operator of an edge from a group's output to a site k sites below it.
+    """
+    outputs = [*(_as_source(group[-1]) for group in groups[:-1]), source]
+    edges = []
+    for group, output in zip(groups, outputs, strict=True):
+        inner = group if output is source else group[:-1]
+        edges += [Edge(output, site, form(len(inner) - i)) for i, site in enumerate(inner)]
+    return Graph(tuple(edge.site for edge in edges), tuple(edges))
 
 
 def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
     """The error of one source is sent directly to every site."""
     return Graph(tuple(sites), tuple(Edge(source, site, operator) for site in sites))
+
+
+def _as_source(site: Site) -> Source:
+    return Source(site.name, site.taps, site.shape, site.tokens)

@@ -352,6 +352,13 @@ def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
         raise AttachError(
             f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
         )
+    made = [source for source in graph.sources if any(tap.kind == "input" for tap in source.taps)]
+    if made:
+        raise AttachError(
+            f"{rule.label} sends on the error that arrives at {made[0].name!r}, but no module makes that tensor (a functional "
+            'activation or addition), so not all of its error can be seen. Write it as a module (nn.ReLU), use sites="blocks" or name '
+            "modules as sites; or use a rule that sends the output's error (DFA, DKP)."
+        )
     for edge in graph.edges:
         for named, does in ((edge.shares, "gives B the gradient of"), (edge.borrows, "makes B from")):
             if named is None:

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import FeedbackError
 from .graph import Edge, Site
+from .hooks import Observer
 from .operators.base import Weights
-from .seams import Observer
 from .trace import preserved, run
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .feedback import count_bytes
 from .graph import Arc
-from .seams import Observer
+from .hooks import Observer
 from .trace import preserved, run, training_mode
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def describe(learner: Learner) -> str:
     plan = learner.plan
     edges = {edge.site: edge for edge in learner.graph.edges}
     local = {end.site: end for end in learner.graph.local}
+    lifted = {lift.above: lift.below.name for lift in learner.graph.lifts}
     rows = [("site", "activity", "feedback", "bytes", "trains")]
     for site, segment in zip(learner.graph.sites, plan.segments, strict=True):
         edge = edges.get(site)
@@ -146,6 +147,8 @@ def describe(learner: Learner) -> str:
         elif site in local:
             auxiliary = learner.feedback.get_submodule(local[site].key)
             form, held = "a loss of its own", (*auxiliary.parameters(), *auxiliary.buffers())
+        elif site in lifted:
+            form = f"up from {lifted[site]}"
         size = in_bytes(count_bytes(held)) if edge or site in local else ""
         rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
     rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))

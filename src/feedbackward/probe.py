@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .errors import FeedbackError
 from .graph import Edge
+from .hooks import Observer
 from .learner import Learner
-from .seams import Observer
 from .trace import preserved, run
 
 

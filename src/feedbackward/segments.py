@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import AttachError, SiteError
+from .hooks import Director, PassOverError
 from .plan import parameters_behind
-from .seams import Director, PassOverError
 from .sweeps import Deliver, LossFn, finish
 from .target import Target
 from .trace import RandomState, preserved, run

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .errors import AttachError, SiteError
 from .graph import Source
-from .seams import PassOverError, Seams
+from .hooks import PassOverError
+from .seams import Seams
 from .target import Target
 
 if TYPE_CHECKING:
