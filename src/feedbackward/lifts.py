@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.autograd.graph import GradientEdge
 from .errors import AttachError
 from .graph import Lift
 from .trace import PRODUCTS
+
+# autograd's nodes that give an element another place
+_MOVES = ("Permute", "Transpose", "TBackward", "Flip", "Roll")
 
 
 def response(lift: Lift, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -> Tensor:
@@ -24,12 +28,12 @@ def response(lift: Lift, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -
     Raises AttachError where the sites are no plain chain.
     """
     _refuse(lift, h, cut, above)
-    below_layer, above_layer = (
-        _last_layer(lift, site.name, t) for site, t in ((lift.below, h), (lift.above, above))
-    )
+    below_layer = _last_layer(lift, lift.below.name, h)
+    above_layer = _last_layer(lift, lift.above.name, above)
+    blank = blank.reshape(_shape(above_layer))
     (error,) = torch.autograd.grad(above_layer, cut, blank, create_graph=True)
     (down,) = torch.autograd.grad(h, below_layer, error, create_graph=True)
-    return down
+    return down.reshape(h.shape)
 
 
 def _refuse(lift: Lift, h: Tensor, cut: Tensor, above: Tensor) -> None:
@@ -49,8 +53,9 @@ def _refuse(lift: Lift, h: Tensor, cut: Tensor, above: Tensor) -> None:
 
 
 def _last_layer(lift: Lift, name: str, h: Tensor) -> GradientEdge:
-    """The output of the last Linear or convolution below an activity; it must have the activity's shape."""
-    found = {}
+    """The output of the last Linear or convolution below an activity; it must have the activity's shape, or be a view of it."""
+    found = list[GradientEdge]()
+    astray = ""
     stack, seen = [h.grad_fn], set[Any]()
     while stack:
         node = stack.pop()
@@ -58,17 +63,26 @@ def _last_layer(lift: Lift, name: str, h: Tensor) -> GradientEdge:
             continue
         seen.add(node)
         if node.name().startswith(PRODUCTS):
-            found[node] = tuple(node._input_metadata[0].shape)
+            found.append(GradientEdge(node, 0))
         else:
+            if node.name().startswith(_MOVES):
+                astray = ", and dimensions change places"
+            if not isinstance(getattr(node, "variable", torch.nn.Parameter()), torch.nn.Parameter):
+                astray = ", and a skip path leads round them"
             stack += [parent for parent, _ in node.next_functions]
-    if list(found.values()) != [tuple(h.shape)]:
-        shapes = " and ".join(str(list(shape)) for shape in found.values()) or "none"
+    if astray or [math.prod(_shape(edge)) for edge in found] != [h.numel()]:
+        shapes = " and ".join(str(list(_shape(edge))) for edge in found) or "none"
         raise AttachError(
             f"signals go up from site {lift.below.name!r} to {lift.above.name!r}: site {name!r} of shape {list(h.shape)} must be one "
-            f"Linear's or convolution's output after norms and activations, but the layers' outputs are {shapes}. A pool must lie "
-            "above the site: name the activation in front of it as the site, or use a rule that feeds every site directly (DFA, DKP)."
+            f"Linear's or convolution's output after norms and activations, but the layers' outputs are {shapes}"
+            f"{astray}. A pool must lie above the site: name the activation in front of "
+            "it as the site, or use a rule that feeds every site directly (DFA, DKP)."
         )
-    return GradientEdge(next(iter(found)), 0)
+    return found[0]
+
+
+def _shape(edge: GradientEdge) -> tuple[int, ...]:
+    return tuple(edge.node._input_metadata[edge.output_nr].shape)  # type: ignore[attr-defined]
 
 
 def _leaves(h: Tensor) -> Iterable[Tensor]:

@@ -174,6 +174,11 @@ def _refuse_replay(learner: Learner) -> None:
             f"{rule.label} is a chain: each layer waits for the error of the one above, so its segments cannot be replayed one by "
             'one. Use schedule="joint", or a rule with direct feedback (DFA, DKP).'
         )
+    if learner.graph.lifts:
+        raise AttachError(
+            f"{rule.label}'s signals go up from segment to segment while the whole forward pass is kept, so its segments cannot be "
+            'replayed one by one. Use schedule="joint", or a rule with direct feedback (DFA, DKP).'
+        )
     if rule.sends_activity:
         raise AttachError(
             f'{rule.label} sends the source\'s activity along with its target, which replay does not keep: use schedule="joint".'

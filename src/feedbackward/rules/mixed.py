@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..errors import AttachError
-from ..graph import Edge, Graph, Local, Site, Source
+from ..graph import Edge, Graph, Lift, Local, Site, Source
 from ..operators.base import Weights
 from .base import Properties, Rule
 from .bp import BP
@@ -97,6 +97,7 @@ class Mixed(Rule):
         cut: set[Site] = set()
         edges: list[Edge] = []
         local: list[Local] = []
+        lifts: list[Lift] = []
         for pattern, rule in self.rules.items():
             if not places[pattern]:
                 names = ", ".join(site.name for site in sites[:8]) + (", ..." if len(sites) > 8 else "")
@@ -107,8 +108,9 @@ class Mixed(Rule):
             cut.update(part.sites)
             edges += [_routed(edge, rule) for edge in part.edges]
             local += part.local
+            lifts += part.lifts
         self._refuse_shared(edges)
-        return Graph(tuple(site for site in sites if site in cut), tuple(edges), tuple(local))
+        return Graph(tuple(site for site in sites if site in cut), tuple(edges), tuple(local), tuple(lifts))
 
     def learns(self, edge: Edge) -> bool:
         return _rule_of(edge).learns(edge)
