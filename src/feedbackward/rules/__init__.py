@@ -2,6 +2,7 @@
 
 from .activation_alignment import ActivationAlignment
 from .base import Properties, Rule
+from .binary_dfa import BinaryDFA
 from .bp import BP
 from .brsf import BRSF
 from .cdfa import CDFA
@@ -19,17 +20,22 @@ from .flipped import Flipped
 from .frozen import Frozen
 from .frsf import FRSF
 from .grape import GrAPE
+from .han2020 import Han2020
+from .ifa import IFA
 from .information_alignment import InformationAlignment
 from .kernel_dfa import KernelDFA
 from .kolen_pollack import KolenPollack
 from .lra import LRA
 from .mixed import Mixed
+from .pdfa import PDFA
 from .pfa import PFA
 from .rec_lra import RecLRA
 from .sdtp import SDTP
 from .self_alignment import SelfAlignment
+from .shared_dfa import SharedDFA
 from .sign_dfa import SignDFA
 from .sign_symmetry import SignSymmetry
+from .sparse_dfa import SparseDFA
 from .symmetric_alignment import SymmetricAlignment
 from .usf import USF
 from .weight_mirror import WeightMirror
@@ -43,8 +49,14 @@ RULES: dict[str, type[Rule]] = {
     "sign_symmetry": SignSymmetry,
     "kp": KolenPollack,
     "dfa": DFA,
+    "shared_dfa": SharedDFA,
+    "sparse_dfa": SparseDFA,
+    "binary_dfa": BinaryDFA,
+    "pdfa": PDFA,
     "cdfa": CDFA,
+    "han2020": Han2020,
     "kernel_dfa": KernelDFA,
+    "ifa": IFA,
     "dkp": DKP,
     "drtp": DRTP,
     "sign_dfa": SignDFA,
@@ -86,15 +98,19 @@ __all__ = [
     "FA",
     "FDFA",
     "FRSF",
+    "IFA",
     "LRA",
+    "PDFA",
     "PFA",
     "RULES",
     "SDTP",
     "USF",
     "ActivationAlignment",
+    "BinaryDFA",
     "Flipped",
     "Frozen",
     "GrAPE",
+    "Han2020",
     "InformationAlignment",
     "KernelDFA",
     "KolenPollack",
@@ -103,8 +119,10 @@ __all__ = [
     "RecLRA",
     "Rule",
     "SelfAlignment",
+    "SharedDFA",
     "SignDFA",
     "SignSymmetry",
+    "SparseDFA",
     "SymmetricAlignment",
     "WeightMirror",
 ]

@@ -27,7 +27,7 @@ class CDFA(Rule):
     operator: the form of the feedback weights and how they start; :class:`Binary` for the paper's binary feedback.
 
     Han & Yoo, "Efficient convolutional neural network training with direct feedback alignment", 2019 (arXiv:1901.01986; ICCV
-    workshops 2019, where it is combined with binary feedback, :class:`BDFA`). From the abstract; inferred: that the signal of the
+    workshops 2019, where it is combined with binary feedback, :class:`BinaryDFA`). From the abstract; inferred: that the signal of the
     feature map is DFA's, and the initialisation, for which the paper proposes statistics that we have not read: DFA's own here.
     """
 
