@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,19 +23,6 @@ FIXED = (fb.Binary(), fb.Seeded(), fb.Seeded(distribution="binary"))
 RULES = [fb.DFA(operator=o) for o in (*LEARNED, *FIXED)] + [fb.DKP(True, o) for o in LEARNED]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Small nets have small weights of their own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the feedback weights take")
-        yield
-
-
-def attach(pair: Pair, rule: fb.Rule, **options: object) -> fb.Learner:
-    with quiet():
-        return pair.attach(rule, **options)  # type: ignore[arg-type]
-
-
 def matrices(learner: fb.Learner) -> dict[str, Tensor]:
     """The dense matrix of every edge, [C, n]: what it sends for unit errors."""
     found = {}
@@ -52,7 +37,7 @@ def matrices(learner: fb.Learner) -> dict[str, Tensor]:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("pair", [MLP, BEFORE_POOL, TOKENS], ids=str)
 def test_signals_are_the_error_times_the_dense_matrix(pair: Pair, rule: fb.Rule) -> None:
-    learner, (x, y) = attach(pair, rule), pair.batch()
+    learner, (x, y) = pair.attach(rule), pair.batch()
     got = signals(learner, x, y)
     output = learner.model(x).detach().requires_grad_()
     (e,) = torch.autograd.grad(loss_fn(y)(output), output)
@@ -67,7 +52,7 @@ def test_signals_are_the_error_times_the_dense_matrix(pair: Pair, rule: fb.Rule)
 @pytest.mark.parametrize("pair", [MLP, CONV], ids=str)
 def test_one_step(pair: Pair, rule: fb.Rule) -> None:
     """Every hidden layer and every learned weight moves; indices and other fixed weights do not."""
-    learner, (x, y) = attach(pair, rule), pair.batch(8)
+    learner, (x, y) = pair.attach(rule), pair.batch(8)
     before = {name: t.clone() for name, t in learner.state_dict().items()}
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
     loss_fn(y)(learner(x)).backward()
@@ -129,7 +114,7 @@ MIXED = Pair(
 
 
 def test_shared_feedback_is_one_matrix_for_each_shape_of_source() -> None:
-    learner, (x, y) = attach(MIXED, fb.DKP(operator=fb.Shared())), MIXED.batch()
+    learner, (x, y) = MIXED.attach(fb.DKP(operator=fb.Shared())), MIXED.batch()
     weights = dict(learner.feedback.named_parameters())
     assert {name: tuple(B.shape) for name, B in weights.items()} == {
         "Shared/5x7": (35, 30),
@@ -153,7 +138,7 @@ def test_shared_feedback_is_one_matrix_for_each_shape_of_source() -> None:
 
 
 def test_shared_feedback_within_per_shape_is_common_to_the_vectors() -> None:
-    learner = attach(MLP, fb.DFA(operator=fb.PerShape(maps=fb.Dense(), vectors=fb.Shared())))
+    learner = MLP.attach(fb.DFA(operator=fb.PerShape(maps=fb.Dense(), vectors=fb.Shared())))
     assert [name for name, _ in learner.feedback.named_buffers()] == ["Shared/3"]
     assert learner.feedback_bytes == 3 * 6 * 8
 
@@ -165,9 +150,9 @@ def test_shared_feedback_within_per_shape_is_common_to_the_vectors() -> None:
 def test_state_round_trip(rule: fb.Rule) -> None:
     """Into a learner of another seed; seeded feedback is not in the state, so it needs the same seed."""
     x, y = CONV.batch()
-    learner = attach(CONV, rule, seed=1)
+    learner = CONV.attach(rule, seed=1)
     stores = bool(list(learner.feedback.state_dict()))
-    other = attach(CONV, rule, model=CONV.model(seed=3), seed=2 if stores else 1)
+    other = CONV.attach(rule, model=CONV.model(seed=3), seed=2 if stores else 1)
     assert stores != isinstance(getattr(rule, "operator", None), fb.Seeded)
     before = signals(other, x, y)
     other.load_state_dict(copy.deepcopy(learner.state_dict()))
@@ -181,9 +166,8 @@ def test_state_round_trip(rule: fb.Rule) -> None:
 def test_stored_in_bfloat16(rule: fb.Rule) -> None:
     """Floating-point weights take half the bytes of float32, others stay as they are; signals are those of the weights."""
     model, x, y = CONV.model().float(), CONV.batch()[0].float(), CONV.batch()[1]
-    with quiet():
-        full = fb.attach(copy.deepcopy(model), rule, example=x)
-        half = fb.attach(model, rule, example=x, feedback_dtype=torch.bfloat16)
+    full = fb.attach(copy.deepcopy(model), rule, example=x)
+    half = fb.attach(model, rule, example=x, feedback_dtype=torch.bfloat16)
     for name, weight in full.feedback.state_dict().items():
         stored = half.feedback.state_dict()[name]
         assert torch.equal(stored, weight.bfloat16() if weight.is_floating_point() else weight)
@@ -203,7 +187,7 @@ def test_stored_in_bfloat16(rule: fb.Rule) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_channels_last(rule: fb.Rule) -> None:
     """Another layout of the weights is no other feedback."""
-    learner, (x, y) = attach(BEFORE_POOL, rule), BEFORE_POOL.batch()
+    learner, (x, y) = BEFORE_POOL.attach(rule), BEFORE_POOL.batch()
     moved = copy.deepcopy(learner).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     expected = signals(learner, x, y)
     for name, signal in signals(moved, x.to(memory_format=torch.channels_last), y).items():
@@ -217,7 +201,7 @@ def test_channels_last(rule: fb.Rule) -> None:
 def test_compiled(rule: fb.Rule) -> None:
     """One graph, and the gradients of the plain learner."""
     torch._dynamo.reset()
-    learner, (x, y) = attach(BEFORE_POOL, rule), BEFORE_POOL.batch()
+    learner, (x, y) = BEFORE_POOL.attach(rule), BEFORE_POOL.batch()
     plain = copy.deepcopy(learner)
     compiled = torch.compile(learner, fullgraph=True, backend="aot_eager")
     for call in (compiled, plain):
@@ -234,8 +218,7 @@ def test_compiled(rule: fb.Rule) -> None:
 def test_the_plan_shows_form_and_bytes(pair: Pair, rule: fb.Rule) -> None:
     """A row per site with the tensors' shapes, the operator unless they tell it, and their bytes."""
     model, x = pair.model().float(), pair.batch()[0].float()
-    with quiet():
-        learner = fb.attach(model, rule, example=x)
+    learner = fb.attach(model, rule, example=x)
     rows = str(learner).splitlines()[2:5]
     for edge, row in zip(learner.graph.edges, rows, strict=True):
         name = type(edge.operator).__name__
@@ -320,7 +303,7 @@ def test_one_patch_serves_inputs_of_any_size() -> None:
 
 @pytest.mark.parametrize("operator", [*LEARNED, *FIXED], ids=str)
 def test_the_probe_reads_every_form(operator: fb.Operator) -> None:
-    learner, (x, y) = attach(MLP, fb.DFA(operator=operator)), MLP.batch()
+    learner, (x, y) = MLP.attach(fb.DFA(operator=operator)), MLP.batch()
     found = fb.probe(learner, loss_fn(y), x, jacobian=True)
     edges = {edge.site.name: edge for edge in learner.graph.edges}
     h: dict[str, Tensor] = {}
