@@ -243,6 +243,12 @@ def test_sizes_on_vgg16() -> None:
 
     dense = size(fb.Dense())
     assert dense > 2 * sum(4 * p.numel() for p in model.parameters())
+    features = sum(
+        e.site_shape[0] * e.site_shape[-1] ** 2 for e in learner.graph.edges if len(e.site_shape) > 1
+    )
+    features += 3 * 512
+    assert (len(learner.graph.edges), features) == (15, 183808), "as docs/maths.md says"
+    assert dense == 4 * 200 * features
     assert size(fb.Sparse(1)) * 100 <= dense
     assert size(MAPS) * 16 <= dense
     assert size(fb.Binary()) * 31 <= dense
