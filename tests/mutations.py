@@ -21,6 +21,7 @@ SEAMS, HOOKS, FUNCTIONS = "seams.py", "hooks.py", "functions.py"
 DENSE, LEARNER, PROBE, TRACE = "operators/dense.py", "learner.py", "probe.py", "trace.py"
 ORACLES, LAWS, STEPS = "test_oracles.py", "test_laws.py", "test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
+DIRECT, JACOBIAN, LIFTS = "test_rules_direct.py", "test_rules_jacobian.py", "test_rules_ifa.py"
 FORMS, SEEDED = "test_operators.py", "test_seeded.py"
 
 MUTATIONS = (
@@ -72,6 +73,20 @@ MUTATIONS = (
     # rules
     ("rules/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, -d, h, self.center)", ORACLES),
     ("rules/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, d, h, False)", ORACLES),
+    ("rules/sign_dfa.py", "d.sign() / len(d)", "d.sign()", ORACLES),
+    ("rules/sign_dfa.py", "    linear = False\n", "", DIRECT),
+    ("rules/flipped.py", "-self.rule.receive", "self.rule.receive", ORACLES),
+    ("rules/ebd.py", "b.to(r.dtype) - r for", "b.to(r.dtype) + r for", DIRECT),
+    ("rules/fdfa.py", "moves / len(moves)", "moves", JACOBIAN),
+    ("rules/fdfa.py", "tuple(b - j for", "tuple(-j for", JACOBIAN),
+    ("rules/grape.py", ".data.div_(_norms(weights[0]))", ".data", JACOBIAN),
+    ("rules/grape.py", "* B - J) / len(B)", "* B - J)", JACOBIAN),
+    ("phase.py", "if tangent is None else tangent + noise[site]", "", JACOBIAN),
+    ("phase.py", "dtype=like.dtype, device=like.device, generator=generator)", "dtype=like.dtype)", JACOBIAN),
+    ("operators/base.py", "self.send(weights, unit, site), center", "-self.send(weights, unit, site), center", JACOBIAN),
+    ("lifts.py", "grad(h, below_layer, error,", "grad(h, below_layer, error * 0 + 1,", LIFTS),
+    ("functions.py", "return grad, grad\n", "return grad, -grad\n", LIFTS),
+    ("lifts.py", "if inputs != {id(cut)}:", "if False:", LIFTS),
     ("rules/dkp.py", "return 2 if self.center else 1", "return 1", ORACLES),
     ("rules/dfa.py", "star(sites, source, self.operator)", "star(sites, source, Dense())", FEEDBACK),
     ("rules/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),

@@ -37,7 +37,7 @@ ROWS = (
     Row("dkp-centred", DKP(center=True), oracles.direct, oracles.centred_outer_product, least_batch=2),
     Row("dkp-flipped", Flipped(DKP()), oracles.reversed_direct, oracles.outer_product),
     Row("sign_dfa", SignDFA(), oracles.sign_of_error),
-    Row("ebd", EBD(operator=Dense()), oracles.direct, oracles.towards_correlation),
+    Row("ebd", EBD(), oracles.direct, oracles.towards_correlation),
     Row("fdfa", FDFA(operator=Dense()), oracles.direct),  # what it learns, in a phase: test_rules_direct
     Row("grape", GrAPE(), oracles.normalised_direct),
 )

@@ -9,7 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
+import feedbackward as fb
 from feedbackward.errors import ConfigError
+from feedbackward.experiment.building import make_rule
 from feedbackward.experiment.compare import compare
 from feedbackward.experiment.config import Changes, CompareConfig, RuleEntry, TrainConfig
 from feedbackward.experiment.data import load_data
@@ -163,3 +165,11 @@ def test_a_loss_scale_with_and_without_feedback_gradients() -> None:
     scaled = made(rule="dkp", calibrate_every=2, freeze_feedback_after=1)
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     assert len(go(scaled, epochs=2)) == 2 * len(scaled.loader)
+
+
+def test_flipped_from_a_config() -> None:
+    assert make_rule("flipped", {}) == fb.Flipped(fb.DKP())
+    spec = {"rule": "dkp", "options": {"center": True}}
+    assert make_rule("flipped", {"rule": spec}) == fb.Flipped(fb.DKP(center=True))
+    with pytest.raises(ConfigError, match=r"the rule to flip is 3: give a rule's name"):
+        make_rule("flipped", {"rule": 3})

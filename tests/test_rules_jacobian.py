@@ -124,7 +124,7 @@ def test_fdfa_feedback_is_a_moving_average() -> None:
     assert_close(B.detach(), average)
 
 
-@pytest.mark.parametrize("rule", [fb.FDFA(), fb.EBD()], ids=["fdfa", "ebd"])
+@pytest.mark.parametrize("rule", [fb.FDFA(), fb.EBD(operator=fb.Dense("zeros"))], ids=["fdfa", "ebd"])
 def test_feedback_that_starts_at_zero_trains_hidden_layers_from_the_second_step(rule: fb.Rule) -> None:
     learner = MLP.attach(rule)
     x, y = MLP.batch()

@@ -22,21 +22,23 @@ class EBD(Rule):
     The signal descends :math:`\tfrac12 \lVert R_l \rVert^2`, the correlation that the error of the best estimator would not have,
     through :math:`h_l` for a fixed error. `e` carries the 1/N of a mean loss, so :math:`e^\top h_l` is a batch mean. The moving
     average is the gradient step :math:`\nabla B_l = B_l - e^\top h_l`: exactly the published one under plain SGD for B with the
-    rate :math:`1 - \lambda`, without momentum or decay. `B` starts at zero, so in the first step hidden layers get no signal.
+    rate :math:`1 - \lambda`, without momentum or decay.
 
-    The sign: :math:`R` is even in the error, so errors may be counted either way round. DKP's feedback is *minus* a sum of the
-    same :math:`e^\top h_l`, as are output weights trained by gradient descent; so the signals of the two are opposite as long as
-    `B` has not forgotten its start. The other sign is :class:`Flipped` (`Flipped(EBD())`); it is not in the paper.
+    The sign: in :math:`e\, e^\top h` the error counts twice, so it may be taken either way round. DKP's feedback is *minus* a sum of
+    the same :math:`e^\top h_l`, as are output weights trained by gradient descent. A `B` that is all correlation therefore sends the
+    opposite of what trains the layers below a head that descends the loss, and such networks stayed below chance here. With
+    :math:`1 - \lambda` small (1e-5 is in use) `B` stays near its random start and EBD is DFA with a drift; at larger rates it fails.
+    :class:`Flipped` reverses what is sent (`Flipped(EBD())`): not in the paper, but near DKP with a short memory.
 
     operator: the form of the feedback weights and how they start; one that can be learned.
 
     Erdogan, Pehlevan & Erdogan, "Error Broadcast and Decorrelation as a Potential Artificial and Natural Learning Mechanism",
-    2025 (arXiv:2504.11558). The authors' code was not at hand; the equations are from descriptions of the paper. Here
-    the function of the activity is the activity itself; the power and entropy regularisers of the layers, which keep
-    activities from collapsing, and the projection of the error's own dependence on the weights are left out.
+    2025 (arXiv:2504.11558). Neither the paper's text nor the authors' code was at hand: the equations are from descriptions, the
+    start of `B` is inferred. Here the function of the activity is the activity itself. Left out: the power and entropy
+    regularisers of the layers, which keep activities from collapsing, and the error's own dependence on the weights.
     """
 
-    operator: Operator = Dense("zeros")
+    operator: Operator = Dense()
 
     name = "ebd"
     label = "EBD"
