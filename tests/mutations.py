@@ -51,7 +51,7 @@ MUTATIONS = (
     # schedules
     ("sweeps.py", "raise PassOverError", "pass", "test_schedules.py"),
     ("sweeps.py", "if self.expected is None or", "if True or", "test_schedules.py"),
-    ("sweeps.py", "saved_tensors_hooks(_same, _same)", "set_grad_enabled(True)", "test_schedules.py"),
+    ("sweeps.py", "torch.autograd.graph.saved_tensors_hooks(_same, _same)", "torch.enable_grad()", "test_schedules.py"),
     ("replay.py", "    after.restore()", "    pass", "test_schedules.py"),
     ("replay.py", "    before.restore()", "    pass", "test_schedules.py"),
     ("replay.py", "[edge], [h], self.target, learn=False)\n            self.add(sent, d, more=True)", "[edge], [h], self.target, learn=False)\n            self.add(sent, -d, more=True)", "test_schedules.py"),
@@ -62,8 +62,9 @@ MUTATIONS = (
     ("segments.py", "    after.restore()", "    pass", "test_schedules.py"),
     ("segments.py", "    if missing:", "    if False:", "test_schedules.py"),
     ("plan.py", "if not inner[i].isdisjoint(inner[j])", "if False", "test_schedules.py"),
-    ("target.py", "* self.scale", "* 1", "test_schedules.py"),
-    ("rules/drtp.py", "return target / len(target)", "return target", "test_oracles.py"),
+    ("target.py", ".to(source.dtype) * self.scale\n\n    def", ".to(source.dtype)\n\n    def", "test_rules_local.py"),
+    ("rules/drtp.py", "return target / len(target)", "return target", "test_rules_local.py"),
+    ("functions.py", "torch.ones(shape, dtype=dtype", "torch.zeros(shape, dtype=dtype", "test_rules_local.py"),
     # feedback graphs and what is a site
     ("graph.py", "return 1 + kept", "return 1", ORACLES),
     ("graph.py", "if kept and kept == site.tokens and", "if kept and", ORACLES),

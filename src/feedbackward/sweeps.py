@@ -81,9 +81,8 @@ class Deliver:
 
     def _send(self, index: int, h: Tensor, version: int) -> None:
         outputs, grads = [], []
-        with torch.autograd.graph.saved_tensors_hooks(
-            _same, _same
-        ):  # not a checkpoint's, where the site lies in one
+        # not the hooks of a checkpoint, where the site lies in one
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             for edge in self.seams.edges_to[index]:
                 d = self._error(edge.source, h)
                 self.seams.check(edge, h, version, d)
