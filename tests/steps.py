@@ -27,6 +27,11 @@ def give_gradients(
     return output.detach()
 
 
+def staleness(learner: fb.Learner) -> fb.Stale | None:
+    """The schedule without which a preset of rule and schedule trains nothing."""
+    return fb.Stale(learner) if any(learner.rule.delays(len(learner.plan.stages))) else None
+
+
 def train(
     learner: fb.Learner,
     x: Tensor,
@@ -35,10 +40,10 @@ def train(
     steps: int = 1,
     lr: float = 0.05,
 ) -> dict[str, Tensor | None]:
-    """The model's gradients at the last of these steps of plain SGD, as the optimizer gets them."""
+    """The model's gradients at the last of these steps of plain SGD, as the optimizer gets them. Late ones are waited for."""
     optimizer = torch.optim.SGD(learner.parameters(), lr=lr)
-    stale = fb.Stale(learner) if any(learner.rule.delays(len(learner.plan.stages))) else None
-    for _ in range(steps):
+    stale = staleness(learner)
+    for _ in range(steps + max(stale.delays if stale else [0])):
         optimizer.zero_grad()
         give_gradients(learner, x, y, loss)
         if stale is not None:

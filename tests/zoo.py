@@ -170,6 +170,23 @@ def group_norms() -> nn.Module:
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(4, 3))
 
 
+def convolutions() -> nn.Module:
+    """Grouped, dilated, strided and transposed convolutions in a row."""
+    down = [
+        nn.Conv2d(2, 4, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=2, dilation=2),
+        nn.ReLU(),
+    ]
+    up = [
+        nn.Conv2d(6, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 2, 2, stride=2),
+        nn.ReLU(),
+    ]
+    return nn.Sequential(*down, *up, nn.Flatten(), nn.Linear(128, 3))
+
+
 def tokens() -> nn.Module:
     """A Linear on `[N, T, D]` throughout: the source keeps its tokens too."""
     return nn.Sequential(
@@ -231,6 +248,7 @@ ZOO = (
     Case("plain", Plain, image(), ("conv2.input", "fc1.input", "fc2.input"), silent=("conv1.bias",)),
     Case("signal_1d", signal_1d, rows(2, 14), ("1", "3", "6")),
     Case("group_norms", group_norms, image(), ("3", "8")),
+    Case("convolutions", convolutions, image(), ("1", "3", "5", "8")),
     Case("volume", Volume, rows(1, 4, 4, 4), ("conv2.input", "fc.input")),
     Case("autoencoder", Autoencoder, image(), ("down2.input", "up1.input", "up2.input")),
     Case("tokens", tokens, rows(4, 6), ("2", "4")),
