@@ -38,7 +38,8 @@ class DDTP(Rule):
     :math:`F_l` is the network above site l. For small sigma it is least at :math:`\partial g_l / \partial a_L = J_l^\top (J_l
     J_l^\top + \lambda)^{-1}`, :math:`J_l = \partial a_L / \partial h_l`, and the targets are those of a damped Gauss-Newton step. A
     phase takes a forward pass for every site and one more: call it before every optimizer step, or less often on
-    large networks. Its scale is far from that of the network's loss: give the feedback an optimizer of its own.
+    large networks. Its scale is far from that of the network's loss: give the feedback an optimizer of its own, and use
+    Adam for the network as well, whose signals come out of an inverse.
 
     beta: how far the target of the output goes along its error. sigma: the noise. damping: :math:`\lambda`.
     activation: of the decoders: `"linear"`, `"tanh"`, `"relu"`.

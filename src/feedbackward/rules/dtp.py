@@ -42,14 +42,16 @@ class DTP(Rule):
 
     where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay random.
     The published training has some epochs of it first. Its scale is far from that of the network's loss: give the
-    feedback an optimizer of its own.
+    feedback an optimizer of its own. Through inverses the signals come out much larger than the output's error: use Adam for the
+    network as well, as the authors of the 2020 paper do.
 
     beta: how far the target of the output goes along its error. sigma: the noise.
     activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
 
     Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's
     normalisation as in the code of Meulemans et al. 2020. The paper sets the target of the last hidden layer by the
-    gradient; here the output's, whose decoder is learned as all others are. Inferred: decoders of maps are dense.
+    gradient; here the output's, whose decoder is learned as all others are. Inferred: decoders of maps are dense, which
+    only a few small sites can afford.
     """
 
     beta: float = 0.16
