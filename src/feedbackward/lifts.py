@@ -82,7 +82,7 @@ def _last_layer(lift: Lift, name: str, h: Tensor) -> GradientEdge:
 
 
 def _shape(edge: GradientEdge) -> tuple[int, ...]:
-    return tuple(edge.node._input_metadata[edge.output_nr].shape)  # type: ignore[attr-defined]
+    return tuple(edge.node._input_metadata[edge.output_nr].shape)
 
 
 def _leaves(h: Tensor) -> Iterable[Tensor]:
