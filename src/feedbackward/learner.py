@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .arcs import find_arcs
 from .errors import AttachError, FeedbackError
-from .feedback import count_bytes, fitted, make_feedback, weights_of
+from .feedback import count_bytes, fitted, make_feedback, weight_names, weights_of
 from .graph import Arc, Edge, Graph, Site, Source
 from .operators import OPERATORS
 from .operators.base import Weights
@@ -112,6 +112,8 @@ class Learner(nn.Module):
         _check_graph(model, rule, self.graph)
         self.feedback = make_feedback(model, self.graph, rule, seed, feedback_dtype)
         self.seams = Seams(model, self.graph, rule, self.feedback)
+        # DistributedDataParallel would wait for their gradients in every backward pass
+        self._ddp_params_and_buffers_to_ignore = self._learned_in_phase()
         self.plan: Plan
         self._exact = False
         self._target: Target | None = None
@@ -170,7 +172,8 @@ class Learner(nn.Module):
 
         It adds to the gradients of the feedback weights and touches no `.grad` of the model, buffer or mode; one number is
         drawn from torch's generator, for the noise. Call it as often as the rule's docstring says, before the optimizer of
-        the feedback steps. Raises FeedbackError for rules without such a phase, and under fp16 autocast: gradients that
+        the feedback steps; where torch.distributed runs, on every rank, for the gradients are averaged over the ranks. Raises
+        FeedbackError for rules without such a phase, and under fp16 autocast: gradients that
         are not made from a loss must not be unscaled with it.
         """
         self._refuse_detached()
@@ -187,6 +190,12 @@ class Learner(nn.Module):
         self.seams.recompute = True
         self.seams.renew()
         return self._take_target()
+
+    def _learned_in_phase(self) -> list[str]:
+        """The names of feedback weights that only `feedback_step` gives gradients."""
+        edges = [e for e in self.graph.edges if e.shares is None and not self.rule.learns_in_pass(e)]
+        names = {name for edge in edges for name in weight_names(edge)}
+        return [f"feedback.{name}" for name, _ in self.feedback.named_parameters() if name in names]
 
     def _refuse_detached(self) -> None:
         if self._detached:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -133,7 +134,16 @@ class Phase:
         return found  # type: ignore[return-value]
 
     def give(self, edge: Edge, grads: Weights) -> None:
-        """Add to the gradients of the edge's learnable weights, in their order."""
+        """Add to the gradients of the edge's learnable weights, in their order; of several processes, their mean, as
+        DistributedDataParallel makes it in a backward pass."""
         for weight, grad in zip(self.weights(edge), grads, strict=False):
-            grad = grad.detach().to(weight.dtype)
+            grad = _mean_of_ranks(grad.detach().to(weight.dtype))
             weight.grad = grad if weight.grad is None else weight.grad + grad
+
+
+def _mean_of_ranks(grad: Tensor) -> Tensor:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return grad
+    total = grad.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
