@@ -71,7 +71,7 @@ class DDTP(Rule):
         learned_feedback=True,
         backward_steps="1",
         extra_memory="C n + opt.",
-        extra_compute="(L + 1) F + 6 N C n - D",
+        extra_compute="L + 1 forward passes + 6 N C n - D",
     )
 
     def __post_init__(self) -> None:

@@ -71,8 +71,8 @@ class DTP(Rule):
         weight_transport=False,
         learned_feedback=True,
         backward_steps="L",
-        extra_memory="B: n_(l+1) n_l + opt.",
-        extra_compute="2 F + 5 N B - D",
+        extra_memory="decoders + opt.",
+        extra_compute="2 forward passes + 4 N decoders - D",
     )
 
     def __post_init__(self) -> None:
