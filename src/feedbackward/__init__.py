@@ -1,5 +1,6 @@
 """Train PyTorch networks with feedback connections instead of backpropagation's transposed weights."""
 
+from .cost import Cost, cost
 from .errors import (
     AttachError,
     CheckpointError,
@@ -109,6 +110,7 @@ __all__ = [
     "BinaryDFA",
     "CheckpointError",
     "ConfigError",
+    "Cost",
     "DataError",
     "Dense",
     "DivergenceError",
@@ -159,6 +161,7 @@ __all__ = [
     "Weights",
     "attach",
     "chain",
+    "cost",
     "keep_norms",
     "ladder",
     "modules",
