@@ -21,6 +21,8 @@ ALIGNED = {
     "symmetric_alignment": fb.SymmetricAlignment(),
     "activation_alignment": fb.ActivationAlignment(),
     "self_alignment": fb.SelfAlignment(self_product=1.0),
+    "information_alignment, raw": fb.InformationAlignment(standardize=False, amp=1.0, null=2.0, decay=3.0),
+    "activation_alignment, raw": fb.ActivationAlignment(standardize=False, sparse=2.0, amp=3.0),
 }
 
 
@@ -148,9 +150,11 @@ def test_primitives_are_the_gradients_of_their_formulas(layer: str, name: str) -
 
 
 SUMS = {
-    "information_alignment": {"amp": 1.0, "null": 0.5, "decay": 0.5},
+    "information_alignment": {"amp": 10.0, "null": 5.0, "decay": 5.0},
+    "information_alignment, raw": {"amp": 1.0, "null": 2.0, "decay": 3.0},
     "symmetric_alignment": {"decay": 0.5, "self_product": 1.0},
-    "activation_alignment": {"sparse": 0.5, "amp": 1.0},
+    "activation_alignment": {"sparse": 5.0, "amp": 10.0},
+    "activation_alignment, raw": {"sparse": 2.0, "amp": 3.0},
     "self_alignment": {"self_product": 1.0},
 }
 
@@ -170,10 +174,13 @@ def test_feedback_descends_the_sum_of_its_primitives(pair: Pair, name: str) -> N
         layer = layer_of(edge)
         B = learner.feedback_of(edge)
         W = weight_of(learner, edge).detach()
-        module = model.get_submodule(layer)
+        module, h, n = model.get_submodule(layer), inputs[layer].detach(), 1
+        if name in ("information_alignment", "activation_alignment"):
+            axes = (0, 2, 3) if h.dim() == 4 else tuple(range(h.dim() - 1))
+            h = h - h.mean(axes, keepdim=True)
+            h, n = h / h.square().mean().sqrt(), W[0].numel()
         total = sum(
-            factor * formula(primitive, module, W, B, inputs[layer].detach())
-            for primitive, factor in SUMS[name].items()
+            factor / n * formula(primitive, module, W, B, h) for primitive, factor in SUMS[name].items()
         )
         (expected,) = torch.autograd.grad(total, B)
         assert_close(B.grad, expected, layer)
@@ -184,7 +191,7 @@ def test_feedback_descends_the_sum_of_its_primitives(pair: Pair, name: str) -> N
     [
         ("symmetric_alignment", 0.1, 60, 1.0),
         ("self_alignment", 0.1, 200, 35.0),
-        ("activation_alignment", 0.1, 1200, 20.0),
+        ("activation_alignment", 0.2, 1200, 20.0),
         ("information_alignment", 0.02, 600, 60.0),
     ],
 )

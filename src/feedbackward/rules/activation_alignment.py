@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .base import Properties
-from .layer_alignment import LayerAlignment, Primitive, amp, sparse
+from .layer_alignment import ActivityAlignment, Primitive, amp, sparse
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationAlignment(LayerAlignment):
+class ActivationAlignment(ActivityAlignment):
     r"""Activation alignment: each layer's feedback weights learn to answer its input as its forward weights do.
 
     .. math::
@@ -19,21 +19,24 @@ class ActivationAlignment(LayerAlignment):
 
     .. math:: \nabla B_l = E\,(2\alpha\, q - \beta\, p)^\top x
 
-    The delta rule with the target :math:`\beta p / 2\alpha`: `B` nears `W` fastest where the inputs vary most. It is stable while
-    `B`'s rate is below :math:`1/\alpha` over the largest eigenvalue of :math:`E\,x^\top x`, which for wide layers after a ReLU is
-    far above 1. It is not local: `q` sends activity along the feedback weights against their direction.
+    The delta rule with the target :math:`\beta p / 2\alpha`: `B` nears `W` fastest where the inputs vary most, and hardly where they
+    do not. It is not local: `q` sends activity along the feedback weights against their direction. Like every chain whose `B`
+    follows `W` from a distance it needs a rate of `W` at which `B` can keep up.
 
     sparse, amp: :math:`\alpha` and :math:`\beta`.
+    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
+        that one rate is stable in every layer; without it the stable rate is below :math:`1/\alpha` over the largest eigenvalue of
+        :math:`E\,x^\top x`, which may be thousands.
     init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
-    2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss
-    that shares the weights' rate; the defaults here are 500 times as large, for a rate of `B`'s own. There, sums run over the
-    positions of a convolution, and activities may be centred or normalised, which is left out here.
+    2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss that shares the
+    weights' rate, sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the
+    standardisation here and the size of the defaults are ours.
     """
 
-    sparse: float = 0.5
-    amp: float = 1.0
+    sparse: float = 5.0
+    amp: float = 10.0
 
     name = "activation_alignment"
     label = "Activation alignment"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .base import Properties
-from .layer_alignment import LayerAlignment, Primitive, amp, decay, null
+from .layer_alignment import ActivityAlignment, Primitive, amp, decay, null
 
 
 @dataclass(frozen=True, kw_only=True)
-class InformationAlignment(LayerAlignment):
+class InformationAlignment(ActivityAlignment):
     r"""Information alignment: each layer's feedback weights are drawn to reconstruct the layer's input from its output.
 
     .. math::
@@ -25,17 +25,19 @@ class InformationAlignment(LayerAlignment):
     :math:`\tfrac\alpha2 (\gamma + \beta\, W W^\top)^{-1} W`: every direction of `W`, the strong ones less than their share.
 
     amp, null, decay: :math:`\alpha`, :math:`\beta` and :math:`\gamma`.
+    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
+        that one rate is stable in every layer.
     init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
-    2020 (arXiv:2003.01513). The authors' code has 2e-3, 1e-3 and 1e-3 in a loss that shares the weights'
-    rate; the defaults here are 500 times as large, for a rate of `B`'s own. There, sums run over the positions of a convolution,
-    and activities may be centred or normalised, which is left out here.
+    2020 (arXiv:2003.01513). The authors' code has 2e-3, 1e-3 and 1e-3 in a loss that shares the weights' rate,
+    sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the standardisation here and
+    the size of the defaults are ours.
     """
 
-    amp: float = 1.0
-    null: float = 0.5
-    decay: float = 0.5
+    amp: float = 10.0
+    null: float = 5.0
+    decay: float = 5.0
 
     name = "information_alignment"
     label = "Information alignment"

@@ -11,6 +11,7 @@ output; the authors' code sums over positions.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,12 @@ def null(seen: Seen) -> Tensor:
     return 2 * seen.mean(seen.p, seen.r)
 
 
+def standardized(x: Tensor) -> Tensor:
+    """`x: [M, features, ...]` without its mean over all but the features, and with a mean square of 1."""
+    centred = x - x.mean([i for i in range(x.dim()) if i != 1], keepdim=True)
+    return centred * centred.square().mean().clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerAlignment(Rule):
     """A chain whose `B` descends a sum of primitives, in every backward pass.
@@ -105,11 +112,39 @@ class LayerAlignment(Rule):
     def terms(self) -> Sequence[tuple[float, Primitive]]:
         """The primitives and their factors."""
 
+    def prepared(self, x: Tensor, layer: LayerShaped) -> tuple[Tensor, float]:
+        """The `x` that the primitives are given, and a factor on their gradients."""
+        return x, 1.0
+
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale), borrowed=True)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         B, W = (w.to(h.dtype) for w in weights)
         assert isinstance(edge.operator, LayerShaped)
-        seen = Seen(edge.operator, W, B, h)
-        return (torch.stack([factor * primitive(seen) for factor, primitive in self.terms]).sum(0),)
+        x, rate = self.prepared(h, edge.operator)
+        seen = Seen(edge.operator, W, B, x)
+        return (torch.stack([rate * factor * primitive(seen) for factor, primitive in self.terms]).sum(0),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivityAlignment(LayerAlignment):
+    r"""Alignment by the layer's own activity.
+
+    standardize: of `x`, subtract the batch mean of every feature and divide by the root mean square of what remains, one number
+        for the layer; and divide the gradient by n, the inputs of one output unit, whose power n then is. Without it, the rate
+        that is stable differs between layers by the largest eigenvalue of :math:`E\,x^\top x`.
+    """
+
+    standardize: bool = True
+
+    @property
+    def least_batch(self) -> int:
+        return 2 if self.standardize else 1
+
+    def prepared(self, x: Tensor, layer: LayerShaped) -> tuple[Tensor, float]:
+        if not self.standardize:
+            return x, 1.0
+        form = layer.form
+        outputs = form.shape[1] * form.groups if form.transposed else form.shape[0]
+        return standardized(x), outputs / math.prod(form.shape)
