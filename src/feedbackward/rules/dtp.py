@@ -45,6 +45,9 @@ class DTP(Rule):
     feedback an optimizer of its own. Through inverses the signals come out much larger than the output's error: use Adam for the
     network as well, as the authors of the 2020 paper do.
 
+    Where a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian but leans
+    towards the data (Meulemans et al. 2020); :class:`feedbackward.DDTP` mends that.
+
     beta: how far the target of the output goes along its error. sigma: the noise.
     activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
 
