@@ -95,7 +95,7 @@ MUTATIONS = (
     (SEAMS, "and self.site_of(edges[0].source) is None:", ":", "test_rules_targets.py"),
     (HOOKS, "reversed(kinds) if prepend else kinds", "kinds", "test_rules_decoders.py"),
     ("rules/dtp.py", "self.beta * len(d) * d", "self.beta * d", "test_rules_targets.py"),
-    ("rules/dtp.py", "change=lambda site, h: noisy[site]", "change=lambda site, h: h + sigma * phase.noise(h)", "test_rules_decoders.py"),
+    ("rules/decoding.py", "change=lambda site, h: noisy[site]", "change=lambda site, h: h + sigma * phase.noise(h)", "test_rules_decoders.py"),
     ("rules/ddtp.py", "decode(far) - decode(s) - rows", "decode(far) - rows", "test_rules_decoders.py"),
     ("rules/ddtp.py", "if site == pushed else h", "", "test_rules_decoders.py"),
     ("rules/sdtp.py", "p = activity.softmax(1)", "p = activity", "test_rules_targets.py"),

@@ -13,7 +13,7 @@ from ..errors import AttachError
 from ..graph import Edge, Graph, Site, Source, star
 from ..operators.decoder import Decoder, Decoding, RandomHiddenDecoder, pair
 from .base import Properties, Rule
-from .dtp import decoder, descend, learning, refuse_noise, rows
+from .decoding import decoder, descend, learning, refuse_noise, rows
 
 if TYPE_CHECKING:
     from ..phase import Phase

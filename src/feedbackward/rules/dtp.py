@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from ..errors import AttachError
 from ..graph import Edge, Graph, Site, Source, ladder
-from ..operators.decoder import Decoder, Decoding, pair
+from ..operators.decoder import Decoder, pair
 from .base import Properties, Rule
+from .decoding import reconstruct, refuse_mixed_tokens, refuse_noise
 
 if TYPE_CHECKING:
     from ..phase import Phase
@@ -92,58 +89,3 @@ class DTP(Rule):
 
     def feedback_step(self, phase: Phase) -> None:
         reconstruct(phase, self.sigma)
-
-
-def reconstruct(
-    phase: Phase, sigma: float, seen: Callable[[Edge, Tensor], Tensor] = lambda edge, s: s
-) -> None:
-    """Let each decoder reconstruct its noisy site from what the segment above makes of it. `seen(edge, s)`: the decoder's input."""
-    with learning(phase):
-        clean = phase.forward()
-        noisy = {site: h + sigma * phase.noise(h) for site, h in clean.sites.items()}
-        # every segment starts from its own noisy site, whatever the ones below have made
-        made = phase.forward(change=lambda site, h: noisy[site])
-        for edge in phase.edges:
-            s, h = rows(edge, made.sources[edge.source.name]), rows(edge, noisy[edge.site])
-            difference = decoder(phase, edge)(seen(edge, s)) - h
-            descend(phase, edge, difference.square().sum() / (len(h) * sigma**2))
-
-
-@contextmanager
-def learning(phase: Phase) -> Iterator[None]:
-    """Gradients, and full precision: what noise changes is small."""
-    device = phase.weights(phase.edges[0])[0].device
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-def decoder(phase: Phase, edge: Edge) -> Callable[[Tensor], Tensor]:
-    """`g(s): [M, *site]` of `s: [M, *source]`."""
-    assert isinstance(edge.operator, Decoding)
-    return partial(edge.operator.decode, phase.weights(edge), site=edge.site_shape)
-
-
-def descend(phase: Phase, edge: Edge, loss: Tensor) -> None:
-    """Give an edge's decoder the gradient of the loss."""
-    phase.give(edge, torch.autograd.grad(loss, phase.weights(edge)[: edge.operator.learnable]))
-
-
-def rows(edge: Edge, activity: Tensor) -> Tensor:
-    """`[M, ...]`."""
-    return activity.flatten(0, edge.leading - 1)
-
-
-def refuse_noise(label: str, sigma: float) -> None:
-    if not sigma > 0:
-        raise AttachError(f"{label}'s decoders learn from noise: sigma is {sigma}, it must be above 0.")
-
-
-def refuse_mixed_tokens(label: str, graph: Graph) -> None:
-    """A target's distance is in units of M, which must be the same all the way down."""
-    kept = {edge.leading: edge.site.name for edge in graph.edges}
-    if len(kept) > 1:
-        names = " and ".join(repr(name) for name in kept.values())
-        raise AttachError(
-            f"{label}: some sites keep their token dimensions and others do not ({names}), so a target would change its distance on "
-            "the way. Name sites of one kind with `sites=`, or use DDTP."
-        )

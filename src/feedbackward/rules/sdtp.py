@@ -12,7 +12,7 @@ from ..errors import AttachError
 from ..graph import Edge, Graph, Site, Source, ladder
 from ..operators.decoder import Decoder, pair
 from .base import Properties, Rule
-from .dtp import reconstruct, refuse_mixed_tokens, refuse_noise
+from .decoding import reconstruct, refuse_mixed_tokens, refuse_noise
 
 if TYPE_CHECKING:
     from ..phase import Phase
