@@ -313,3 +313,25 @@ def test_state_dict_round_trip(row: Row) -> None:
         signals(learner, x, y)
     for (name, a), b in zip(grads(first).items(), grads(second).values(), strict=True):
         assert_close(a, b, name, tolerance=0.0)
+
+
+@pytest.mark.parametrize("pair", [CONV, TOKENS], ids=str)
+def test_backprop_as_a_rule_is_the_bare_model(pair: Pair) -> None:
+    """No hook, and autograd's graph has the same nodes in the same order."""
+
+    def walk(tensor: Tensor) -> list[str]:
+        names, stack = [], [tensor.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None:
+                names.append(node.name())
+                stack += [parent for parent, _ in node.next_functions]
+        return names
+
+    model = pair.model()
+    x, y = pair.batch()
+    bare = walk(loss_fn(y)(model(x)))
+    learner = pair.attach(fb.BP(), model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert walk(loss_fn(y)(learner(x))) == bare
+    assert not list(learner.feedback.parameters())
