@@ -23,6 +23,7 @@ ORACLES, LAWS, STEPS = "test_oracles.py", "test_laws.py", "test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
 DIRECT, JACOBIAN, LIFTS = "test_rules_direct.py", "test_rules_jacobian.py", "test_rules_ifa.py"
 FORMS, SEEDED = "test_operators.py", "test_seeded.py"
+FIXED, MIXED = "test_rules_fixed.py", "test_mixed.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -32,7 +33,7 @@ MUTATIONS = (
     (FUNCTIONS, "return (d, None, None, None, *signals", "return (d * 0, None, None, None, *signals", ORACLES),
     (FUNCTIONS, "return (d, None, None, None, *signals, *grads)", "return (d, None, None, None, *signals[::-1], *grads)", ORACLES),
     (FUNCTIONS, "weights, message, activities[i]", "weights, message, activities[0]", ORACLES),
-    (SEAMS, "if h is not None and h.requires_grad:", "if h is not None:", ORACLES),
+    (SEAMS, "if h is not None and (h.requires_grad or place in self.lifts):", "if h is not None:", ORACLES),
     (HOOKS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
     (SEAMS, "if source.shape[:lead].numel() < self.rule.least_batch:", "if False:", ORACLES),
     (SEAMS, "and h._version != version:", "and False:", STEPS),
@@ -109,6 +110,25 @@ MUTATIONS = (
     ("staleness.py", "deque([None] * ages[name])", "deque([None] * max(delays))", "test_staleness.py"),
     ("staleness.py", "own = found.get(f\"model.{edge.shares}\", {delays[i]: edge.site.name})", "own = {delays[i]: edge.site.name}", "test_staleness.py"),
     ("plan.py", "Segment(site.name, tuple(name for name in behind if name not in seen))", "Segment(site.name, tuple(behind))", "test_staleness.py"),
+    # fixed direct feedback, modules and mixtures
+    ("rules/shared_dfa.py", "Shared(scale=self.scale)", "Shared(scale=2 * self.scale)", FIXED),
+    ("rules/sparse_dfa.py", "Sparse(self.nonzeros, self.scale)", "Sparse(1, self.scale)", FIXED),
+    ("rules/binary_dfa.py", "Binary(self.scale)", "Binary(self.scale / 2)", FIXED),
+    ("rules/pdfa.py", 'Seeded(self.scale, "binary")', "Seeded(self.scale)", FIXED),
+    ("rules/cdfa.py", "sites[vectors[0] :]", "sites", FIXED),
+    ("rules/cdfa.py", "sites[vectors[0] :]", "sites[vectors[-1] :]", FIXED),
+    ("rules/han2020.py", "dilation=skipped", "dilation=1", FIXED),
+    ("rules/han2020.py", "stage[max(end - most, 0) : end]", "stage[end - 1 : end]", FIXED),
+    ("graph.py", "inner = group if output is source else group[:-1]", "inner = group", FIXED),
+    ("operators/layer_kernel.py", "padding = 2 * f.padding[i] +", "padding = f.padding[i] +", FIXED),
+    ("operators/layer_kernel.py", "groups=1)", "groups=self.form.groups)", FIXED),
+    ("operators/layer_kernel.py", "reversed(ends) if self.form.transposed else ends", "ends", FIXED),
+    (LEARNER, "any(tap.kind == \"input\" for tap in source.taps)", "False", FIXED),
+    ("rules/mixed.py", "return _rule_of(edge).feedback_grad(", "return list(self.rules.values())[0].feedback_grad(", MIXED),
+    ("rules/mixed.py", "return _rule_of(edge).learns_in_pass(edge)", "return self.learns(edge)", MIXED),
+    ("rules/mixed.py", "for rule in self.rules.values() if not isinstance(rule, BP))", "for rule in self.rules.values())", MIXED),
+    ("rules/mixed.py", "phase.part([edge for edge in phase.edges if _rule_of(edge) is rule])", "phase", MIXED),
+    ("rules/mixed.py", "cut.update(part.sites)", "cut.update(sites)", MIXED),
     # dense feedback
     (DENSE, "grad = d.t() @ h", "grad = (h.t() @ d).reshape(d.shape[1], -1)", ORACLES),
     (DENSE, "grad = d.t() @ h", "grad = d.t() @ h / len(h)", LAWS),
@@ -160,7 +180,7 @@ MUTATIONS = (
     # passes that must leave no trace
     (TRACE, "buffer.data.copy_(values)", "pass", LAWS),
     (TRACE, "buffer.data.copy_(values)", "buffer.copy_(values)", STEPS),
-    (TRACE, "random.setstate(state)", "pass", MEASURES),
+    (TRACE, "random.setstate(self.cpu[0])", "pass", MEASURES),
     (TRACE, "m.training = mode", "pass", STEPS),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),

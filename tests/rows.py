@@ -28,6 +28,22 @@ class Row:
         return self.name
 
 
+class Equations:
+    """The oracle's equations of a mixture: a row for each site, asked from the last site down."""
+
+    feedback = None
+
+    def __init__(self, rows: dict[str, Row]) -> None:
+        self.rows = iter(reversed(rows.items()))
+        self.learned: dict[str, Array] = {}
+
+    def signal(self, known: Known) -> Array | None:
+        site, row = next(self.rows)
+        if row.feedback is not None:
+            self.learned[site] = row.feedback(known)
+        return row.signal(known)
+
+
 ROWS = (
     Row("bp", BP(), oracles.backprop, direct=False),
     Row("frozen", Frozen(), oracles.nothing, direct=False),

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 import oracles
-from feedbackward.errors import ConfigError
-from feedbackward.experiment.building import make_rule
 from pairs import CONV, MLP, TOKENS, Pair, assert_close, exact_grads, grads, loss_fn, signals
-from rows import ROWS, Row
+from rows import ROWS, Equations
 from zoo import build, case
 
 NAMES = {row.name: row for row in ROWS}
@@ -52,22 +50,6 @@ def test_one_rule_everywhere_is_that_rule(rule: fb.Rule, pair: Pair) -> None:
     assert got.keys() == expected.keys()
     for name, gradient in got.items():
         assert_close(gradient, expected[name], name, tolerance=0.0)
-
-
-class Equations:
-    """The oracle's equations of a mixture: a row for each site, asked from the last site down."""
-
-    feedback = None
-
-    def __init__(self, rows: dict[str, Row]) -> None:
-        self.rows = iter(reversed(rows.items()))
-        self.learned: dict[str, oracles.Array] = {}
-
-    def signal(self, known: oracles.Known) -> oracles.Array | None:
-        site, row = next(self.rows)
-        if row.feedback is not None:
-            self.learned[site] = row.feedback(known)
-        return row.signal(known)
 
 
 @pytest.mark.parametrize("pair", [CONV, MLP, TOKENS], ids=str)
@@ -249,20 +231,3 @@ REFUSED: Sequence[tuple[Callable[[], object], str]] = (
 def test_what_does_not_go_together_is_refused(make: Callable[[], object], sentence: str) -> None:
     with pytest.raises(fb.AttachError, match=sentence):
         make()
-
-
-def test_by_name() -> None:
-    spec = {"features.*": "bp", "classifier.*": {"rule": "dkp", "options": {"center": True}}}
-    assert make_rule("mixed", {"rules": spec}) == fb.Mixed(
-        {"features.*": fb.BP(), "classifier.*": fb.DKP(center=True)}
-    )
-    for options, sentence in (
-        ({}, "needs its option 'rules'"),
-        ({"rules": ["bp"]}, "written as {pattern: rule"),
-        ({"rules": {"a": {"options": {}}}}, "the rule for 'a' is"),
-        ({"rules": {"a": {"rule": "dfa", "center": True}}}, "the rule for 'a' is"),
-        ({"rules": {"a": "dfaa"}}, "unknown rule 'dfaa'"),
-        ({"rules": {"a": {"rule": "dfa", "options": {"center": True}}}}, "has no option 'center'"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            make_rule("mixed", options)

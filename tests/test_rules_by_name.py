@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import feedbackward as fb
 import test_pairwise
 import test_rules_everywhere as everywhere
+from feedbackward.errors import ConfigError
+from feedbackward.experiment.building import make_rule
 from feedbackward.experiment.config import CompareConfig
 from test_cli import COMMAND, ENVIRONMENT, TINY, cli, refused
 
@@ -68,6 +70,7 @@ def test_a_rule_from_outside_in_attach(toy: ModuleType) -> None:
     torch.testing.assert_close(model[0].bias.grad, (e @ B.detach() * slope).sum(0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_a_rule_from_outside_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """As `python -m feedbackward`, which looks for modules where it is called."""
@@ -158,6 +161,7 @@ def test_a_mixture_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_p
     assert "needs its option 'rules'" in refused(capsys, "train", "--rule", "mixed", *ONE_EPOCH)
 
 
+@pytest.mark.slow
 def test_all_rules_in_one_comparison(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """One command for the whole table: every rule is run, or refused with its reason."""
     flags = [
@@ -183,3 +187,20 @@ def test_all_rules_in_one_comparison(capsys: pytest.CaptureFixture[str], tmp_pat
         assert rule["label"] in text
     page = (tmp_path / "report.html").read_text()
     assert "LRA-E was refused: " in page
+
+
+def test_mixtures_by_name() -> None:
+    spec = {"features.*": "bp", "classifier.*": {"rule": "dkp", "options": {"center": True}}}
+    assert make_rule("mixed", {"rules": spec}) == fb.Mixed(
+        {"features.*": fb.BP(), "classifier.*": fb.DKP(center=True)}
+    )
+    for options, sentence in (
+        ({}, "needs its option 'rules'"),
+        ({"rules": ["bp"]}, "written as {pattern: rule"),
+        ({"rules": {"a": {"options": {}}}}, "the rule for 'a' is"),
+        ({"rules": {"a": {"rule": "dfa", "center": True}}}, "the rule for 'a' is"),
+        ({"rules": {"a": "dfaa"}}, "unknown rule 'dfaa'"),
+        ({"rules": {"a": {"rule": "dfa", "options": {"center": True}}}}, "has no option 'center'"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            make_rule("mixed", options)

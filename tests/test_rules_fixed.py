@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import feedbackward as fb
 import oracles
 from pairs import CONV, F64, MLP, PAIRS, TOKENS, Pair, assert_close, exact_grads, grads, loss_fn, signals
-from test_mixed import Equations
+from rows import Equations
 from zoo import build, case
 
 DFA, BP = oracles.direct, oracles.backprop
