@@ -28,6 +28,9 @@ class IFA(Rule):
     The derivative in forward direction is taken by differentiating twice, within the forward pass: it costs memory and time
     that the rule itself does not, the signals wait for each other, and neither replay nor `fullgraph` compilation goes with it.
 
+    What :math:`W_{l+1}` learns is proportional to :math:`W_{l+1}` itself: it may grow along what it sends up. Bounded activations
+    (the paper's tanh) contain that; with ReLU small rates were needed here, and on convolutions it did not beat Frozen.
+
     operator: the form of the feedback weights of the first site and how they start.
 
     Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016 (arXiv:1609.01596), which has
