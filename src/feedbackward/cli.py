@@ -1,4 +1,4 @@
-"""The command line: `feedbackward train`, `compare`, `probe` and `rules`.
+"""The command line: `feedbackward train`, `compare`, `probe`, `bench`, `cost` and `rules`.
 
 Exit codes: 0 success; 2 anything that feedbackward refuses, a diverged run included, with one sentence on
 stderr; 130 and 143 a run stopped by Ctrl-C or SIGTERM, after saving it; 1 a fault of feedbackward itself,
@@ -25,6 +25,7 @@ usage: feedbackward COMMAND [options]
   compare  train by several rules and seeds under one recipe, and report
   probe    how near a trained run's gradients are to backprop's
   bench    step time, throughput and memory beside backprop's
+  cost     multiply-adds, bytes and steps in sequence on a network, counted without running it
   rules    what each rule needs and costs
 
 feedbackward COMMAND --help lists the options. A first look, in under four minutes:
@@ -144,11 +145,21 @@ def _bench(arguments: list[str]) -> int:
     return run_bench(config, arguments)
 
 
+def _cost(arguments: list[str]) -> int:
+    from .experiment.costing import parse_cost
+
+    config = parse_cost(arguments)
+    from .experiment.costreport import run_cost
+
+    return run_cost(config, arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
     "probe": _probe,
     "bench": _bench,
+    "cost": _cost,
     "rules": _rules,
 }
 
