@@ -112,6 +112,7 @@ def test_laws(case: Case, name: str) -> None:
     check_gradients(learner, case)
     check_round_trip(learner, name, case)
     check_autocast(learner, x, y)
+    check_probe(learner, x, y)
 
 
 def check_forward(learner: fb.Learner, case: Case) -> None:
@@ -173,6 +174,14 @@ def check_autocast(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
     assert output.isfinite().all()
     for name, p in learner.named_parameters():
         assert p.grad is None or (p.grad.isfinite().all() and p.grad.dtype == p.dtype), name
+
+
+def check_probe(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
+    """It can be measured, and the last layer has its true gradient."""
+    if learner.rule.needs == "target":
+        learner.target(y)
+    found = fb.probe(learner, lambda output: loss(output, y), x)
+    assert found.parameters[list(found.parameters)[-1]].cosine > 1 - 1e-6
 
 
 @every_rule

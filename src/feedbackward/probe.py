@@ -169,7 +169,7 @@ def _compare_feedback(
     edges = [
         e
         for e in learner.graph.edges
-        if e.leading == 1 and e.source == learner.source and e.site.name in activities
+        if e.leading == 1 and e.source == learner.source and e.site.name in activities and e.operator.linear
     ]
     if not wanted or not edges:
         return {}

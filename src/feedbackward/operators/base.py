@@ -29,6 +29,7 @@ class Operator(ABC):
     learnable: ClassVar[int] = 1
     sized: ClassVar[bool] = True
     common: ClassVar[bool] = False
+    linear: ClassVar[bool] = True  # whether `send` is the product of the error with a matrix
     renewed: ClassVar[bool] = False  # whether `renew` changes the weights for every pass
 
     def fit(self, source: Shape, site: Shape, seed: int) -> Operator:

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
 }
-LARGEST = 4e9  # bytes of one decoder's weights
+LARGEST = 1e9  # bytes of one decoder's weights
 
 
 def pair(s: Tensor, step: Tensor) -> Tensor:
@@ -48,6 +48,7 @@ class Decoding(Operator):
 
     parts: ClassVar[tuple[str, ...]] = ("B", "bias")
     learnable = 2
+    linear = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
