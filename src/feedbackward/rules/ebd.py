@@ -27,7 +27,7 @@ class EBD(Rule):
     The sign: in :math:`e\, e^\top h` the error counts twice, so it may be taken either way round. DKP's feedback is *minus* a sum of
     the same :math:`e^\top h_l`, as are output weights trained by gradient descent. A `B` that is all correlation therefore sends the
     opposite of what trains the layers below a head that descends the loss, and such networks stayed below chance here. With
-    :math:`1 - \lambda` small (1e-5 is in use) `B` stays near its random start and EBD is DFA with a drift; at larger rates it fails.
+    :math:`1 - \lambda` small `B` stays near its random start and EBD is DFA with a drift; at larger rates it fails.
     :class:`Flipped` reverses what is sent (`Flipped(EBD())`): not in the paper, but near DKP with a short memory.
 
     operator: the form of the feedback weights and how they start; one that can be learned.
