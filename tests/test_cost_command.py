@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ def test_an_operator_that_does_not_serve_a_site_says_where_and_why(capsys: Any, 
     (reason,) = re.findall(r"^dfa, pooled: (.*)$", out, flags=re.M)
     assert re.match(r"site '\S+': Pooled", reason)
     assert [row["refused"] for row in json.loads(file.read_text())["rows"]] == [None, reason, None]
+
+
+def test_the_documentation_shows_what_is_printed(capsys: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text()
+    (command,) = re.findall(r"^feedbackward cost (vgg16 .*)$", page, flags=re.M)
+    (shown,) = re.findall(r"^```text\n(vgg16.*?)^```", page, flags=re.M | re.S)
+    _, out, _ = cost(capsys, *shlex.split(command))
+    printed = [line.rstrip() for line in out.splitlines()]
+    assert printed[: len(shown.splitlines())] == shown.splitlines()
 
 
 def test_options_of_rules_and_operators(capsys: Any) -> None:
