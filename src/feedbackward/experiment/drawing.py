@@ -56,10 +56,9 @@ RESERVED = {
     "dfa": Style("#d55e00", "^", "--"),
     "frozen": Style("#7d858e", "X", ":"),
 }
-OTHERS = [
-    Style(colour, marker, line)
-    for line in ("-", "--", "-.")
-    for colour, marker in zip(("#009e73", "#b0568f", "#a07a00", "#5a6acf"), "DvPd", strict=True)
+COLOURS, MARKERS, LINES = ("#009e73", "#b0568f", "#a07a00", "#5a6acf"), "DvPd<>ph*", ("-", "--", "-.")
+OTHERS = [  # 4 colours and 9 markers: no two of 36 rules have the same of both
+    Style(COLOURS[i % 4], MARKERS[i % 9], LINES[i // 4 % 3]) for i in range(36)
 ]
 
 

@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from feedbackward.experiment.drawing import INK, Style, blank, drawing, height, name_ticks, styles, svg
+from feedbackward.experiment.drawing import INK, WIDTH, Style, blank, drawing, height, name_ticks, styles, svg
 from feedbackward.experiment.heatmap import ANGLE, JACOBIAN, cells, grid, heat_map
 from feedbackward.experiment.summary import (
     Results,
@@ -23,10 +23,12 @@ from feedbackward.experiment.summary import (
     summarise,
 )
 
+LINE = 0.18  # inches from one name to the next
+
 
 def curves(results: Results, key: str, name: str) -> Figure | None:
     """Mean of `key` per epoch and rule over finished runs, band of one sample standard deviation."""
-    figure = blank(3.0)
+    figure = blank(max(3.0, _room(results)))
     return figure if _curves(figure.add_subplot(), results, key, name) else None
 
 
@@ -70,12 +72,24 @@ def _series(runs: list[Results], key: str) -> tuple[list[int], np.ndarray]:
     return epochs, np.array([[table.get(epoch, np.nan) for epoch in epochs] for table in tables], dtype=float)
 
 
+def _room(results: Results) -> float:
+    """Inches for a column of all rules' names."""
+    return 0.6 + LINE * len(results["rules"])
+
+
 def _end_labels(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Each curve's name at its end, pushed apart where they would overlap."""
+    """Each curve's name at its end, pushed apart where they would overlap, and down again from above the axes."""
     low, high = axes.get_ylim()
-    gap, at = 0.075 * (high - low), -np.inf
-    for value, label, colour in sorted(ends):
-        at = max(value, at + gap)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_figheight() - 0.6
+    gap, ends = LINE / inches * (high - low), sorted(ends)
+    places = [value for value, _, _ in ends]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], high - gap * (len(places) - 1 - i))
+    for at, (_, label, colour) in zip(places, ends, strict=True):
         look: dict[str, Any] = {"color": colour, "va": "center", "weight": "bold"}
         axes.text(1.02, at, label, transform=axes.get_yaxis_transform(), **look)
     axes.set_ylim(low, high)
@@ -95,7 +109,13 @@ def parameter_angles(results: Results) -> Figure | None:
     """A row per parameter tensor: each rule's mean angle to BP's gradient, a line from least to most."""
     names = tensors(results)
     shown = [pair for pair in zip(results["rules"], styles(results), strict=True) if has_feedback(pair[0])]
-    figure = blank(1.1 + height(len(names)))
+    longest = max((len(label_of(rule)) for rule, _ in shown), default=0)
+    columns = max(1, min(4, int(WIDTH / (0.5 + 0.08 * longest))))
+    figure = blank(
+        0.9
+        + 0.2 * -(-len(shown) // columns)
+        + max(height(len(names)), 0.03 * len(shown) * min(len(names), 60))
+    )
     axes = figure.add_subplot()
     for index, (rule, style) in enumerate(shown):
         offset = 0.5 + 0.5 * ((index + 0.5) / len(shown) - 0.5)
@@ -117,7 +137,7 @@ def parameter_angles(results: Results) -> Figure | None:
     name_ticks(axes, names)
     axes.tick_params(axis="y", length=0)
     axes.grid()
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
@@ -127,7 +147,8 @@ def picture(results: Results) -> bytes:
     shown = [rule for rule in results["rules"] if has_feedback(rule)]
     shown = [rule for rule in shown if np.isfinite(grid(rule, sites, "angle")[1]).any()][:2]
     with drawing():
-        figure = Figure(figsize=(5 + 3.1 * len(shown), 3.7), layout="constrained", facecolor="white")
+        size = (5 + 3.1 * len(shown), max(3.7, 0.7 + _room(results)))
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
         panels = figure.subplots(1, 1 + len(shown), squeeze=False, width_ratios=[1.35, *[1] * len(shown)])[0]
         _curves(panels[0], results, "validation_accuracy", "validation accuracy (%)")
         panels[0].set_title("Learning curves", loc="left", weight="bold", size=10.5)
