@@ -150,10 +150,10 @@ def test_primitives_are_the_gradients_of_their_formulas(layer: str, name: str) -
 
 
 SUMS = {
-    "information_alignment": {"amp": 10.0, "null": 5.0, "decay": 5.0},
+    "information_alignment": {"amp": 1.0, "null": 0.5, "decay": 0.5},
     "information_alignment, raw": {"amp": 1.0, "null": 2.0, "decay": 3.0},
     "symmetric_alignment": {"decay": 0.5, "self_product": 1.0},
-    "activation_alignment": {"sparse": 5.0, "amp": 10.0},
+    "activation_alignment": {"sparse": 0.5, "amp": 1.0},
     "activation_alignment, raw": {"sparse": 2.0, "amp": 3.0},
     "self_alignment": {"self_product": 1.0},
 }
@@ -191,8 +191,8 @@ def test_feedback_descends_the_sum_of_its_primitives(pair: Pair, name: str) -> N
     [
         ("symmetric_alignment", 0.1, 60, 1.0),
         ("self_alignment", 0.1, 200, 35.0),
-        ("activation_alignment", 0.2, 1200, 20.0),
-        ("information_alignment", 0.02, 600, 60.0),
+        ("activation_alignment", 2.0, 1200, 20.0),
+        ("information_alignment", 0.2, 600, 60.0),
     ],
 )
 def test_feedback_turns_towards_the_weights_in_training(

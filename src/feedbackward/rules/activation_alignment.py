@@ -20,7 +20,8 @@ class ActivationAlignment(ActivityAlignment):
     .. math:: \nabla B_l = E\,(2\alpha\, q - \beta\, p)^\top x
 
     The delta rule with the target :math:`\beta p / 2\alpha`: `B` nears `W` fastest where the inputs vary most, and hardly where they
-    do not. It is not local: `q` sends activity along the feedback weights against their direction. Like every chain whose `B`
+    do not. Those directions move with the features, so momentum destabilises it early: a rate of `B` well below :math:`1 - \mu`. It
+    is not local: `q` sends activity along the feedback weights against their direction. Like every chain whose `B`
     follows `W` from a distance it needs a rate of `W` at which `B` can keep up.
 
     sparse, amp: :math:`\alpha` and :math:`\beta`.
@@ -32,11 +33,11 @@ class ActivationAlignment(ActivityAlignment):
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss that shares the
     weights' rate, sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the
-    standardisation here and the size of the defaults are ours.
+    standardisation and the defaults, 500 times as large, are ours.
     """
 
-    sparse: float = 5.0
-    amp: float = 10.0
+    sparse: float = 0.5
+    amp: float = 1.0
 
     name = "activation_alignment"
     label = "Activation alignment"

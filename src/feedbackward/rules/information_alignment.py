@@ -32,12 +32,12 @@ class InformationAlignment(ActivityAlignment):
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513). The authors' code has 2e-3, 1e-3 and 1e-3 in a loss that shares the weights' rate,
     sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the standardisation here and
-    the size of the defaults are ours.
+    the defaults, 500 times as large, are ours.
     """
 
-    amp: float = 10.0
-    null: float = 5.0
-    decay: float = 5.0
+    amp: float = 1.0
+    null: float = 0.5
+    decay: float = 0.5
 
     name = "information_alignment"
     label = "Information alignment"
