@@ -142,6 +142,17 @@ def test_every_rule_is_in_the_table_of_rules(capsys, form):
     assert all(rule in out for rule in RULES)
     if form == "json":
         assert json.loads(out)["dkp"]["learned_feedback"] is True
+    if form == "markdown":
+        rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines()]
+        column = next(row for row in rows if row[0] == "Rule").index("Transport")
+        said = {row[0]: row[column] for row in rows if row[0] in RULES}
+        assert [said[name] for name in ("bp", "fa", "usf", "brsf", "frsf")] == [
+            "yes",
+            "no",
+            "signs",
+            "signs",
+            "signs",
+        ]
 
 
 @pytest.mark.parametrize(

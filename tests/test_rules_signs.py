@@ -240,22 +240,12 @@ def test_zero_feedback_and_unknown_options_are_refused(kind: type[fb.Rule]) -> N
         MLP.attach(kind(**wrong))
 
 
-def test_the_table_says_that_signs_are_transported(capsys: pytest.CaptureFixture[str]) -> None:
-    from feedbackward.experiment.inspect import print_rules
-
-    print_rules("markdown")
-    table = {
-        cells[0]: cells for cells in (_cells(line) for line in capsys.readouterr().out.splitlines()) if cells
-    }
-    column = table["Rule"].index("Transport")
-    assert [table[name][column] for name in ("usf", "brsf", "frsf", "sign_symmetry")] == ["signs"] * 4
-    assert [table[name][column] for name in ("bp", "fa")] == ["yes", "no"]
-    assert MLP.attach(fb.USF()).feedback_bytes == 0
-    assert "made from fc2.weight" in str(MLP.attach(fb.USF()))
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")] if "|" in line else []
+def test_what_is_transported_and_stored() -> None:
+    learner = MLP.attach(fb.USF())
+    assert learner.rule.properties.weight_transport == "signs"
+    assert learner.feedback_bytes == 0
+    assert "made from fc2.weight" in str(learner)
+    assert MLP.attach(fb.BRSF()).feedback_bytes == 3 * 16
 
 
 def test_kept_norms_train() -> None:
