@@ -24,6 +24,7 @@ FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
 DIRECT, JACOBIAN, LIFTS = "test_rules_direct.py", "test_rules_jacobian.py", "test_rules_ifa.py"
 FORMS, SEEDED = "test_operators.py", "test_seeded.py"
 FIXED, MIXED = "test_rules_fixed.py", "test_mixed.py"
+SIGNS, ALIGNED, PRODUCTS = "test_rules_signs.py", "test_rules_alignment.py", "test_rules_pfa.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -49,6 +50,20 @@ MUTATIONS = (
     ("operators/layer.py", "return d @ B", "return d @ B * 2", CHAIN),
     ("operators/layer.py", "folded, period - folded)", "folded, period - folded - 1)", CHAIN),
     ("operators/layer.py", "return position % size", "return position.clamp(0, size - 1)", CHAIN),
+    # layer-wise chains
+    ("operators/signed.py", "W.sign() * self.magnitudes", "W.sign().abs() * self.magnitudes", SIGNS),
+    ("operators/signed.py", "return self.layer.bound / 3**0.5", "return self.layer.bound", SIGNS),
+    ("operators/signed.py", "weights[0][1] += 1", "pass", SIGNS),
+    (SEAMS, "own = tuple(B.clone() for B in own)", "pass", SIGNS),
+    ("norms.py", "W.mul_(torch.where(now > 0, norm / now, 1.0))", "pass", SIGNS),
+    ("rules/weight_mirror.py", "self.samples * places.clamp_min(1)", "self.samples", ALIGNED),
+    ("rules/weight_mirror.py", "self.decay * B - products", "self.decay * B + products", ALIGNED),
+    ("rules/layer_alignment.py", "return 2 * seen.mean(seen.p, seen.r)", "return 2 * seen.mean(seen.q, seen.r)", ALIGNED),
+    ("rules/layer_alignment.py", "return total * (d.shape[1] / d.numel())", "return total / len(d)", ALIGNED),
+    ("rules/symmetric_alignment.py", "(self.self_product, self_product)", "(-self.self_product, self_product)", ALIGNED),
+    ("operators/product.py", "self._weight(B.mT.to(grad.dtype) @", "self._weight(-B.mT.to(grad.dtype) @", PRODUCTS),
+    ("operators/product.py", "bound = math.sqrt(3 / mid)", "bound = math.sqrt(3 / out)", PRODUCTS),
+    ("rules/pfa.py", "return chain(sites, product, shared=True)", "return chain(sites, product)", PRODUCTS),
     # schedules
     ("sweeps.py", "raise PassOverError", "pass", "test_schedules.py"),
     ("sweeps.py", "if self.expected is None or", "if True or", "test_schedules.py"),
