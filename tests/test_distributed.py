@@ -16,7 +16,7 @@ import feedbackward as fb
 import zoo
 
 WORLD, BATCH, STEPS = 2, 8, 3
-RULES = {"dfa": fb.DFA(), "dkp": fb.DKP()}
+RULES = {"dfa": fb.DFA(), "dkp": fb.DKP(), "brsf": fb.BRSF(), "pfa": fb.PFA(expand=2)}
 NETS = ("group_norms", "resnet_functional", "tokens")
 
 pytestmark = [
