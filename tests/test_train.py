@@ -386,3 +386,13 @@ def test_steps_are_timed_in_turn():
     steps = [lambda: calls.append(0), lambda: calls.append(1), lambda: calls.append(2)]
     assert len(step_times(steps, 3, CPU)) == 3
     assert calls[9:] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+
+
+def test_norms_are_kept_where_the_recipe_says_so():
+    W = nn.Parameter(torch.arange(6.0).view(2, 3))
+    weights = Weights([W], Optimizer(lr=0.1, keep_norms=True), epochs=1, steps_per_epoch=10)
+    for _ in range(3):
+        W.grad = torch.ones_like(W)
+        weights.step(torch.amp.GradScaler("cpu", enabled=False))
+    assert W.detach().norm().item() == pytest.approx(55**0.5)
+    assert W[0, 0].item() < -1e-3

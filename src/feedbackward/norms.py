@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,20 +10,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-def keep_norms(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    r"""After every step of the optimizer, each weight matrix or kernel of `model` gets back the norm that it has now.
+def keep_norms(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    r"""After every step of the optimizer, each matrix or kernel among `parameters` gets back the norm that it has now.
 
     .. math:: W \leftarrow W\,\|W_0\|_F / \|W\|_F
 
     For chains whose feedback does not follow the weights' growth (FA, sign-concordant feedback; Moskovitz et al. 2019). The
-    weights train: they are changed in place, so the optimizer goes on with them. Biases, norms' parameters and feedback are left
-    alone, and weights that are zero. To resume a run, call it before the weights are loaded, or on any later ones: their norms
+    weights train: they are changed in place, so the optimizer goes on with them. Parameters of one dimension (biases, norms) are
+    left alone, and weights that are zero. To resume a run, call it before the weights are loaded, or on any later ones: their norms
     are the same. Remove the returned handle to end it.
 
-    model: `learner.model`. optimizer: the one that updates it.
+    parameters: usually `learner.model.parameters()`. optimizer: the one that updates them.
     """
     kept: list[tuple[Tensor, Tensor]] = [
-        (p, p.detach().norm()) for p in model.parameters() if p.dim() > 1 and p.requires_grad
+        (p, p.detach().norm()) for p in parameters if p.dim() > 1 and p.requires_grad
     ]
 
     @torch.no_grad()

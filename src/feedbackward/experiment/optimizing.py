@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
+from ..norms import keep_norms
 from .recipes import Optimizer
 
 
@@ -22,6 +23,8 @@ class Weights:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.settings = settings
         self.optimizer = _optimizer(self.parameters, settings)
+        if settings.keep_norms:
+            keep_norms(self.parameters, self.optimizer)
         self.schedule = _schedule(self.optimizer, settings, epochs, steps_per_epoch)
 
     @property
