@@ -171,3 +171,22 @@ def test_pfa_refuses_what_it_does_not_know() -> None:
         fb.PFA(expand=0)
     with pytest.raises(fb.AttachError, match="random, orthogonal, identity, got 10 and 'normal'"):
         fb.PFA(kind="normal")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["usf", "brsf", "frsf", "weight_mirror", "pfa", "information_alignment", "activation_alignment", "symmetric_alignment"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_autocast_and_stored_in_bfloat16(name: str, dtype: torch.dtype | None) -> None:
+    """Also where somebody calls backward within autocast, on a layer whose padding autocast treats by itself."""
+    model, x = awkward("reflect")
+    learner = fb.attach(model.float(), fb.RULES[name](), example=x.float(), feedback_dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(learner(x.float()).float(), torch.arange(5)).backward()
+        if learner.rule.in_phase:
+            learner.feedback_step(x.float())
+    for key, p in learner.named_parameters():
+        assert p.grad is not None, key
+        assert p.grad.dtype == p.dtype
+        assert p.grad.isfinite().all(), key

@@ -122,9 +122,12 @@ class LayerAlignment(Rule):
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         B, W = (w.to(h.dtype) for w in weights)
         assert isinstance(edge.operator, LayerShaped)
-        x, rate = self.prepared(h, edge.operator)
-        seen = Seen(edge.operator, W, B, x)
-        return (torch.stack([rate * factor * primitive(seen) for factor, primitive in self.terms]).sum(0),)
+        with torch.autocast(h.device.type, enabled=False):  # all in the activity's dtype
+            x, rate = self.prepared(h, edge.operator)
+            seen = Seen(edge.operator, W, B, x)
+            return (
+                torch.stack([rate * factor * primitive(seen) for factor, primitive in self.terms]).sum(0),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ class WeightMirror(Rule):
         \delta h_{l-1} = \delta a_l\, B_l, \qquad
         \nabla B_l = \lambda B_l - \tfrac1M\, y^\top \xi,\quad y = \xi W_l^\top,\quad \xi: [M, n_{l-1}] \sim \mathcal N(0, 1)
 
-    Call `learner.feedback_step(x)` for a mirror phase, before the optimizer of the feedback steps; the inputs are not looked at.
+    Call `learner.feedback_step(x)` for a mirror phase, before the optimizer of the feedback steps; the inputs are not looked at. A few
+    hundred phases before training let it begin aligned, as the authors do.
     Each layer alone is fed centred noise, and its response is taken without bias, norm or activation: then
     :math:`E[y^\top\xi]/M = W_l`, and `B` moves to :math:`W_l/\lambda`. For a convolution the sum of products over all positions is
     divided by how many positions each weight of the kernel takes part in. Whatever else decays `B` (the optimizer) adds to
