@@ -22,7 +22,7 @@ DENSE, LEARNER, PROBE, TRACE = "operators/dense.py", "learner.py", "probe.py", "
 ORACLES, LAWS, STEPS = "test_oracles.py", "test_laws.py", "test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "test_feedback.py", "test_probe.py", "test_chain.py"
 DIRECT, JACOBIAN, LIFTS = "test_rules_direct.py", "test_rules_jacobian.py", "test_rules_ifa.py"
-FORMS, SEEDED = "test_operators.py", "test_seeded.py"
+FORMS, SEEDED, COST = "test_operators.py", "test_seeded.py", "test_cost.py"
 FIXED, MIXED = "test_rules_fixed.py", "test_mixed.py"
 SIGNS, ALIGNED, PRODUCTS = "test_rules_signs.py", "test_rules_alignment.py", "test_rules_pfa.py"
 
@@ -144,6 +144,19 @@ MUTATIONS = (
     ("rules/mixed.py", "for rule in self.rules.values() if not isinstance(rule, BP))", "for rule in self.rules.values())", MIXED),
     ("rules/mixed.py", "phase.part([edge for edge in phase.edges if _rule_of(edge) is rule])", "phase", MIXED),
     ("rules/mixed.py", "cut.update(part.sites)", "cut.update(sites)", MIXED),
+    # what a step costs
+    ("counting.py", "self.tensor = tensor.detach()", "self.tensor = tensor", COST),
+    ("counting.py", "if moving and packet is not aten.ones_like:", "if moving:", COST),
+    ("counting.py", '"input_gradients" if product.moving else "weight_gradients"', '"weight_gradients"', COST),
+    ("counting.py", "if key not in self._known:", "if True:", COST),
+    ("counting.py", "if self._uses[key] == 1:", "if True:", COST),
+    ("cost.py", "made if made or sent else declared", "made or declared", COST),
+    ("cost.py", "made if made or sent else declared", "made", COST),
+    ("cost.py", "joint.total(\"feedback\") - seen", "joint.total(\"feedback\") * 0", COST),
+    ("cost.py", "(child, int(i > 0))", "(child, 0)", COST),
+    ("cost.py", "int(product and not products.made_of_weights(child))", "int(product)", COST),
+    ("cost.py", "max(depth.get(child, 0), depth[node] + more)", "depth[node] + more", COST),
+    ("cost.py", "if segment.parameters}", "}", COST),
     # dense feedback
     (DENSE, "grad = d.t() @ h", "grad = (h.t() @ d).reshape(d.shape[1], -1)", ORACLES),
     (DENSE, "grad = d.t() @ h", "grad = d.t() @ h / len(h)", LAWS),
