@@ -175,7 +175,9 @@ def test_rec_lra_without_an_activation_is_dkp() -> None:
         assert_close(found[1][name], gradient, name)
 
 
-@pytest.mark.parametrize("rule", [fb.LRA(beta=0.1, init="normal"), fb.RecLRA(activation="tanh")], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "rule", [fb.LRA(beta=0.1, init="normal"), fb.RecLRA(activation="tanh")], ids=lambda r: r.name
+)
 def test_hidden_layers_learn(rule: fb.Rule) -> None:
     assert accuracy(rule) > accuracy(fb.Frozen()) + 0.1
 
