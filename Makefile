@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit end-to-end bench-step clean
+.PHONY: demo test lint types unit end-to-end bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
 	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite true
@@ -25,8 +25,21 @@ end-to-end: .venv/dev
 	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true
 
 bench-step: .venv/dev
-	$(BIN)/feedbackward bench vgg16 --rules '[dfa,dkp,{rule: dkp, options: {center: true}}]' \
-		--batch 64 --rounds 11 --threads 2 --json bench/results/step_time.json
+	$(BIN)/feedbackward bench vgg16 --rules '[dfa,dkp,{rule: dkp, options: {center: true}}]' --schedules joint,replay \
+		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot bench/results/step_time.png
+
+bench-classes: .venv/dev
+	$(BIN)/feedbackward bench vgg16 --classes 200 --rules dfa,dkp \
+		--operators '[dense,{name: low_rank, rank: 8},{name: per_shape, maps: pooled, vectors: dense},sparse]' \
+		--batch 64 --rounds 7 --threads 2 --json bench/results/classes.json
+
+bench-depth: .venv/dev
+	$(BIN)/feedbackward bench resnet20 resnet110 --rules dkp,drtp --schedules replay,eager \
+		--batch 128 --rounds 7 --threads 2 --json bench/results/depth.json
+
+bench-vgg-memory: .venv/dev
+	$(BIN)/feedbackward bench vgg16 --rules dkp,drtp --schedules joint,replay,eager --batch 128 --rounds 7 --threads 2 \
+		--json bench/results/vgg_memory.json
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
