@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit end-to-end bench-step bench-classes bench-depth bench-vgg-memory clean
+.PHONY: demo test lint types unit end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
 	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite true
@@ -20,6 +20,10 @@ types: .venv/dev
 
 unit: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal
+
+# every one-line defect of tests/mutations.py must be caught: about ten minutes on an idle core
+mutations: .venv/dev
+	MUTATIONS=1 $(BIN)/pytest -n 0 tests/test_mutations.py
 
 end-to-end: .venv/dev
 	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true
