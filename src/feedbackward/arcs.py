@@ -12,7 +12,7 @@ from .errors import AttachError, SiteError
 from .graph import Arc, PreActivation, Source, Tap
 from .operators.layer import LayerForm
 from .sites import Sites, known_modules, source_tensor
-from .trace import ELEMENTWISE, PARAMETRIC, PRODUCTS, Call, Trace, gradient_edges
+from .trace import ELEMENTWISE, PARAMETRIC, PRODUCTS, Call, Trace, gradient_edges, narrow_nodes
 
 
 def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Arc]:
@@ -33,7 +33,7 @@ def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> l
     fed = [c for c in calls if c.inputs[0][0].requires_grad]
     if sites == "layers":
         _refuse_hidden_weights(model, above, calls)
-        return [_arc(trace, call) for call in fed]
+        return _arcs(trace, fed, final)
     wanted, chosen = _wanted(model, sites)
     missing = [name for name in wanted if name not in {c.name for c in fed}]
     if missing and chosen:
@@ -41,10 +41,15 @@ def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> l
             f"{missing[0]!r} is not a layer that a chain can feed: name Linear or convolution layers after the first and "
             "before the source."
         )
-    return [_arc(trace, call) for call in fed if call.name in wanted]
+    return _arcs(trace, [call for call in fed if call.name in wanted], final)
 
 
-def _arc(trace: Trace, call: Call) -> Arc:
+def _arcs(trace: Trace, calls: Iterable[Call], final: Tensor) -> list[Arc]:
+    narrow = narrow_nodes(final)
+    return [_arc(trace, call, call.outputs[0][0].grad_fn in narrow) for call in calls]
+
+
+def _arc(trace: Trace, call: Call, narrow: bool) -> Arc:
     if trace.counts[call.name] > 1:
         raise AttachError(
             f"layer {call.name!r} is called {trace.counts[call.name]} times in one forward pass, and a chain feeds each layer "
@@ -64,6 +69,7 @@ def _arc(trace: Trace, call: Call) -> Arc:
         form=LayerForm.of(call.module),
         weight=f"{call.name}.weight",
         below=_below(trace, call),
+        narrow=narrow,
     )
 
 

@@ -70,13 +70,15 @@ class Arc(Site):
     connected. It is fed from the layer's own output, by weights of the layer's own form.
 
     `weight` is the name of the layer's weight in the model. `below` is the output of the layer before, where nothing but
-    an elementwise activation lies between; else what does, in words.
+    an elementwise activation lies between; else what does, in words. `narrow`: whether all that lies below reaches the
+    source of the rule's error through this layer's output and no other way.
     """
 
     source: Source = field(kw_only=True)
     form: LayerForm = field(kw_only=True)
     weight: str = field(kw_only=True)
     below: PreActivation | str = field(kw_only=True)
+    narrow: bool = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,57 @@ def chain(
         for arc in arcs
     )
     return Graph(tuple(arcs), tuple(edges))
+
+
+def relays(arcs: Sequence[Any], steps: int, form: Callable[[Source, Arc], Operator]) -> Graph:
+    """The arcs in at most `steps` runs, each fed from the output of its last layer, whose error the run above gives.
+
+    The runs are those whose edges pass over the fewest layers in sum: what lies between a relay and a site is what a constant
+    map cannot follow. A layer that is larger than the relay, before a pooling or above the classes, counts more (`_passed_over`).
+
+    A relay that feeds more than its own layer's input is one that no other path leads round. Raises AttachError where such
+    relays do not suffice.
+    """
+    if not all(isinstance(arc, Arc) for arc in arcs):
+        raise AttachError("relays run over arcs: set `feeds = Arc` in the rule's class.")
+    runs = _runs(arcs, steps)
+    if runs is None:
+        raise AttachError(
+            f"no {steps} layers can relay the error: a relay must be a layer that no other path (a skip connection, a branch) leads "
+            f"round, which are {[arc.source.name for arc in arcs if arc.narrow] or 'none here'}. Allow more steps, or use direct "
+            "feedback (DKP) or a rule of single layers (KolenPollack, WeightMirror)."
+        )
+    edges = [Edge(run[-1].source, arc, form(run[-1].source, arc)) for run in runs for arc in run]
+    return Graph(tuple(arcs), tuple(edges))
+
+
+def _runs(arcs: Sequence[Arc], steps: int) -> list[Sequence[Arc]] | None:
+    """The cheapest partition of the arcs into at most `steps` runs, the lowest first; None where there is none."""
+    best: list[tuple[float, list[Sequence[Arc]]]] = [(0.0, [])] + [(math.inf, [])] * len(arcs)
+    for _ in range(steps):
+        best = [
+            min(
+                [best[stop]]
+                + [
+                    (best[i][0] + _passed_over(arcs[i:stop]), [*best[i][1], arcs[i:stop]])
+                    for i in range(stop)
+                ],
+                key=lambda cost_and_runs: cost_and_runs[0],
+            )
+            for stop in range(len(arcs) + 1)
+        ]
+    cost, runs = best[-1]
+    return runs if math.isfinite(cost) else None
+
+
+def _passed_over(run: Sequence[Arc]) -> float:
+    """The layers that lie between the sites of a run and its relay; none between the relay and its own input. One that is larger
+    than the relay counts more, by the binary logarithm of how much larger. Infinite where other paths lead round the relay."""
+    if len(run) > 1 and not run[-1].narrow:
+        return math.inf
+    sizes = [math.prod(arc.source.shape) for arc in run]
+    counts = [1 + max(0.0, math.log2(size / sizes[-1])) for size in sizes[:-1]]
+    return sum(sum(counts[i:]) for i in range(len(counts)))
 
 
 def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:

@@ -124,16 +124,18 @@ class Hooked(ABC):
 
 
 class Observer(Hooked):
-    """Records the activities of sites and sources; the true gradients flow. `change` may replace activities."""
+    """Records the activities of sites and sources; the true gradients flow. `change` may replace activities, `onward` what the
+    layers above a source get."""
 
     def __init__(
         self,
         sites: tuple[Site, ...],
         sources: tuple[Source, ...],
         change: Callable[[Site, Tensor], Tensor] | None = None,
+        onward: Callable[[Source, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(sites, sources)
-        self.change = change
+        self.change, self.onward = change, onward
 
     def meet(self, index: int, h: Tensor) -> Tensor:
         if self.tape is not None:
@@ -146,6 +148,8 @@ class Observer(Hooked):
     def fire(self, index: int, tensor: Tensor) -> Tensor:
         if self.tape is not None:
             self.tape.sources[self.sources[index].name] = tensor
+            if self.onward is not None:
+                tensor = self.onward(self.sources[index], tensor)
         return tensor.clone()  # an in-place operation that follows must not change the tensor that was kept
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import FeedbackError
-from .graph import Edge, Site
+from .graph import Edge, Site, Source
 from .hooks import Observer
 from .operators.base import Weights
 from .trace import preserved, run
@@ -66,15 +66,19 @@ class Phase:
         return self._learner.model.get_parameter(name).detach()
 
     def forward(
-        self, change: Callable[[Site, Tensor], Tensor] | None = None, gradients: bool = False
+        self,
+        change: Callable[[Site, Tensor], Tensor] | None = None,
+        gradients: bool = False,
+        onward: Callable[[Source, Tensor], Tensor] | None = None,
     ) -> Pass:
         """A plain forward pass on the inputs, without cuts, in the model's current mode.
 
-        `change(site, h)` gives what the layers above a site get in place of its activity. Buffers and random state are
+        `change(site, h)` gives what the layers above a site get in place of its activity, `onward(source, a)` the same for a
+        source. Buffers and random state are
         restored afterwards. With `gradients` autograd records the pass.
         """
         learner = self._learner
-        observer = Observer(self._sites, self._sources, change)
+        observer = Observer(self._sites, self._sources, change, onward)
         with ExitStack() as stack:
             stack.enter_context(preserved(learner.model))
             stack.enter_context(torch.set_grad_enabled(gradients))
@@ -99,7 +103,8 @@ class Phase:
         """For every edge: how its source moves, `[M, *source]`, and the noise along which its site did, `[M, *site]`.
 
         One forward-mode pass in which all sites move along standard normal noise `u` at once: the source moves by the sum
-        over the sites of `dsource/dh u`, sample by sample. Without autocast, and given in the dtype of the edge's weights.
+        over the sites below of `dsource/dh u`, sample by sample. The movement ends at a source when all that moves has met the
+        sources that it feeds: with relays, a source moves by the noise of its own sites alone. Without autocast, and given in the dtype of the edge's weights.
 
         Raises FeedbackError where a layer has no forward-mode derivative.
         """
@@ -112,13 +117,21 @@ class Phase:
                 noise[site] = self.noise(still)
                 total = noise[site] if tangent is None else tangent + noise[site]
                 moving[site] = forward_ad.make_dual(still, total)
+                waiting.update(feeders[site])
             return moving[site]
+
+        waiting: set[str] = set()  # the sources that have yet to meet the noise of a site below
+        feeders = {site: {e.source.name for e in self.edges if e.site == site} for site in self._sites}
+
+        def end(source: Source, a: Tensor) -> Tensor:
+            waiting.discard(source.name)
+            return a if waiting else forward_ad.unpack_dual(a).primal
 
         device = next(self._learner.model.parameters()).device.type
         try:
             # fused attention has no forward-mode derivative; norms under autocast give theirs in another dtype
             with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
-                met = self.forward(change=push).sources
+                met = self.forward(change=push, onward=end).sources
                 moves = {name: forward_ad.unpack_dual(source).tangent for name, source in met.items()}
         except NotImplementedError as error:
             raise FeedbackError(

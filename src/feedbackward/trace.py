@@ -245,6 +245,29 @@ def trace(model: nn.Module, example: Any) -> Trace:
     return Trace(calls, output)
 
 
+def narrow_nodes(tensor: Tensor) -> set[Any]:
+    """The autograd nodes through which all that was made before them reaches the tensor: no other path leads round them."""
+    order: dict[Any, int] = {}
+    stack: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.setdefault(node, len(order))
+        elif node not in order:
+            stack.append((node, True))
+            stack += [
+                (n, False) for n, _ in reversed(node.next_functions) if n is not None and n.next_functions
+            ]
+    rounds = [0] * (len(order) + 1)  # how many edges begin to lead round a place, less those that end there
+    for node, place in order.items():
+        for below, _ in node.next_functions:
+            if below in order:
+                rounds[order[below] + 1] += 1
+                rounds[place] -= 1
+    passing = list(itertools.accumulate(rounds))
+    return {node for node, place in order.items() if not passing[place]}
+
+
 def gradient_edges(tensor: Tensor) -> set[tuple[Any, int]]:
     """Every autograd node that leads to the tensor, its own included, with the number of its output that does."""
     seen: set[tuple[Any, int]] = set()

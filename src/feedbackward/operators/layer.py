@@ -51,6 +51,20 @@ class LayerForm:
             layer.padding_mode,
         )
 
+    @staticmethod
+    def between(source: Shape, site: Shape, size: int) -> LayerForm:
+        """A convolution from a site `[c, H, ...]` to a source `[C, H2, ...]`, whatever lies between them: its stride along each axis
+        is H / H2, rounded; its kernel has that side (one more where the borders ask for it), with a stride s > 1 s - 1 more.
+        """
+        strides, sides, pads = [], [], []
+        for length, places in zip(site[1:], source[1:], strict=True):
+            stride = max(1, round(length / places))
+            reach = (places - 1) * stride - length  # of the first weight's places, less the whole axis
+            side = max(size + stride - 1, -reach)
+            side += (side + reach) % 2
+            strides, sides, pads = [*strides, stride], [*sides, side], [*pads, (side + reach) // 2]
+        return LayerForm((source[0], site[0], *sides), tuple(strides), (1,) * len(sides), padding=tuple(pads))
+
 
 @dataclass(frozen=True)
 class LayerShaped(Operator):

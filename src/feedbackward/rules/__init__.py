@@ -30,6 +30,7 @@ from .mixed import Mixed
 from .pdfa import PDFA
 from .pfa import PFA
 from .rec_lra import RecLRA
+from .relayed_fdfa import RelayedFDFA
 from .sdtp import SDTP
 from .self_alignment import SelfAlignment
 from .shared_dfa import SharedDFA
@@ -62,6 +63,7 @@ RULES: dict[str, type[Rule]] = {
     "sign_dfa": SignDFA,
     "fdfa": FDFA,
     "grape": GrAPE,
+    "relayed_fdfa": RelayedFDFA,
     "ebd": EBD,
     "dgl": DGL,
     "weight_mirror": WeightMirror,
@@ -117,6 +119,7 @@ __all__ = [
     "Mixed",
     "Properties",
     "RecLRA",
+    "RelayedFDFA",
     "Rule",
     "SelfAlignment",
     "SharedDFA",
