@@ -42,7 +42,7 @@ class BRSF(Rule):
         forward_unlocked=False,
         weight_transport="signs",
         learned_feedback=False,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="0",
         extra_compute="hash of W",
     )

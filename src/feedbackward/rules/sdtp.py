@@ -58,7 +58,7 @@ class SDTP(Rule):
         forward_unlocked=False,
         weight_transport=False,
         learned_feedback=True,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="decoders + opt.",
         extra_compute="2 forward passes + 4 N decoders - D",
     )

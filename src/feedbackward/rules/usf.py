@@ -45,7 +45,7 @@ class USF(Rule):
         forward_unlocked=False,
         weight_transport="signs",
         learned_feedback=False,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="0",
         extra_compute="0",
     )
