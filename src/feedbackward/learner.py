@@ -141,9 +141,18 @@ class Learner(nn.Module):
                 )
         if not cut:
             return self.model(*args, **kwargs)
+        return self._uncompiled(args, kwargs) if self.graph.lifts else self._cut(args, kwargs)
+
+    def _cut(self, args: Any, kwargs: Any) -> Any:
+        """A pass under cuts."""
         with self.seams.recording(self.begin_pass((args, kwargs))):
             tied = self.seams.tied()
             return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _uncompiled(self, args: Any, kwargs: Any) -> Any:
+        """For signals that go up: they are derivatives of derivatives, which compiled layers do not have."""
+        return self._cut(args, kwargs)
 
     def backward(
         self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint", keep_inputs: bool = False
