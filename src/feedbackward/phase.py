@@ -112,7 +112,7 @@ class Phase:
             for handle in observer.install(learner.model, prepend=True):
                 stack.callback(handle.remove)
             tape = stack.enter_context(observer.recording())
-            output = run(under, self.inputs)
+            output = run(under if weights else learner.model, self.inputs)
         activities = {site: h for site, h in zip(observer.sites, tape.h, strict=True) if h is not None}
         return Pass(activities, {k: v for k, v in tape.sources.items() if v is not None}, output)
 

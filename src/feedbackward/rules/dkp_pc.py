@@ -34,9 +34,10 @@ class DKPPC(Rule):
     layers, with :math:`\epsilon_l = z_l - z_{l-1} W_l'^\top`, step 2 is :math:`z_l \leftarrow z_l + \gamma (\epsilon_{l+1} W'_{l+1} -
     \epsilon_l)`: one layer down, through transposed weights. Step 3 then descends :math:`-\rho\, \epsilon_l^\top z_{l-1} / N`.
 
-    Call `learner.feedback_step(x, loss_fn)` once after every backward pass, before the optimizers step. W' is never stored: with
-    plain SGD at the rate :math:`\eta_1` for W the one step on :math:`\nabla W` is the paper's two, the second at the rate
-    :math:`\rho\,\eta_1`. With any other optimizer or rate, beliefs meet a W' at which the weights do not arrive (inferred).
+    Call `learner.feedback_step(x, loss_fn)` once after the backward pass of a batch (gradients of several batches cannot be
+    accumulated), before the optimizers step. W' is never stored: with plain SGD at the rate :math:`\eta_1` for W the one step on
+    :math:`\nabla W` is the paper's two, the second at the rate :math:`\rho\,\eta_1`. With any other optimizer or rate, beliefs
+    meet a W' at which the weights do not arrive (inferred).
 
     rate: :math:`\eta_1`. gamma, steps: size and number of the steps of inference. ratio: :math:`\rho`, of the second update.
     operator: the form of the feedback weights and how they start; one that can be learned.
@@ -66,7 +67,7 @@ class DKPPC(Rule):
         weight_transport=True,
         learned_feedback=True,
         backward_steps="1 + 1",
-        extra_memory="W + C n + opt.",
+        extra_memory="2 W + 3 N n + C n + opt.",
         extra_compute="4 forward passes + 2 N C n",
     )
 
