@@ -25,6 +25,7 @@ DIRECT, JACOBIAN, LIFTS = "test_rules_direct.py", "test_rules_jacobian.py", "tes
 FORMS, SEEDED, COST = "test_operators.py", "test_seeded.py", "test_cost.py"
 FIXED, MIXED = "test_rules_fixed.py", "test_mixed.py"
 SIGNS, ALIGNED, PRODUCTS = "test_rules_signs.py", "test_rules_alignment.py", "test_rules_pfa.py"
+PREDICTIVE = "test_rules_predictive.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -50,6 +51,13 @@ MUTATIONS = (
     ("operators/layer.py", "return d @ B", "return d @ B * 2", CHAIN),
     ("operators/layer.py", "folded, period - folded)", "folded, period - folded - 1)", CHAIN),
     ("operators/layer.py", "return position % size", "return position.clamp(0, size - 1)", CHAIN),
+    # predictive coding
+    ("rules/dkp_pc.py", "z - self.gamma * n * slope", "z - self.gamma * slope", PREDICTIVE),
+    ("rules/dkp_pc.py", "/ (2 * n)", "/ n", PREDICTIVE),
+    ("rules/dkp_pc.py", "range(self.steps)", "range(1)", PREDICTIVE),
+    ("rules/dkp_pc.py", "gradients=True, weights=weights)", "gradients=True)", PREDICTIVE),
+    ("phase.py", "p - rate * p.grad", "p - p.grad", PREDICTIVE),
+    ("phase.py", "weight.grad = grad if weight.grad is None else weight.grad + grad", "weight.grad = grad", PREDICTIVE),
     # layer-wise chains
     ("operators/signed.py", "W.sign() * self.magnitudes", "W.sign().abs() * self.magnitudes", SIGNS),
     ("operators/signed.py", "return self.layer.bound / 3**0.5", "return self.layer.bound", SIGNS),
@@ -72,7 +80,8 @@ MUTATIONS = (
     ("replay.py", "    before.restore()", "    pass", "test_schedules.py"),
     ("replay.py", "[edge], [h], self.target, learn=False)\n            self.add(sent, d, more=True)", "[edge], [h], self.target, learn=False)\n            self.add(sent, -d, more=True)", "test_schedules.py"),
     ("replay.py", "total += torch.autograd.grad(sent, h, d)[0]", "total = torch.autograd.grad(sent, h, d)[0] * 2", "test_schedules.py"),
-    ("rehearsal.py", "if above > largest:", "if False:", "test_schedules.py"),
+    ("rehearsal.py", "if above > largest:", "if False:", "test_schedules_held.py"),
+    ("replay.py", "h.new_zeros(()).expand_as(h)", "torch.zeros_like(h)", "test_schedules_held.py"),
     ("segments.py", "kept.random[index].restore()", "pass", "test_schedules.py"),
     ("segments.py", "kept.beginning.restore()", "pass", "test_schedules.py"),
     ("segments.py", "    after.restore()", "    pass", "test_schedules.py"),

@@ -175,7 +175,7 @@ def step(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
     """One backward pass and, where the rule has one, one phase."""
     loss_fn(y)(learner(x)).backward()
     if learner.rule.in_phase:
-        learner.feedback_step(x)
+        learner.feedback_step(x, loss_fn(y))
 
 
 def _watch(module: nn.Module, tap, name: str, met: dict[str, Tensor]):  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import oracles
-from feedbackward import BP, DFA, DKP, EBD, FDFA, Dense, Flipped, Frozen, GrAPE, Rule, SignDFA
+from feedbackward import BP, DFA, DKP, DKPPC, EBD, FDFA, Dense, Flipped, Frozen, GrAPE, Rule, SignDFA
 from oracles import Array, Known
 
 
@@ -52,6 +52,7 @@ ROWS = (
     Row("dkp", DKP(), oracles.direct, oracles.outer_product),
     Row("dkp-centred", DKP(center=True), oracles.direct, oracles.centred_outer_product, least_batch=2),
     Row("dkp-flipped", Flipped(DKP()), oracles.reversed_direct, oracles.outer_product),
+    Row("dkp_pc", DKPPC(), oracles.direct),  # what its phase gives: test_rules_predictive
     Row("sign_dfa", SignDFA(), oracles.sign_of_error),
     Row("ebd", EBD(), oracles.direct, oracles.towards_correlation),
     Row("fdfa", FDFA(operator=Dense()), oracles.direct),  # what it learns, in a phase: test_rules_direct

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -123,3 +124,19 @@ def test_a_meta_model_costs_the_same(example: Example) -> None:
     """On the meta device nothing has values, and nothing is allocated."""
     there = copy.deepcopy(example.model).to("meta")
     assert counted(fb.DKP(), there, example.x.to("meta")) == counted(fb.DKP(), example.model, example.x)
+
+
+@pytest.mark.parametrize("name", fb.RULES)
+def test_steps_are_those_of_the_table(name: str) -> None:
+    """What a rule says of itself and what is counted are one thing: products in sequence, of a plain net of five layers."""
+    rule, sizes = fb.RULES[name](), (6, 9, 8, 7, 6, 3)
+    if rule.properties.backward_steps in ("convs", "modules", "L / K"):
+        pytest.skip("of nets, or schedules, of another kind")
+    layers = len(sizes) - 1
+    model = nn.Sequential()
+    for a, b in itertools.pairwise(sizes):
+        model.extend([nn.Linear(a, b), nn.Tanh()])
+    first, *phase = rule.properties.backward_steps.split(" + ")
+    assert bool(phase) == rule.revises  # what the phase needs is not in the count of a pass
+    said = {"0": 0, "1": 1, "L - 1": layers - 1}[first]
+    assert counted(rule, model[:-1], torch.randn(4, 6)).steps == said

@@ -143,7 +143,7 @@ def test_what_it_needs_and_costs() -> None:
     assert mixture.label == "BP + DRTP"
     assert mixture.properties == fb.Properties(
         backward_unlocked=False, update_unlocked=False, forward_unlocked=False, weight_transport=True, learned_feedback=False,
-        backward_steps="L + 0", extra_memory="0 + C n", extra_compute="0 + N n - D",
+        backward_steps="L - 1 + 0", extra_memory="0 + C n", extra_compute="0 + N n - D",
     )  # fmt: skip
     assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).properties.learned_feedback
     assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).least_batch == 2
@@ -156,7 +156,7 @@ def test_what_it_needs_and_costs() -> None:
 
 def test_nothing_that_a_rule_can_say_is_forgotten() -> None:
     """Whatever the contract gets, a mixture has to ask its parts for."""
-    said = {name for name in fb.Rule.__annotations__ if name not in ("name", "paper")}
+    said = {name for name in fb.Rule.__annotations__ if name not in ("name", "paper", "revises")}  # refused
     assert said <= vars(fb.Mixed({"*": fb.DFA()})).keys()
     methods = {
         name for name, value in vars(fb.Rule).items() if isfunction(value) and not name.startswith("_")

@@ -215,16 +215,25 @@ def test_frozen_layers_in_the_middle_pass_signals_on() -> None:
     assert model.fc2.weight.grad is None
 
 
-def test_replay_is_refused_and_compilation_leaves_it_to_autograd() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compilation_leaves_it_to_autograd(backend: str) -> None:
     learner = MLP.attach(fb.IFA())
     x, y = MLP.batch()
     loss_fn(y)(learner(x)).backward()
     truth = grads(learner.model)
     learner.zero_grad()
     torch._dynamo.reset()
-    loss_fn(y)(torch.compile(learner, backend="eager")(x)).backward()
+    loss_fn(y)(torch.compile(learner, backend=backend)(x)).backward()
     for name, gradient in grads(learner.model).items():
         assert_close(gradient, truth[name], name)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="_uncompiled"):
+        torch.compile(learner, backend=backend, fullgraph=True)(x)
+
+
+def test_replay_is_refused() -> None:
+    learner = MLP.attach(fb.IFA())
+    x, y = MLP.batch()
     with pytest.raises(fb.AttachError, match=r"IFA's signals go up .*schedule=\"joint\""):
         learner.backward(x, loss_fn(y), schedule="replay")
 

@@ -392,18 +392,3 @@ def test_targets_are_asked_for_and_checked() -> None:
     learner(x)
     with pytest.raises(fb.FeedbackError, match=r"before the forward pass"):  # they serve one pass
         learner(x)
-
-
-@pytest.mark.parametrize(
-    ("widths", "places"),
-    [([32] * 12, range(8, 11)), ([1024, 64, 32, 16, 8], range(1))],
-    ids=["even", "tapering"],
-)
-def test_what_is_held_weighs_no_more_than_the_largest_segment(widths: list[int], places: range) -> None:
-    """Of equal segments only the top can be held; where the lowest outweighs the rest, all of the rest."""
-    layers: list[nn.Module] = []
-    for before, width in zip([8, *widths], widths, strict=False):
-        layers += [nn.Linear(before, width), nn.Tanh()]
-    learner = fb.attach(nn.Sequential(*layers, nn.Linear(widths[-1], 2)), fb.DFA(), example=torch.randn(3, 8))
-    learner.backward(torch.randn(64, 8), lambda out: out.square().mean(), schedule="replay")
-    assert learner.rehearsed.hold in places

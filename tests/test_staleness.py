@@ -23,7 +23,7 @@ def gradients(learner: fb.Learner, pair: Pair, step: int) -> None:
         learner.target(y)
     loss_fn(y)(learner(x)).backward()
     if learner.rule.in_phase:
-        learner.feedback_step(x)
+        learner.feedback_step(x, loss_fn(y))
 
 
 def trained(

@@ -225,7 +225,7 @@ class _Count:
         if not self.learner.rule.in_phase:
             return None
         with Products(self.learner.model, nn.Module(), self.inputs) as products:
-            self.learner.feedback_step(self.inputs)
+            self.learner.feedback_step(self.inputs, self.loss_fn)
         return sum(products.macs.values())
 
     def _weights(self, edge: Edge) -> tuple[Tensor, ...]:

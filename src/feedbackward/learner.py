@@ -141,9 +141,18 @@ class Learner(nn.Module):
                 )
         if not cut:
             return self.model(*args, **kwargs)
+        return self._uncompiled(args, kwargs) if self.graph.lifts else self._cut(args, kwargs)
+
+    def _cut(self, args: Any, kwargs: Any) -> Any:
+        """A pass under cuts."""
         with self.seams.recording(self.begin_pass((args, kwargs))):
             tied = self.seams.tied()
             return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _uncompiled(self, args: Any, kwargs: Any) -> Any:
+        """For signals that go up: they are derivatives of derivatives, which compiled layers do not have."""
+        return self._cut(args, kwargs)
 
     def backward(
         self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint", keep_inputs: bool = False
@@ -167,10 +176,11 @@ class Learner(nn.Module):
         self._refuse_detached()
         return backward(self, inputs, loss_fn, schedule, keep_inputs)
 
-    def feedback_step(self, inputs: Any) -> None:
+    def feedback_step(self, inputs: Any, loss_fn: LossFn | None = None) -> None:
         """For rules whose feedback learns in a phase of its own (weight mirror, decoders): run it on these inputs.
 
-        It adds to the gradients of the feedback weights and touches no `.grad` of the model, buffer or mode; one number is
+        It adds to the gradients of the feedback weights and touches no buffer or mode of the model, and no `.grad` of it unless
+        the rule `revises` (DKP-PC), which needs the `loss_fn(output) -> scalar` of the training step as well; one number is
         drawn from torch's generator, for the noise. Call it as often as the rule's docstring says, before the optimizer of
         the feedback steps; where torch.distributed runs, on every rank, for the gradients are averaged over the ranks. Raises
         FeedbackError for rules without such a phase, and under fp16 autocast: gradients that
@@ -182,7 +192,7 @@ class Learner(nn.Module):
                 f"{self.rule.label} has no phase of its own for its feedback: leave out the call of feedback_step."
             )
         self._refuse_fp16("feedback learns in a phase that no loss scale reaches")
-        self.rule.feedback_step(Phase(self, inputs))
+        self.rule.feedback_step(Phase(self, inputs, loss_fn))
 
     def begin_pass(self, inputs: Any) -> Target | None:
         """Check the inputs of a pass under cuts, and take the targets that it was given."""

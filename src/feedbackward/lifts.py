@@ -38,8 +38,6 @@ def response(lift: Lift, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -
 
 def _refuse(lift: Lift, h: Tensor, cut: Tensor, above: Tensor) -> None:
     where = f"from site {lift.below.name!r} to {lift.above.name!r}"
-    if torch.compiler.is_compiling():
-        raise AttachError("signals that go up take derivatives within the forward pass: do not compile it.")
     if not h.requires_grad:
         raise AttachError(
             f"signals go up {where} through all layers, but those below {lift.below.name!r} are frozen: leave out its site."

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import FeedbackError
@@ -21,6 +22,7 @@ from .trace import preserved, run
 
 if TYPE_CHECKING:
     from .learner import Learner
+    from .sweeps import LossFn
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,16 @@ class Pass:
 
 
 class Phase:
-    """One call of `learner.feedback_step(inputs)`. Nothing of the model changes in it.
+    """One call of `learner.feedback_step(inputs, loss_fn)`. Nothing of the model changes in it, but for the gradients of its
+    weights where a rule `revises` them.
 
     Attributes:
         edges: the feedback graph's edges.
         inputs: as the user gave them.
     """
 
-    def __init__(self, learner: Learner, inputs: Any) -> None:
-        self._learner, self.inputs = learner, inputs
+    def __init__(self, learner: Learner, inputs: Any, loss_fn: LossFn | None = None) -> None:
+        self._learner, self.inputs, self._loss_fn = learner, inputs, loss_fn
         self.edges = learner.graph.edges
         self._sites, self._sources = learner.graph.sites, learner.graph.sources
         self._seed = int(
@@ -51,7 +54,7 @@ class Phase:
 
     def part(self, edges: Sequence[Edge]) -> Phase:
         """The phase of some edges: its passes meet their sites and sources only."""
-        phase = Phase(self._learner, self.inputs)
+        phase = Phase(self._learner, self.inputs, self._loss_fn)
         phase.edges = tuple(edges)
         phase._sites = tuple(dict.fromkeys(edge.site for edge in edges))
         phase._sources = tuple(dict.fromkeys(edge.source for edge in edges))
@@ -65,19 +68,44 @@ class Phase:
         """A weight of the model (an arc's own: `arc.weight`), detached."""
         return self._learner.model.get_parameter(name).detach()
 
+    def moved(self, rate: float) -> dict[str, Tensor]:
+        """The model's parameters that have gradients by now, by name, after a step along them: leaves of a graph of their own."""
+        found = {name: p for name, p in self._learner.model.named_parameters() if p.requires_grad}
+        moved = {n: (p - rate * p.grad).detach() for n, p in found.items() if p.grad is not None}
+        if not moved:
+            raise FeedbackError(
+                f"{self._learner.rule.label} goes on from the step of the backward pass, but no weight has a gradient: call "
+                "`learner.feedback_step(x, loss_fn)` after the backward pass and before `optimizer.step()`."
+            )
+        return {name: p.requires_grad_() for name, p in moved.items()}
+
+    def loss(self, output: Any) -> Tensor:
+        """The network's loss of the output of a pass. Raises FeedbackError where the call gave none."""
+        if self._loss_fn is None:
+            raise FeedbackError(
+                f"{self._learner.rule.label} needs the loss in its phase: call `learner.feedback_step(x, loss_fn)`, for example with "
+                "`lambda output: F.cross_entropy(output, y)`."
+            )
+        return self._loss_fn(output)
+
     def forward(
         self,
         change: Callable[[Site, Tensor], Tensor] | None = None,
         gradients: bool = False,
         onward: Callable[[Source, Tensor], Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Pass:
         """A plain forward pass on the inputs, without cuts, in the model's current mode.
 
         `change(site, h)` gives what the layers above a site get in place of its activity, `onward(source, a)` the same for a
-        source. Buffers and random state are
-        restored afterwards. With `gradients` autograd records the pass.
+        source. Buffers and random state are restored afterwards. With `gradients` autograd records the pass. `weights` take the
+        place of the parameters of these names.
         """
         learner = self._learner
+
+        def under(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(learner.model, dict(weights or {}), args, kwargs)
+
         observer = Observer(self._sites, self._sources, change, onward)
         with ExitStack() as stack:
             stack.enter_context(preserved(learner.model))
@@ -85,7 +113,7 @@ class Phase:
             for handle in observer.install(learner.model, prepend=True):
                 stack.callback(handle.remove)
             tape = stack.enter_context(observer.recording())
-            output = run(learner.model, self.inputs)
+            output = run(under if weights else learner.model, self.inputs)
         activities = {site: h for site, h in zip(observer.sites, tape.h, strict=True) if h is not None}
         return Pass(activities, {k: v for k, v in tape.sources.items() if v is not None}, output)
 
@@ -150,8 +178,17 @@ class Phase:
         """Add to the gradients of the edge's learnable weights, in their order; of several processes, their mean, as
         DistributedDataParallel makes it in a backward pass."""
         for weight, grad in zip(self.weights(edge), grads, strict=False):
-            grad = _mean_of_ranks(grad.detach().to(weight.dtype))
-            weight.grad = grad if weight.grad is None else weight.grad + grad
+            _add(weight, grad)
+
+    def revise(self, grads: Mapping[str, Tensor]) -> None:
+        """For a rule that `revises`: add to the gradients of the model's parameters; of several processes, their mean."""
+        for name, grad in grads.items():
+            _add(self._learner.model.get_parameter(name), grad)
+
+
+def _add(weight: Tensor, grad: Tensor) -> None:
+    grad = _mean_of_ranks(grad.detach().to(weight.dtype))
+    weight.grad = grad if weight.grad is None else weight.grad + grad
 
 
 def _mean_of_ranks(grad: Tensor) -> Tensor:

@@ -85,13 +85,13 @@ def _find_errors(
     seams, errors = learner.seams, dict[str, Tensor]()
     order = {source.name: source for source in seams.sources}
     expected: tuple[str, Mark] | None = None
-    shapes: dict[int, Tensor] = {}
+    stand_ins: dict[int, Tensor] = {}
     for name in reversed(learner.plan.sources):
         relay = seams.site_of(order[name])
         if relay is not None and expected is not None:
-            errors[name] = _sent(seams, relay, shapes[relay], errors, target)
+            errors[name] = _sent(seams, relay, stand_ins[relay], errors, target)
             continue
-        seek = Seek(seams, name, target, errors, shapes)
+        seek = Seek(seams, name, target, errors, stand_ins)
         with preserved(learner.model), torch.no_grad():
             with seams.sweeping(seek, target):
                 output = run(learner.model, inputs)
@@ -124,16 +124,17 @@ class Seek:
         name: str,
         target: Target | None,
         errors: dict[str, Tensor],
-        shapes: dict[int, Tensor],
+        stand_ins: dict[int, Tensor],
     ) -> None:
-        self.seams, self.name, self.target, self.errors, self.shapes = seams, name, target, errors, shapes
+        self.seams, self.name, self.target = seams, name, target
+        self.errors, self.stand_ins = errors, stand_ins
         self.relays = {seams.site_of(source) for source in seams.sources}
         self.source: Tensor | None = None
         self.sum: Tensor | None = None
 
     def met(self, index: int, h: Tensor, version: int) -> None:
         if index in self.relays:
-            self.shapes[index] = torch.zeros_like(h, requires_grad=False)
+            self.stand_ins[index] = h.new_zeros(()).expand_as(h)  # its shape, in no memory
         if self.source is None or not h.requires_grad:
             return
         for edge in self.seams.edges_to[index]:

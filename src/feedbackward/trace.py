@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +104,7 @@ class Trace:
         return tensor.dim() - 2 if isinstance(last, _FEATURES_LAST) and tensor.dim() > 2 else 0
 
 
-def run(model: nn.Module, example: Any) -> Any:
+def run(model: Callable[..., Any], example: Any) -> Any:
     """`model(example)` for a tensor, `model(*example)` for a tuple or list, `model(**example)` for a dict."""
     if isinstance(example, Tensor):
         return model(example)

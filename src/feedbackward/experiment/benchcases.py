@@ -223,7 +223,7 @@ class Factory:
                     learner.backward(self.x, self.loss, way, keep_inputs=bool(keep))  # type: ignore[arg-type]
             if learner is not None and learner.rule.in_phase:
                 with self.precision():
-                    learner.feedback_step(self.x)
+                    learner.feedback_step(self.x, self.loss)
             if stale is not None:
                 stale.exchange()
             optimizer.step()

@@ -23,7 +23,8 @@ MEASURES = ("angle", "cosine", "norm_ratio", "sign_agreement", "bp_norm", "jacob
 
 LEGEND = """\
 Unlocked: what need not wait for the layers above. Transport: whether feedback needs the forward weights.
-Steps: products in sequence from the error to the last signal. Memory, Compute: beyond backprop's.
+Steps: products in sequence from the output's error to the last signal, of which backprop needs one less than layers (as in
+`feedbackward cost`); 1 + 1: one more in the phase, after the first update. Memory, Compute: beyond backprop's.
 L layers, N batch, C units of the source (classes), n features of all sites, W weights, c outputs of a layer, opt. optimizer state,
 D the products of backprop's input gradients, which a rule with -D saves."""
 

@@ -100,9 +100,10 @@ class Run:
         else:
             self.tell_target(labels)
             output, loss = self._backward(images, labels)
-        if self.learner.rule.in_phase and not frozen:
+        rule = self.learner.rule
+        if rule.in_phase and not (self.calibrates if rule.revises else frozen):
             with self.precision():
-                self.learner.feedback_step(images)
+                self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
         correct = (output.argmax(1) == labels).sum()
         value, hits = torch.stack(
             [loss.detach().double(), correct]

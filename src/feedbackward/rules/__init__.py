@@ -10,6 +10,7 @@ from .ddtp import DDTP
 from .dfa import DFA
 from .dgl import DGL
 from .dkp import DKP
+from .dkp_pc import DKPPC
 from .drtp import DRTP
 from .dsp import DSP
 from .dtp import DTP
@@ -59,6 +60,7 @@ RULES: dict[str, type[Rule]] = {
     "kernel_dfa": KernelDFA,
     "ifa": IFA,
     "dkp": DKP,
+    "dkp_pc": DKPPC,
     "drtp": DRTP,
     "sign_dfa": SignDFA,
     "fdfa": FDFA,
@@ -93,6 +95,7 @@ __all__ = [
     "DFA",
     "DGL",
     "DKP",
+    "DKPPC",
     "DRTP",
     "DSP",
     "DTP",

@@ -48,7 +48,7 @@ class ActivationAlignment(ActivityAlignment):
         forward_unlocked=False,
         weight_transport="non-local",
         learned_feedback=True,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="W + opt.",
         extra_compute="4 forward passes",
     )

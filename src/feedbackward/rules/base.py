@@ -55,6 +55,8 @@ class Rule(ABC):
     in_phase: ClassVar[bool] = (
         False  # whether feedback learns in `feedback_step`, instead of in every backward pass
     )
+    # whether `feedback_step` adds to the gradients of the model's weights too: call it once between backward and optimizer
+    revises: ClassVar[bool] = False
     needs: ClassVar[Literal["error", "target", "nothing"]] = (
         "error"  # what the signals of a pass are made from
     )

@@ -25,7 +25,7 @@ class BP(Rule):
         forward_unlocked=False,
         weight_transport=True,
         learned_feedback=False,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="0",
         extra_compute="0",
     )

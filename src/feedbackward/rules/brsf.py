@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..graph import Arc, Graph, Site, Source, chain
 from ..operators.layer import LayerShaped
 from ..operators.signed import FreshSigned
-from .base import Properties, Rule, refuse_zeros
+from .concordant import SignConcordant
 
 
 @dataclass(frozen=True)
-class BRSF(Rule):
+class BRSF(SignConcordant):
     r"""Batchwise random-magnitude sign-concordant feedback: new random magnitudes for every batch, with the forward signs.
 
     .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = |M_t| \odot \mathrm{sign}(W_l),\quad M_t\ \text{drawn anew in pass}\ t
@@ -28,30 +26,9 @@ class BRSF(Rule):
     Leibo & Poggio, AAAI 2016, who draw from U(0, 1) and normalise. BioTorch draws from the global generator.
     """
 
-    init: str = "xavier_uniform"
-    scale: float = 1.0
-    follow_norm: bool = False
-
     name = "brsf"
     label = "brSF"
-    paper = "Moskovitz et al. 2019"
-    feeds = Arc
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport="signs",
-        learned_feedback=False,
-        backward_steps="L",
-        extra_memory="0",
-        extra_compute="hash of W",
-    )
+    properties = replace(SignConcordant.properties, extra_compute="hash of W")
 
-    def __post_init__(self) -> None:
-        refuse_zeros(self.label, self)
-
-    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        def signed(arc: Arc) -> FreshSigned:
-            return FreshSigned(LayerShaped(arc.form, self.init, self.scale), self.follow_norm)
-
-        return chain(sites, signed, borrowed=True)
+    def signed(self, layer: LayerShaped) -> FreshSigned:
+        return FreshSigned(layer, self.follow_norm)

@@ -1,9 +1,10 @@
-"""What the rules of target propagation share: how decoders learn from noise, and what they refuse."""
+"""What the rules of target propagation share: the ladder of decoders, how these learn from noise, and what is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,43 @@ import torch
 from torch import Tensor
 
 from ..errors import AttachError
-from ..graph import Edge, Graph
-from ..operators.decoder import Decoding
+from ..graph import Edge, Graph, Site, Source, ladder
+from ..operators.decoder import Decoder, Decoding
+from .base import Properties, Rule
 
 if TYPE_CHECKING:
     from ..phase import Phase
+
+
+@dataclass(frozen=True)
+class Laddered(Rule):
+    """A rule whose targets come down from site to site through decoders that learn from noise. Abstract: DTP and SDTP."""
+
+    sigma: float = 0.25
+    activation: str = "linear"
+
+    sends_activity = True
+    in_phase = True
+    linear = False
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="decoders + opt.",
+        extra_compute="2 forward passes + 4 N decoders - D",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_noise(self.label, self.sigma)
+
+    def ladder(self, sites: Sequence[Site], source: Source, beta: float) -> Graph:
+        """The graph, with a decoder on every edge."""
+        graph = ladder(sites, source, Decoder(self.activation, beta))
+        refuse_mixed_tokens(self.label, graph)
+        return graph
 
 
 def reconstruct(

@@ -34,9 +34,7 @@ class DKP(Rule):
     AlexNet, and trains B by Adam with its own rate, decay and schedule (the recipe `published`), so the
     Kolen-Pollack condition of equal optimizers is not met there. An earlier variant of the authors, FB-DKP,
     used :math:`\nabla B_l = \tfrac12 e^\top h_l + \tfrac12 a_L^\top (e B_l)`; they dropped it, and it is
-    not offered here. Nor is DKP-PC (Casnici et al. 2026, arXiv:2602.15571): DKP's update of W, then an inference step of predictive
-    coding from the activities of before, then a second update of W, where a rule gives one gradient per pass. Feedback of
-    fixed norm is that of :class:`GrAPE`.
+    not offered here. With a second update by predictive coding: :class:`DKPPC`. Feedback of fixed norm: :class:`GrAPE`.
     """
 
     center: bool = False

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..graph import Edge, Graph, Site, Source, ladder
-from ..operators.decoder import Decoder, pair
-from .base import Properties, Rule
-from .decoding import reconstruct, refuse_mixed_tokens, refuse_noise
+from ..graph import Edge, Graph, Site, Source
+from ..operators.decoder import pair
+from .decoding import Laddered, reconstruct
 
 if TYPE_CHECKING:
     from ..phase import Phase
 
 
 @dataclass(frozen=True)
-class DTP(Rule):
+class DTP(Laddered):
     r"""Difference target propagation: every site gets a target from the one above, through a learned decoder.
 
     .. math::
@@ -55,33 +54,13 @@ class DTP(Rule):
     """
 
     beta: float = 0.16
-    sigma: float = 0.25
-    activation: str = "linear"
 
     name = "dtp"
     label = "DTP"
     paper = "Lee et al. 2015"
-    sends_activity = True
-    in_phase = True
-    linear = False
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L",
-        extra_memory="decoders + opt.",
-        extra_compute="2 forward passes + 4 N decoders - D",
-    )
-
-    def __post_init__(self) -> None:
-        refuse_noise(self.label, self.sigma)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        graph = ladder(sites, source, Decoder(self.activation, self.beta))
-        refuse_mixed_tokens(self.label, graph)
-        return graph
+        return self.ladder(sites, source, self.beta)
 
     def message(self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None) -> Tensor:
         assert activity is not None

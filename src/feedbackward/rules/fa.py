@@ -41,7 +41,7 @@ class FA(Rule):
         forward_unlocked=False,
         weight_transport=False,
         learned_feedback=False,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="W",
         extra_compute="0",
     )

@@ -42,7 +42,7 @@ class Flipped(Rule):
             raise AttachError(
                 f"Flipped needs an instance of a Rule, for example fb.DKP(), not {self.rule!r}."
             )
-        for key in ("feeds", "sends_activity", "in_phase", "needs", "linear", "properties"):
+        for key in ("feeds", "sends_activity", "in_phase", "revises", "needs", "linear", "properties"):
             object.__setattr__(self, key, getattr(self.rule, key))
         object.__setattr__(self, "label", f"{self.rule.label} flipped")
 

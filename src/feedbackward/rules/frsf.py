@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..graph import Arc, Graph, Site, Source, chain
 from ..operators.layer import LayerShaped
 from ..operators.signed import FixedSigned
-from .base import Properties, Rule, refuse_zeros
+from .concordant import SignConcordant
 
 
 @dataclass(frozen=True)
-class FRSF(Rule):
+class FRSF(SignConcordant):
     r"""Fixed random-magnitude sign-concordant feedback: fixed magnitudes, with the signs that the forward weights have now.
 
     .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = |M_l| \odot \mathrm{sign}(W_l),\quad M_l\ \text{drawn once}
@@ -28,30 +26,9 @@ class FRSF(Rule):
     signs, and means nothing.
     """
 
-    init: str = "xavier_uniform"
-    scale: float = 1.0
-    follow_norm: bool = False
-
     name = "frsf"
     label = "frSF"
-    paper = "Moskovitz et al. 2019"
-    feeds = Arc
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport="signs",
-        learned_feedback=False,
-        backward_steps="L",
-        extra_memory="W",
-        extra_compute="0",
-    )
+    properties = replace(SignConcordant.properties, extra_memory="W")
 
-    def __post_init__(self) -> None:
-        refuse_zeros(self.label, self)
-
-    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        def signed(arc: Arc) -> FixedSigned:
-            return FixedSigned(LayerShaped(arc.form, self.init, self.scale), self.follow_norm)
-
-        return chain(sites, signed, borrowed=True)
+    def signed(self, layer: LayerShaped) -> FixedSigned:
+        return FixedSigned(layer, self.follow_norm)

@@ -48,7 +48,7 @@ class IFA(Rule):
         forward_unlocked=False,
         weight_transport=False,
         learned_feedback=False,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="C n_1",
         extra_compute="about 1 backward pass",
     )

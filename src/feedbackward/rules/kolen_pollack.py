@@ -40,7 +40,7 @@ class KolenPollack(Rule):
         forward_unlocked=False,
         weight_transport=False,
         learned_feedback=True,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="W + opt.",
         extra_compute="0",
     )

@@ -54,7 +54,7 @@ class LRA(Rule):
         forward_unlocked=False,
         weight_transport=False,
         learned_feedback=True,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="W + opt.",
         extra_compute="0",
     )

@@ -63,6 +63,10 @@ class Mixed(Rule):
                     f"{rule.label} is a schedule of the whole network, which has no part in a mixture: mix the rules, and delay their "
                     "gradients with fb.Stale."
                 )
+            if rule.revises:
+                raise AttachError(
+                    f"{rule.label} revises the weights of the whole network, which has no part in a mixture: use DKP in its place."
+                )
         parts = list(self.rules.values())
         if not parts:
             raise AttachError('Mixed needs at least one pattern and its rule, for example {"*": fb.DFA()}.')

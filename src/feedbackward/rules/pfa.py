@@ -51,7 +51,7 @@ class PFA(Rule):
         forward_unlocked=False,
         weight_transport=False,
         learned_feedback=True,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="2 expand W + opt.",
         extra_compute="expand D",
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import AttachError
-from ..graph import Arc, Edge, Graph, Site, Source, relays
+from ..graph import Arc, Graph, Site, Source, relays
 from ..operators import Dense, Operator
 from ..operators.layer import LayerForm, LayerShaped
 from .base import Properties, Rule

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import AttachError
-from ..graph import Edge, Graph, Site, Source, ladder
-from ..operators.decoder import Decoder, pair
-from .base import Properties, Rule
-from .decoding import reconstruct, refuse_mixed_tokens, refuse_noise
+from ..graph import Edge, Graph, Site, Source
+from ..operators.decoder import pair
+from .decoding import Laddered, reconstruct
 
 if TYPE_CHECKING:
     from ..phase import Phase
 
 
 @dataclass(frozen=True)
-class SDTP(Rule):
+class SDTP(Laddered):
     r"""Simplified difference target propagation: no gradient at all, the output's target is the one-hot target itself.
 
     .. math::
@@ -42,33 +41,13 @@ class SDTP(Rule):
     Inferred: that the decoder sees the softmax, and the decoders' noise, which are DTP's.
     """
 
-    sigma: float = 0.25
-    activation: str = "linear"
-
     name = "sdtp"
     label = "SDTP"
     paper = "Bartunov et al. 2018"
     needs = "target"
-    sends_activity = True
-    in_phase = True
-    linear = False
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L",
-        extra_memory="decoders + opt.",
-        extra_compute="2 forward passes + 4 N decoders - D",
-    )
-
-    def __post_init__(self) -> None:
-        refuse_noise(self.label, self.sigma)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        graph = ladder(sites, source, Decoder(self.activation, beta=1.0))
-        refuse_mixed_tokens(self.label, graph)
+        graph = self.ladder(sites, source, beta=1.0)
         if len(graph.edges[-1].source_shape) != 1:
             raise AttachError(
                 f"{self.label} compares class probabilities, but the source {source.name!r} of shape {list(source.shape)} holds no "

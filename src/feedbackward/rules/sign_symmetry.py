@@ -48,7 +48,7 @@ class SignSymmetry(Rule):
         forward_unlocked=False,
         weight_transport="signs",
         learned_feedback=False,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="0",
         extra_compute="0",
     )

@@ -41,7 +41,7 @@ class SymmetricAlignment(LayerAlignment):
         forward_unlocked=False,
         weight_transport="non-local",
         learned_feedback=True,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="W + opt.",
         extra_compute="0",
     )

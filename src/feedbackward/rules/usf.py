@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..graph import Arc, Graph, Site, Source, chain
 from ..operators.layer import LayerShaped
 from ..operators.signed import UniformSigned
-from .base import Properties, Rule, refuse_zeros
+from .concordant import SignConcordant
 
 
 @dataclass(frozen=True)
-class USF(Rule):
+class USF(SignConcordant):
     r"""Uniform sign-concordant feedback: a chain that uses the signs of the forward weights, and one magnitude per layer.
 
     .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = \sigma_l\,\mathrm{sign}(W_l)\ \text{in every pass}
@@ -31,30 +29,8 @@ class USF(Rule):
     whose weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
     """
 
-    init: str = "xavier_uniform"
-    scale: float = 1.0
-    follow_norm: bool = False
-
     name = "usf"
     label = "uSF"
-    paper = "Moskovitz et al. 2019"
-    feeds = Arc
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport="signs",
-        learned_feedback=False,
-        backward_steps="L",
-        extra_memory="0",
-        extra_compute="0",
-    )
 
-    def __post_init__(self) -> None:
-        refuse_zeros(self.label, self)
-
-    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        def signed(arc: Arc) -> UniformSigned:
-            return UniformSigned(LayerShaped(arc.form, self.init, self.scale), self.follow_norm)
-
-        return chain(sites, signed, borrowed=True)
+    def signed(self, layer: LayerShaped) -> UniformSigned:
+        return UniformSigned(layer, self.follow_norm)

@@ -59,7 +59,7 @@ class WeightMirror(Rule):
         forward_unlocked=False,
         weight_transport=False,
         learned_feedback=True,
-        backward_steps="L",
+        backward_steps="L - 1",
         extra_memory="W + opt.",
         extra_compute="2 forward passes",
     )
