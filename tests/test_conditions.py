@@ -70,6 +70,16 @@ def test_feedback_in_a_step_by_backprop(rule: str, learns: bool) -> None:
     assert equal(before, go(run)[0], "feedback") is not learns
 
 
+def test_a_phase_comes_every_so_many_steps() -> None:
+    """Feedback moves then and only then; the network moves in between."""
+    run = made(rule="fdfa", feedback_every=3)
+    before = {k: v.clone() for k, v in run.learner.state_dict().items()}
+    states = go(run, epochs=2)
+    moved = [not equal(a, b, "feedback") for a, b in zip([before, *states], states, strict=False)]
+    assert moved == [(i + 1) % 3 == 0 for i in range(len(states))]
+    assert not any(equal(a, b, "model") for a, b in zip([before, *states], states, strict=False))
+
+
 @pytest.mark.parametrize("schedule", ["replay", "joint"])
 def test_calibration_goes_with_every_schedule(schedule: str) -> None:
     states = go(made(rule="dkp", calibrate_every=2, schedule=schedule))

@@ -132,7 +132,8 @@ class Phase:
 
         One forward-mode pass in which all sites move along standard normal noise `u` at once: the source moves by the sum
         over the sites below of `dsource/dh u`, sample by sample. The movement ends at a source when all that moves has met the
-        sources that it feeds: with relays, a source moves by the noise of its own sites alone. Without autocast, and given in the dtype of the edge's weights.
+        sources that it feeds: with relays, a source moves by the noise of its own sites alone. Without autocast, and given in
+        the dtype of the edge's weights.
 
         Raises FeedbackError where a layer has no forward-mode derivative.
         """

@@ -64,6 +64,7 @@ class Settings:
         schedule: joint; replay keeps one segment's activities in memory, eager too, for rules that need no error.
         staleness: steps by which all gradients arrive late, on top of what the rule says (dsp).
         calibrate_every: steps from one training step by exact backprop, weight transport and all, to the next; 0 never.
+        feedback_every: steps from one phase in which feedback learns by itself (weight mirror, FDFA, decoders) to the next.
         freeze_feedback_after: epochs after which learned feedback (and auxiliary networks) stays as it is; by default never.
         device: auto takes a CUDA device where there is one.
         precision: bf16 and fp16 use autocast, fp16 with a loss scale.
@@ -90,6 +91,7 @@ class Settings:
     schedule: Literal["joint", "replay", "eager"] = "joint"
     staleness: int = 0
     calibrate_every: int = 0
+    feedback_every: int = 1
     freeze_feedback_after: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -275,6 +277,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "seed": 0,
         "staleness": 0,
         "calibrate_every": 0,
+        "feedback_every": 1,
         "freeze_feedback_after": 0,
     }
     for name, smallest in least.items():

@@ -101,7 +101,7 @@ class Run:
             self.tell_target(labels)
             output, loss = self._backward(images, labels)
         rule = self.learner.rule
-        if rule.in_phase and not (self.calibrates if rule.revises else frozen):
+        if rule.in_phase and not (self.calibrates if rule.revises else frozen or not self._every(self.config.feedback_every)):
             with self.precision():
                 self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
         correct = (output.argmax(1) == labels).sum()
@@ -127,8 +127,11 @@ class Run:
     @property
     def calibrates(self) -> bool:
         """Whether the next step is one by exact backprop."""
-        every, position = self.config.calibrate_every, self.position
-        return every > 0 and (position.epoch * len(self.loader) + position.batch + 1) % every == 0
+        return self.config.calibrate_every > 0 and self._every(self.config.calibrate_every)
+
+    def _every(self, steps: int) -> bool:
+        """Whether the next step is one of those that come every so many steps."""
+        return (self.position.epoch * len(self.loader) + self.position.batch + 1) % steps == 0
 
     @property
     def calibrations(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..errors import AttachError
 from ..graph import Arc, Edge, Graph, Site, Source, chain
@@ -76,20 +77,26 @@ class WeightMirror(Rule):
     def feedback_step(self, phase: Phase) -> None:
         for edge in phase.edges:
             (B,) = phase.weights(edge)
-            with torch.no_grad(), torch.autocast(B.device.type, enabled=False):
-                self._mirror(phase, edge)
+            phase.give(edge, (self.decay * B - mirrored(phase, edge, self.samples),))
 
-    def _mirror(self, phase: Phase, edge: Edge) -> None:
-        layer, arc = edge.operator, edge.site
-        assert isinstance(layer, LayerShaped)
-        assert isinstance(arc, Arc)
-        (B,) = phase.weights(edge)
+
+@torch.no_grad()
+def mirrored(phase: Phase, edge: Edge, samples: int) -> Tensor:
+    """What a layer's response to centred noise says of its weight: an estimate without bias, of the weight's shape.
+
+    The noise in it is about sqrt(fan-in / (samples * places)) times the weights.
+    """
+    layer, arc = edge.operator, edge.site
+    assert isinstance(layer, LayerShaped)
+    assert isinstance(arc, Arc)
+    (B,) = phase.weights(edge)
+    with torch.autocast(B.device.type, enabled=False):
         W = phase.weight(arc.weight).to(B.dtype)
-        like = layer.padded(B.new_zeros(1).expand(self.samples, *edge.site_shape))
+        like = layer.padded(B.new_zeros(1).expand(samples, *edge.site_shape))
         noise = phase.noise(like)  # in the padding too, whose copies would be correlated
         layer = replace(layer, form=replace(layer.form, pad=()))
         response = layer.project(W, noise)
         ones = torch.ones_like(noise[:1]), torch.ones_like(response[:1])
         (products,) = layer.correlate((B,), response, noise, center=False)
         (places,) = layer.correlate((B,), ones[1], ones[0], center=False)
-        phase.give(edge, (self.decay * B - products / (self.samples * places.clamp_min(1)),))
+        return products / (samples * places.clamp_min(1))
