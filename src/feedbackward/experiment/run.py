@@ -197,7 +197,12 @@ class Run:
         chosen = self.data.validation.take(torch.arange(count))
         images, labels = next(Loader(chosen, self.data, count, device=self.device, shuffle=False).epoch(0))
         self.tell_target(labels)
-        return probe(self.learner, lambda out: F.cross_entropy(out.float(), labels), self.prepared(images))
+        return probe(
+            self.learner,
+            lambda out: F.cross_entropy(out.float(), labels),
+            self.prepared(images),
+            jacobian=self.config.probe_jacobian,
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped."""
