@@ -126,7 +126,13 @@ def test_parameters_that_nothing_reaches_are_reported() -> None:
 
 def image_net() -> nn.Sequential:
     """Sites: 2 (12 px), 4 (after the pool, 6 px), 6, 8 (flat), 10; sizes after the layers are 12, 12, 6, 6."""
-    convs = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(2)]
+    convs = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+    ]
     top = [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.Flatten()]
     return nn.Sequential(*convs, *top, nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, 3))
 

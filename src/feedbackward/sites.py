@@ -100,7 +100,11 @@ class _Finder:
         """Of the layers' sites the last, and those whose height and width differ from the site before (the input, for the
         first): what a pool or a stride made."""
         sites = self.layers()
-        images = [call.inputs[0][0] for call in self.trace.calls if isinstance(call.module, PARAMETRIC) and call.inputs]
+        images = [
+            call.inputs[0][0]
+            for call in self.trace.calls
+            if isinstance(call.module, PARAMETRIC) and call.inputs
+        ]
         before = [tuple(images[0].shape[2:]), *(site.shape[1:] for site in sites)]
         return [s for s, space in zip(sites, before, strict=False) if s.shape[1:] != space or s is sites[-1]]
 
@@ -157,7 +161,9 @@ def _every(sites: str) -> int:
     """The k of `every-k`."""
     number = sites.removeprefix("every-")
     if not number.isdecimal() or int(number) < 1:
-        raise SiteError(f"sites={sites!r} must end in a number: 'every-2' feeds every second layer, from the last hidden one down.")
+        raise SiteError(
+            f"sites={sites!r} must end in a number: 'every-2' feeds every second layer, from the last hidden one down."
+        )
     return int(number)
 
 

@@ -72,7 +72,9 @@ def compare(config: CompareConfig, console: Console, interrupts: Interrupts) -> 
         contenders = _search(config, contenders, console, interrupts)
     running = _running(contenders)
     cells = [
-        Cell(f"{c.label}, seed {seed}", cell_config(config, c, seed)) for seed in config.seeds for c in running
+        Cell(f"{c.label}, seed {seed}", cell_config(config, c, seed))
+        for seed in config.seeds
+        for c in running
     ]
     _run_all(cells, Progress(console, log=folder / "compare.log"), interrupts)
     console.print("measuring time and memory per step ...", highlight=False)

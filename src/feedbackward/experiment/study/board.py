@@ -64,7 +64,13 @@ class Board:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`missing`: why there is no data, by the folder of a comparison."""
-        self.plan, self.console, self.workers, self.missing, self.clock = plan, console, workers, missing, clock
+        self.plan, self.console, self.workers, self.missing, self.clock = (
+            plan,
+            console,
+            workers,
+            missing,
+            clock,
+        )
         self.log = Path(plan.options.out) / "study.log"
         self.states: dict[Key, State] = {}
         self._warned: set[str] = set()
@@ -125,7 +131,9 @@ class Board:
         """`12 of 60 cells, about 41 min left`."""
         done = sum(state.status not in ("waiting", "running", "stopped") for state in self.states.values())
         left = self.left() if done < len(self.states) else None
-        return f"{done} of {len(self.states)} cells" + ("" if left is None else f", about {duration(left)} left")
+        return f"{done} of {len(self.states)} cells" + (
+            "" if left is None else f", about {duration(left)} left"
+        )
 
     def _end(self, state: State, outcome: Outcome) -> None:
         state.status, state.note = outcome.status, outcome.message
@@ -135,7 +143,9 @@ class Board:
     def _finished(self, state: State, outcome: Outcome) -> None:
         if outcome.status == "stopped":
             return
-        words = {"done": f"done in {duration(state.seconds)}"}.get(outcome.status, f"{outcome.status}: {outcome.message}")
+        words = {"done": f"done in {duration(state.seconds)}"}.get(
+            outcome.status, f"{outcome.status}: {outcome.message}"
+        )
         accuracy = "" if state.accuracy is None else f", test {state.accuracy:.1f} %"
         self.say(f"[{self.counted()}] {state.job.title}: {words}{accuracy}")
         self._spoken = self.clock()
@@ -160,20 +170,28 @@ class Board:
             if grid.row_count:
                 parts += [Text(section.title, style="bold"), grid]
         running = [state for state in self.states.values() if state.status == "running"]
-        parts += [Text(f"{s.job.title}: {s.note or 'starting'}", overflow="ellipsis", no_wrap=True) for s in running]
+        parts += [
+            Text(f"{s.job.title}: {s.note or 'starting'}", overflow="ellipsis", no_wrap=True) for s in running
+        ]
         return Group(*parts, Text(self.counted(), style="bold"))
 
     def _grid(self, section: str) -> Grid:
         view = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         shown = [table for table in tables(self.plan) if table.section == section]
-        names = list(dict.fromkeys(column_name(self.plan, block) for table in shown for block in table.blocks))
+        names = list(
+            dict.fromkeys(column_name(self.plan, block) for table in shown for block in table.blocks)
+        )
         for name in ("", "", *names):
             view.add_column(Text(name), justify="right" if name else "left")
         for table in shown:
             for number, label in enumerate(table.labels):
-                by_name = {column_name(self.plan, b): self._cell(b.folder, label, b.seeds) for b in table.blocks}
+                by_name = {
+                    column_name(self.plan, b): self._cell(b.folder, label, b.seeds) for b in table.blocks
+                }
                 if any(by_name.values()):
-                    view.add_row(table.title if number == 0 else "", label, *(by_name.get(n, "") for n in names))
+                    view.add_row(
+                        table.title if number == 0 else "", label, *(by_name.get(n, "") for n in names)
+                    )
         return view
 
     def _cell(self, folder: str, label: str, seeds: tuple[int, ...]) -> str:

@@ -96,7 +96,9 @@ def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
     except DivergenceError as error:
         return Outcome("diverged", str(error))
     except FeedbackError as error:
-        outcome = Outcome("failed" if isinstance(error, CheckpointError) else "refused", " ".join(str(error).split()))
+        outcome = Outcome(
+            "failed" if isinstance(error, CheckpointError) else "refused", " ".join(str(error).split())
+        )
     except Exception as error:  # one cell's fault, of whatever kind, must not cost the night's other cells
         send("say", traceback.format_exc())
         outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")

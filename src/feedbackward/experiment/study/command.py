@@ -57,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="cells at once, each in a process and on a thread of its own (default: one per core, "
         "as memory allows; 1 on a GPU)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), help="where to train (default: as the study says)")
-    for name, what in (("sections", "sections"), ("models", "models"), ("data-names", "data sets"), ("rules", "rules or labels")):
+    for name, what in (
+        ("sections", "sections"),
+        ("models", "models"),
+        ("data-names", "data sets"),
+        ("rules", "rules or labels"),
+    ):
         add(f"--{name}", type=_names, metavar="A,B", help=f"run these {what} only")
     add("--seeds", type=_numbers, metavar="0,1", help="run these seeds only")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="a setting of every comparison, e.g. epochs=1 or "
@@ -127,7 +132,10 @@ def _show(study: Study, options: Options, filters: Filters, console: Console) ->
     console.print(f"{study.title}: {len(cells)} cells", highlight=False, markup=False)
     for block in filters.blocks(plan):
         ours = [(contender.label, seed) for folder, contender, seed in cells if folder == block.folder]
-        labels, seeds = dict.fromkeys(label for label, _ in ours), dict.fromkeys(str(seed) for _, seed in ours)
+        labels, seeds = (
+            dict.fromkeys(label for label, _ in ours),
+            dict.fromkeys(str(seed) for _, seed in ours),
+        )
         epochs = plan.of(block).config.epochs
         text = f"{block.section}: {title(plan, block)}; {', '.join(labels)}; seeds {', '.join(seeds)}; epochs {epochs or 'as the recipe'}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -93,7 +93,9 @@ def load_study(name: str) -> Study:
 def make_study(name: str, values: Mapping[str, Any], where: str, text: str = "") -> Study:
     """Make a study from nested mappings, refusing unknown keys and empty axes."""
     if "sections" not in values:
-        raise ConfigError(f"{where} has no 'sections': a comparison is run with feedbackward compare --config")
+        raise ConfigError(
+            f"{where} has no 'sections': a comparison is run with feedbackward compare --config"
+        )
     scaled, sections = dict(values.get("scaled") or {}), values["sections"]
     if not isinstance(sections, list) or not sections:
         raise ConfigError(f"{where}: sections must be a list of at least one grid")

@@ -46,7 +46,9 @@ def _of_block(block: Results, prefix: str) -> dict[str, list[Drawn]]:
         epochs.append((f"{label_of(rule)}: angle by layer and epoch", heat_map(rule, _sites(rule), ANGLE)))
     found: dict[str, list[Drawn]] = {}
     for kind, shown in (("layers", by_layer), ("epochs", epochs)):
-        drawn = [_drawn(n, f"{block['title']}: {n}.", f, f"{prefix}-{kind}{i}") for i, (n, f) in enumerate(shown)]
+        drawn = [
+            _drawn(n, f"{block['title']}: {n}.", f, f"{prefix}-{kind}{i}") for i, (n, f) in enumerate(shown)
+        ]
         found[kind] = [figure for figure in drawn if figure is not None]
     return found
 
@@ -54,7 +56,11 @@ def _of_block(block: Results, prefix: str) -> dict[str, list[Drawn]]:
 def _drawn(name: str, alt: str, figure: Figure | None, prefix: str) -> Drawn | None:
     if figure is None:
         return None
-    return {"title": name, "alt": alt, "svg": Markup(svg(figure, prefix))}  # matplotlib escapes the text it is given
+    return {
+        "title": name,
+        "alt": alt,
+        "svg": Markup(svg(figure, prefix)),
+    }  # matplotlib escapes the text it is given
 
 
 def _sites(rule: Results) -> list[str]:
@@ -76,11 +82,19 @@ def accuracies(table: Results) -> Figure | None:
     figure = blank(max(2.6, 0.9 + LINE * len(table["labels"])))
     axes = figure.add_subplot()
     for label, style in looks(table).items():
-        points = [point for n, block in enumerate(table["blocks"]) if (point := _point(block, label, n, stepped))]
+        points = [
+            point for n, block in enumerate(table["blocks"]) if (point := _point(block, label, n, stepped))
+        ]
         if points:
             xs, means, spreads = zip(*sorted(points), strict=True)
             joined = style.line if not stepped or len({*xs}) > 1 else ""
-            look: dict[str, Any] = {"color": style.colour, "marker": style.marker, "ms": 5, "lw": 1.1, "label": label}
+            look: dict[str, Any] = {
+                "color": style.colour,
+                "marker": style.marker,
+                "ms": 5,
+                "lw": 1.1,
+                "label": label,
+            }
             axes.errorbar(xs, means, yerr=spreads, ls=joined, elinewidth=0.9, **look)
     if not axes.lines:
         return None
@@ -95,7 +109,13 @@ def accuracies(table: Results) -> Figure | None:
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(" ", "\n", 1) if len(name) > 9 else name.replace("-", "-\n", 1) if len(name) > 8 else name
+    return (
+        name.replace(" ", "\n", 1)
+        if len(name) > 9
+        else name.replace("-", "-\n", 1)
+        if len(name) > 8
+        else name
+    )
 
 
 def _point(block: Results, label: str, number: int, stepped: bool) -> tuple[float, float, float] | None:
@@ -118,7 +138,10 @@ def by_site(block: Results, key: str) -> Figure | None:
     most: list[str] = []
     for rule in rules:
         sites = _sites(rule)
-        values = [mean_of((last_probe(r).get("sites") or {}).get(s, {}).get(key) for r in shown_runs(rule)) for s in sites]
+        values = [
+            mean_of((last_probe(r).get("sites") or {}).get(s, {}).get(key) for r in shown_runs(rule))
+            for s in sites
+        ]
         known = [(i + 1, value) for i, value in enumerate(values) if value is not None]
         if known:
             _line(axes, known, label_of(rule), looked)
@@ -144,5 +167,3 @@ def _limits(axes: Axes, key: str, count: int) -> None:
         axes.set_ylim(0, max(95, axes.get_ylim()[1]))
         axes.set_yticks(range(0, int(axes.get_ylim()[1]) + 1, 30))
     axes.grid(axis="y")
-
-

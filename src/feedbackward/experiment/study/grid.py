@@ -80,7 +80,9 @@ class Plan:
 def expand(study: Study, options: Options) -> Plan:
     """Write out every section's grid. Raises ConfigError for a value that no comparison can have."""
     if not 0 < options.scale <= 1:
-        raise ConfigError(f"the scale is {options.scale:g}: it is a share of the training images, above 0 and at most 1")
+        raise ConfigError(
+            f"the scale is {options.scale:g}: it is a share of the training images, above 0 and at most 1"
+        )
     blocks: list[Block] = []
     comparisons: dict[str, Comparison] = {}
     known: dict[str, str] = {}
@@ -88,7 +90,9 @@ def expand(study: Study, options: Options) -> Plan:
         for point in _points(section):
             settings = _settings(study, section, point, options)
             config, search_on = _config(settings, f"the study '{study.name}', section '{section.name}'")
-            identity = json.dumps(to_dict(replace(config, rules=[], seeds=[], out=None)) | {"on": search_on}, sort_keys=True)
+            identity = json.dumps(
+                to_dict(replace(config, rules=[], seeds=[], out=None)) | {"on": search_on}, sort_keys=True
+            )
             folder = known.setdefault(identity, _folder(section, point, set(known.values())))
             config = replace(config, out=str(Path(options.out) / folder))
             labels = tuple(contender.label for contender in find_contenders(config))
@@ -193,4 +197,6 @@ def _sibling(
         if block.section == own.section and same and all(look_up(there, k) == v for k, v in wanted.items()):
             return block.folder
     told = ", ".join(f"{key}: {value}" for key, value in wanted.items())
-    raise ConfigError(f"section '{own.section}' has no comparison with {told} beside {own.folder}: mend search_on")
+    raise ConfigError(
+        f"section '{own.section}' has no comparison with {told} beside {own.folder}: mend search_on"
+    )

@@ -21,7 +21,12 @@ NAMES = {
     "vgg13": "VGG-13-BN",
     "vgg16": "VGG-16-BN",
 }
-SITES = {"layers": "all layers", "stages": "ends of stages", "blocks": "blocks", "published": "published sites"}
+SITES = {
+    "layers": "all layers",
+    "stages": "ends of stages",
+    "blocks": "blocks",
+    "published": "published sites",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def pretty(key: str, value: Any) -> str:
     if key == "sites" and isinstance(value, str):
         ordinal = {"2": "second", "3": "third", "4": "fourth"}
         number = value.removeprefix("every-")
-        return SITES.get(value, f"every {ordinal.get(number, number + 'th')} layer" if number != value else value)
+        return SITES.get(
+            value, f"every {ordinal.get(number, number + 'th')} layer" if number != value else value
+        )
     return in_words(key, value)
 
 

@@ -40,7 +40,8 @@ def seconds_left(cells: Sequence[Pace], workers: int) -> float | None:
         for key in {_keys(cell)[depth] for cell in known}:
             rates.setdefault(key, _rate(cell for cell in known if _keys(cell)[depth] == key))
     left = [
-        next(rates[key] for key in _keys(cell) if key in rates) * cell.images * (1 - cell.share) for cell in cells
+        next(rates[key] for key in _keys(cell) if key in rates) * cell.images * (1 - cell.share)
+        for cell in cells
     ]
     return max(sum(left) / workers, max(left))
 

@@ -62,7 +62,9 @@ def print_study(results: Results, console: Console) -> None:
             for name in (table["title"], *table["heads"]):
                 view.add_column(plain(name), justify="left" if name == table["title"] else "right")
             for row in table["rows"]:
-                view.add_row(plain(row["label"]), *(plain(_flat(shown, section["stepped"])) for shown in row["cells"]))
+                view.add_row(
+                    plain(row["label"]), *(plain(_flat(shown, section["stepped"])) for shown in row["cells"])
+                )
             console.print(view)
     console.print(plain(summary(results)), style="bold")
     for note in notes(results):
@@ -85,7 +87,14 @@ def _table(table: Results, stepped: bool) -> dict[str, Any]:
     rows = []
     for label in table["labels"]:
         cells = [cell(block, label) for block in table["blocks"]]
-        rows.append({"label": label, "colour": colours[label], "cells": cells, "flat": [_flat(c, stepped) for c in cells]})
+        rows.append(
+            {
+                "label": label,
+                "colour": colours[label],
+                "cells": cells,
+                "flat": [_flat(c, stepped) for c in cells],
+            }
+        )
     return {"title": table["title"], "heads": [head(block) for block in table["blocks"]], "rows": rows}
 
 
@@ -105,7 +114,9 @@ def _view(results: Results) -> dict[str, Any]:
         "sections": view_sections(results),
         "command": results["command"],
         "created": str(results["created"])[:16].replace("T", " "),
-        "facts": [(k, str(v)) for k, v in results["environment"].items() if v not in (None, "") and k != "command"],
+        "facts": [
+            (k, str(v)) for k, v in results["environment"].items() if v not in (None, "") and k != "command"
+        ],
         "rates": rates(results),
         "runs": runs(results),
         "config": results["config"],
@@ -116,13 +127,23 @@ def _drawn(results: Results) -> dict[str, Any]:
     """The figures, and the comparisons that have any."""
     made = figures(results)
     shown = [block for block in blocks(results) if any(made["blocks"][block["folder"]].values())]
-    return {"figures": made["tables"], "blocks": [{**block, **made["blocks"][block["folder"]]} for block in shown]}
+    return {
+        "figures": made["tables"],
+        "blocks": [{**block, **made["blocks"][block["folder"]]} for block in shown],
+    }
 
 
 def _summed(results: Results) -> Results:
     """With the statistics of every rule beside its runs."""
     sections = [
-        {**s, "tables": [{**t, "blocks": [{**b, "summary": summarise(b)} for b in t["blocks"]]} for t in s["tables"]]}
+        {
+            **s,
+            "tables": [
+                {**t, "blocks": [{**b, "summary": summarise(b)} for b in t["blocks"]]} for t in s["tables"]
+            ],
+        }
         for s in results["sections"]
     ]
-    return {key: value for key, value in results.items() if key not in ("rules", "sites")} | {"sections": sections}
+    return {key: value for key, value in results.items() if key not in ("rules", "sites")} | {
+        "sections": sections
+    }

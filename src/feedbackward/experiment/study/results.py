@@ -181,7 +181,11 @@ def _counted(counting: CostConfig, labels: list[str]) -> dict[str, Results]:
     found = {}
     if "bp" in named:
         found[named["bp"]] = first.cost
-    others = [label for entry, label in zip(counting.rules, labels, strict=True) if getattr(entry, "rule", "") != "bp"]
+    others = [
+        label
+        for entry, label in zip(counting.rules, labels, strict=True)
+        if getattr(entry, "rule", "") != "bp"
+    ]
     found |= {label: row.cost for label, row in zip(others, rows, strict=True) if row.cost is not None}
     return {
         label: {

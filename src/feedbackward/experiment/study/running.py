@@ -73,9 +73,13 @@ class Filters:
         for block in self.blocks(plan):
             for contender in plan.of(block).contenders:
                 named = self.rules is None or {contender.label, contender.entry.rule} & {*self.rules}
-                for place, seed in enumerate(block.seeds if named and contender.label in block.labels else ()):
+                for place, seed in enumerate(
+                    block.seeds if named and contender.label in block.labels else ()
+                ):
                     if self.seeds is None or seed in self.seeds:
-                        chosen.setdefault((block.folder, contender.label, place), (block.folder, contender, seed))
+                        chosen.setdefault(
+                            (block.folder, contender.label, place), (block.folder, contender, seed)
+                        )
         order = sorted(chosen, key=lambda key: key[2])  # stable
         yield from (chosen[key] for key in order)
 
@@ -136,7 +140,8 @@ class Running:
             if contender.label in there:
                 cells = trial_cells(self.plan.comparisons[on].config, there[contender.label])
                 needed[on, contender.label] = [
-                    self.job(on, cell.config, contender.label, f"trial of {cell.title}", test=False) for cell in cells
+                    self.job(on, cell.config, contender.label, f"trial of {cell.title}", test=False)
+                    for cell in cells
                 ]
         return needed
 
@@ -199,7 +204,11 @@ def run(running: Running, console: Console, interrupts: Interrupts) -> None:
         for job in jobs:
             job.folder.check_free(job.config)
     board = Board(plan, console, running.workers, running.missing)
-    flat = [((folder, f"{label} trial", n), job) for (folder, label), row in trials.items() for n, job in enumerate(row)]
+    flat = [
+        ((folder, f"{label} trial", n), job)
+        for (folder, label), row in trials.items()
+        for n, job in enumerate(row)
+    ]
     for key, job in [*flat, *running.jobs()]:
         board.add(key, job, found(job))
     with board:
@@ -235,7 +244,9 @@ def _claim(plan: Plan) -> RunFolder:
     file = folder.path / "study.yaml"
     try:
         if folder.path.exists() and any(folder.path.iterdir()) and not file.is_file():
-            raise ConfigError(f"{folder.path} is not the folder of a study: choose another with --out, or empty it")
+            raise ConfigError(
+                f"{folder.path} is not the folder of a study: choose another with --out, or empty it"
+            )
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.lock()
         folder.write(file, plan.study.text)
@@ -243,7 +254,9 @@ def _claim(plan: Plan) -> RunFolder:
         with (folder.path / "study.log").open("a", encoding="utf-8") as log:
             log.write(f"# {command}\n")
     except OSError as error:
-        raise ConfigError(f"the folder {folder.path} cannot be written ({error.strerror}): choose one with --out") from error
+        raise ConfigError(
+            f"the folder {folder.path} cannot be written ({error.strerror}): choose one with --out"
+        ) from error
     return folder
 
 

@@ -8,7 +8,13 @@ from typing import Any
 from ..report import fixed, plus_minus
 from ..summary import Results, done_runs, summarise
 
-ORDER = ("unfinished", "diverged", "refused", "failed", "not run")  # what is told of a cell without an accuracy
+ORDER = (
+    "unfinished",
+    "diverged",
+    "refused",
+    "failed",
+    "not run",
+)  # what is told of a cell without an accuracy
 
 
 def head(block: Results) -> str:
@@ -17,7 +23,12 @@ def head(block: Results) -> str:
         return f"{block['column']} (no data)"
     data, size = block["data"], (block.get("config") or {}).get("data", {}).get("size")
     seeds = len(block["seeds"])
-    parts = [f"{data['train']:,} images", f"at {size} px" if size else "", _count(block["epochs"], "epoch"), _count(seeds, "seed")]
+    parts = [
+        f"{data['train']:,} images",
+        f"at {size} px" if size else "",
+        _count(block["epochs"], "epoch"),
+        _count(seeds, "seed"),
+    ]
     return f"{block['column']} ({', '.join(filter(None, parts))})"
 
 
@@ -39,8 +50,18 @@ def cell(block: Results, label: str) -> dict[str, str]:
     if row["n"]:
         gap = row["gap"]
         minus = None if gap is None else -gap["mean"]
-        text = plus_minus(row["mean"], row["std"]) + ("" if row["n"] == row["planned"] else f" ({row['n']} of {row['planned']})")
-        return empty | told | {"text": text, "gap": "" if gap is None else plus_minus(minus, gap["se"], sign=True), "state": "done"}
+        text = plus_minus(row["mean"], row["std"]) + (
+            "" if row["n"] == row["planned"] else f" ({row['n']} of {row['planned']})"
+        )
+        return (
+            empty
+            | told
+            | {
+                "text": text,
+                "gap": "" if gap is None else plus_minus(minus, gap["se"], sign=True),
+                "state": "done",
+            }
+        )
     if row["refused"]:
         return empty | {"text": "refused", "state": "refused"}
     states = {run["status"] for run in rule["runs"]}
@@ -88,7 +109,11 @@ def notes(results: Results) -> list[str]:
             "epochs are fixed per net. At this size the table shows that the study works, not what the rules reach."
         ] = None
     if results["sets"]:
-        said["Changed on the command line: " + ", ".join(f"{k} = {v}" for k, v in results["sets"].items()) + "."] = None
+        said[
+            "Changed on the command line: "
+            + ", ".join(f"{k} = {v}" for k, v in results["sets"].items())
+            + "."
+        ] = None
     for block in blocks(results):
         name = block["config"]["data"]["name"]
         if block.get("missing"):
@@ -98,13 +123,17 @@ def notes(results: Results) -> list[str]:
             share = f"{name}: at most {data['whole']:,} training images here" if data["whole"] else name
             official = f" (the official set has {data['official']:,})" if data.get("official") else ""
             note = f"; {data['note']}" if data.get("note") else ""
-            said[f"{share}{official}, {data['validation']:,} held out, {data['test']:,} test images{note}."] = None
+            said[
+                f"{share}{official}, {data['validation']:,} held out, {data['test']:,} test images{note}."
+            ] = None
         for rule in block["rules"]:
             if rule.get("refused"):
                 said[f"{rule['label']} was refused: {rule['refused']}"] = None
             for run in rule["runs"]:
                 if run["status"] in ("diverged", "failed"):
-                    said[f"{block['title']}, {rule['label']}, seed {run['seed']}: {run['status']} ({run['message']})"] = None
+                    said[
+                        f"{block['title']}, {rule['label']}, seed {run['seed']}: {run['status']} ({run['message']})"
+                    ] = None
     said[_rates(results)] = None
     return list(said)
 
@@ -125,8 +154,12 @@ def rates(results: Results) -> list[list[str]]:
     for block in blocks(results):
         for rule in block["rules"]:
             found = rule.get("rates") or {}
-            lr, feedback = (f"{v:.3g}" if (v := found.get(key)) is not None else "–" for key in ("lr", "feedback_lr"))
-            way = f"picked of {len(rule['search'])} in {rule['searched']}" if rule.get("searched") else "config"
+            lr, feedback = (
+                f"{v:.3g}" if (v := found.get(key)) is not None else "–" for key in ("lr", "feedback_lr")
+            )
+            way = (
+                f"picked of {len(rule['search'])} in {rule['searched']}" if rule.get("searched") else "config"
+            )
             rows.append([block["title"], rule["label"], lr, feedback, way])
     return rows
 

@@ -21,7 +21,9 @@ from ..environment import environment
 from ..interrupts import InterruptedRunError, Interrupts
 from .cells import Job, Outcome, run_cell
 
-Told = Callable[[int, str, Any], None]  # number of the job, kind of event, its value; "end" comes with an Outcome
+Told = Callable[
+    [int, str, Any], None
+]  # number of the job, kind of event, its value; "end" comes with an Outcome
 CELL_BYTES = 2_000_000_000  # of memory that a cell is taken to need, data set and all
 POLL = 0.2  # seconds between two looks at the workers
 
@@ -146,7 +148,9 @@ def _work(pipe: Connection) -> None:
     with _Told() as interrupts:
         for job in _jobs(pipe):
             with warnings.catch_warnings():
-                warnings.showwarning = lambda text, *where: pipe.send(("warning", " ".join(str(text).split())))
+                warnings.showwarning = lambda text, *where: pipe.send(
+                    ("warning", " ".join(str(text).split()))
+                )
                 outcome = run_cell(job, lambda kind, value: pipe.send((kind, value)), interrupts)
             pipe.send(("end", outcome))
             if outcome.status == "stopped":  # by a signal that was meant for this process
