@@ -61,7 +61,7 @@ def validated(kind: type[C], values: Mapping[str, Any], where: str) -> C:
         ConfigError: an unknown key, or a value of another type.
     """
     check_keys(kind, values, where)
-    parser = _parsers(kind)
+    parser = _parsers(kind)  # type: ignore[arg-type]
     try:
         given = parser.parse_object(dict(values), defaults=False).as_dict()
     except argparse.ArgumentError as error:

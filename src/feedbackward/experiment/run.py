@@ -101,7 +101,9 @@ class Run:
             self.tell_target(labels)
             output, loss = self._backward(images, labels)
         rule = self.learner.rule
-        if rule.in_phase and not (self.calibrates if rule.revises else frozen or not self._every(self.config.feedback_every)):
+        if rule.in_phase and not (
+            self.calibrates if rule.revises else frozen or not self._every(self.config.feedback_every)
+        ):
             with self.precision():
                 self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
         correct = (output.argmax(1) == labels).sum()

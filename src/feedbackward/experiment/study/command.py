@@ -10,20 +10,20 @@ import yaml
 from rich.console import Console
 
 from ...errors import ConfigError
-from ..config import slug
+from ..config import CompareConfig, slug
 from ..configfile import check_keys
-from ..config import CompareConfig
 from ..interrupts import InterruptedRunError, Interrupts
 from .definition import Study, load_study, nested, shipped
 from .grid import Options
-from .results import command, gather
 from .report import print_study, write_study_report
+from .results import command, gather
 from .running import Filters, clear, opened, run
 
 ABOUT = """\
-Run a study: a grid of comparisons that a config describes (rules x models x data sets x seeds, or any other settings), cell by cell, and
-tell it in one table and one page. A cell that is finished is skipped and one that was stopped goes on, so the same command continues
-after Ctrl-C, a crash or a reboot. What has no data is shown as such, with how to get it, and so is a rule that a net refuses.
+Run a study: a grid of comparisons that a config describes (rules x models x data sets x seeds, or any other settings), cell by
+cell, and tell it in one table and one page. A cell that is finished is skipped and one that was stopped goes on, so the same
+command continues after Ctrl-C, a crash or a reboot. What has no data is shown as such, with how to get it, and so is a rule that
+a net refuses.
 """
 MORE = """\
 examples:
@@ -137,7 +137,13 @@ def _show(study: Study, options: Options, filters: Filters, console: Console) ->
             dict.fromkeys(str(seed) for _, seed in ours),
         )
         epochs = plan.of(block).config.epochs
-        text = f"{block.section}: {title(plan, block)}; {', '.join(labels)}; seeds {', '.join(seeds)}; epochs {epochs or 'as the recipe'}"
+        parts = (
+            title(plan, block),
+            ", ".join(labels),
+            f"seeds {', '.join(seeds)}",
+            f"epochs {epochs or 'as the recipe'}",
+        )
+        text = f"{block.section}: {'; '.join(parts)}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 

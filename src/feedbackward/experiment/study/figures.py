@@ -126,7 +126,11 @@ def _point(block: Results, label: str, number: int, stepped: bool) -> tuple[floa
     steps = (rule.get("cost") or {}).get("steps")
     if stepped and steps is None:
         return None
-    return float(steps if stepped else number), float(np.mean(found)), stdev(found) if len(found) > 1 else 0.0
+    return (
+        float((steps if stepped else number) or 0),
+        float(np.mean(found)),
+        stdev(found) if len(found) > 1 else 0.0,
+    )
 
 
 def by_site(block: Results, key: str) -> Figure | None:

@@ -60,7 +60,7 @@ def tables(plan: Plan) -> list[Table]:
 
 def column_axis(axes: Mapping[str, Any]) -> str | None:
     """The axis with the columns: the data set where it is one, else the last."""
-    return "data.name" if "data.name" in axes else next(reversed(axes), None) if axes else None
+    return "data.name" if "data.name" in axes else [*axes][-1] if axes else None
 
 
 def column_name(plan: Plan, block: Block) -> str:

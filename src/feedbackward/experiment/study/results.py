@@ -149,12 +149,11 @@ def _costs(running: Running, comparison: Comparison) -> dict[str, Results]:
     facts, config = running.facts.get(comparison.folder), comparison.config
     if facts is None or facts.shape[1] != facts.shape[2]:
         return {}
-    shape = {"classes": facts.classes, "channels": facts.shape[0], "size": facts.shape[1]}
     batch = cell_config(config, comparison.contenders[0], 0).batch_size or 1
     entries = [c.entry for c in comparison.contenders]
     counting = CostConfig(
         model=config.model, rules=list[str | RuleEntry](entries), sites=config.sites, error_at=config.error_at,
-        norm=config.norm, batch=batch, **shape,
+        norm=config.norm, batch=batch, classes=facts.classes, channels=facts.shape[0], size=facts.shape[1],
     )  # fmt: skip
     kept, wanted = Path(running.plan.options.out) / comparison.folder / "costs.json", to_dict(counting)
     try:

@@ -103,8 +103,9 @@ class Running:
         picked = self.picks.get((comparison.search_on or "", contender.label))
         if picked is None:
             return contender
-        rates = {"lr": picked.entry.lr, "feedback_lr": picked.entry.feedback_lr}
-        entry = contender.entry if picked.refused else replace(contender.entry, **rates)
+        entry = contender.entry
+        if not picked.refused:
+            entry = replace(entry, lr=picked.entry.lr, feedback_lr=picked.entry.feedback_lr)
         return replace(contender, entry=entry, trials=picked.trials, refused=picked.refused)
 
     def job(self, folder: str, config: TrainConfig, label: str, what: str, test: bool = True) -> Job:

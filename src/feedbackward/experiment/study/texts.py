@@ -140,7 +140,7 @@ def notes(results: Results) -> list[str]:
 
 def _rates(results: Results) -> str:
     searched = {bool(rule.get("searched")) for b in blocks(results) for rule in b["rules"] if done_runs(rule)}
-    ways = {
+    ways: dict[tuple[bool, ...], str] = {
         (True,): "All rates were picked on held-out images by equal trials for every rule.",
         (False,): "Rates are those of the recipe or of the study's config: no search was made here.",
     }
