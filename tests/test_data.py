@@ -79,6 +79,8 @@ def test_split_is_fixed_and_the_limit_leaves_validation_alone(written):
     assert torch.equal(first.validation.images, limited.validation.images)
     assert torch.equal(first.train.images[:40], limited.train.images)
     assert len(load_data(config(written, train_limit=10**6)).train) == len(first.train)
+    few = load_data(config(written, test_limit=7)).test
+    assert [number(i) for i in few.images] == [number(i) for i in first.test.images[:7]]
 
 
 def test_first_classes(written):

@@ -145,6 +145,17 @@ def test_mean_jacobian_through_batch_norm() -> None:
     assert got == pytest.approx(cosine(learner.feedback.pool1.detach(), J), abs=1e-12)
 
 
+def test_a_number_compares_so_many_rows_of_the_jacobian() -> None:
+    """Two of three rows are 0 and 1; more than there are is all of them; fixed feedback too, as it was asked for."""
+    learner, (x, y) = CONV.attach(fb.DFA()), CONV.batch()
+    expected = mean_jacobians(CONV, learner.eval(), x)
+    for rows, chosen in ((2, [0, 1]), (1, [0]), (50, [0, 1, 2])):
+        found = fb.probe(learner, loss_fn(y), x, jacobian=rows)
+        for edge in learner.graph.edges:
+            B, J = learner.feedback_of(edge)[chosen], expected[edge.site.name][chosen]
+            assert found.sites[edge.site.name].jacobian_cosine == pytest.approx(cosine(B, J), abs=1e-12)
+
+
 @pytest.mark.parametrize("pair", [MLP, HIDDEN, CONV], ids=str)
 def test_readout_alignment(pair: Pair) -> None:
     """mean_n cos(a_L[n], h_l[n] B_l^T), the source in the place of a_L."""

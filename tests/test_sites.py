@@ -121,6 +121,45 @@ def test_parameters_that_nothing_reaches_are_reported() -> None:
     assert "not trained, no segment reaches it: b.weight" in str(learner)
 
 
+# --- every second, stages ---------------------------------------------------------------------------------------------
+
+
+def image_net() -> nn.Sequential:
+    """Sites: 2 (12 px), 4 (after the pool, 6 px), 6, 8 (flat), 10; sizes after the layers are 12, 12, 6, 6."""
+    convs = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+    ]
+    top = [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.Flatten()]
+    return nn.Sequential(*convs, *top, nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    [
+        ("layers", ["2", "4", "6", "8", "10"]),
+        ("every-1", ["2", "4", "6", "8", "10"]),
+        ("every-2", ["2", "6", "10"]),
+        ("every-3", ["4", "10"]),
+        ("every-9", ["10"]),
+        ("stages", ["4", "8", "10"]),
+    ],
+)
+def test_fewer_sites_are_counted_from_the_last_one_or_end_a_stage(sites: str, expected: list[str]) -> None:
+    learner = fb.attach(image_net(), fb.DKP(), example=torch.randn(3, 1, 12, 12), sites=sites)
+    assert names(learner) == expected
+
+
+def test_every_needs_a_number_and_a_chain_refuses_it() -> None:
+    with pytest.raises(fb.errors.SiteError, match="must end in a number"):
+        fb.attach(image_net(), fb.DKP(), example=torch.randn(3, 1, 12, 12), sites="every-second")
+    with pytest.raises(fb.errors.AttachError, match="a chain runs from layer to layer"):
+        fb.attach(image_net(), fb.FA(), example=torch.randn(3, 1, 12, 12), sites="every-2")
+
+
 # --- names, predicates, blocks ------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def _refuse_subclass(call: Call) -> None:
 
 def _wanted(model: nn.Module, sites: Sites) -> tuple[list[str], bool]:
     """The names, and whether somebody chose them one by one."""
-    if sites == "blocks":
+    if isinstance(sites, str) and (sites in ("blocks", "stages") or sites.startswith("every-")):
         raise AttachError(
             'a chain runs from layer to layer: use sites="layers", names of layers, or a predicate.'
         )

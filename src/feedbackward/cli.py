@@ -1,4 +1,4 @@
-"""The command line: `feedbackward train`, `compare`, `probe`, `bench`, `cost` and `rules`.
+"""The command line: `feedbackward train`, `compare`, `study`, `probe`, `bench`, `cost` and `rules`.
 
 Exit codes: 0 success; 2 anything that feedbackward refuses, a diverged run included, with one sentence on
 stderr; 130 and 143 a run stopped by Ctrl-C or SIGTERM, after saving it; 1 a fault of feedbackward itself,
@@ -23,6 +23,7 @@ usage: feedbackward COMMAND [options]
 
   train    train one network by one rule
   compare  train by several rules and seeds under one recipe, and report
+  study    a grid of comparisons that a config describes, in one table: feedbackward study paper --scale 0.05
   probe    how near a trained run's gradients are to backprop's
   bench    step time, throughput and memory beside backprop's
   cost     multiply-adds, bytes and steps in sequence on a network, counted without running it
@@ -114,6 +115,12 @@ def _compare(arguments: list[str]) -> int:
     return 0
 
 
+def _study(arguments: list[str]) -> int:
+    from .experiment.study.command import study_command
+
+    return study_command(arguments)
+
+
 def _probe(arguments: list[str]) -> int:
     parser = _Parser("probe", "How near a trained run's gradients are to backprop's, on held-out images.")
     parser.add_argument("run", type=Path, help="the folder of a run")
@@ -157,6 +164,7 @@ def _cost(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
+    "study": _study,
     "probe": _probe,
     "bench": _bench,
     "cost": _cost,

@@ -226,7 +226,8 @@ def relays(arcs: Sequence[Any], steps: int, form: Callable[[Source, Arc], Operat
 
 def _runs(arcs: Sequence[Arc], steps: int) -> list[Sequence[Arc]] | None:
     """The cheapest partition of the arcs into at most `steps` runs, the lowest first; None where there is none."""
-    best: list[tuple[float, list[Sequence[Arc]]]] = [(0.0, [])] + [(math.inf, [])] * len(arcs)
+    none: list[Sequence[Arc]] = []
+    best = [(0.0, none)] + [(math.inf, none)] * len(arcs)
     for _ in range(steps):
         best = [
             min(

@@ -52,8 +52,9 @@ def attach(
         example: inputs the model accepts (a tensor, a tuple of arguments or a dict of keywords), of the shape used in
             training. The model runs on it twice, in training mode; buffers, modes and random state are restored.
         sites: `"layers"`: the activity that enters each Linear or convolution after the first (for chains, FA and KP: each
-            such layer's input, and names are names of layers); `"blocks"`: outputs of
-            residual or transformer blocks; a list of module names (their outputs); or a predicate `(name, module) -> bool`.
+            such layer's input, and names are names of layers); `"every-2"` (3, ...): every second of these, from the last
+            one down; `"stages"`: those at the end of a stage, after which height and width are smaller; `"blocks"`:
+            outputs of residual or transformer blocks; a list of module names (their outputs); or a predicate `(name, module) -> bool`.
         error_at: the module whose output's error is broadcast; layers above it learn by their true gradient. Default:
             the model's output.
         output: which tensor of a structured output is the model's output, for example `lambda o: o.logits`.

@@ -82,7 +82,7 @@ class Probe:
 
 
 def probe(
-    learner: Learner, loss_fn: Callable[[Any], Tensor], batch: Any, *, jacobian: bool | None = None
+    learner: Learner, loss_fn: Callable[[Any], Tensor], batch: Any, *, jacobian: bool | int | None = None
 ) -> Probe:
     """Compare the rule's teaching signals and gradients with backprop's on one batch, in the learner's current mode.
 
@@ -93,7 +93,8 @@ def probe(
         loss_fn: `loss_fn(output) -> scalar`, for example `lambda out: F.cross_entropy(out, y)`.
         batch: the model's inputs (tensor, tuple or dict).
         jacobian: compare the feedback with the batch-mean Jacobian, at the cost of C backward passes, and measure its
-            readout alignment. Default: where the rule learns its feedback, with the Jacobian only if C <= 256.
+            readout alignment. A number compares so many of the C rows, evenly spaced, at the cost of as many passes.
+            Default: where the rule learns its feedback, with the Jacobian only if C <= 256.
     """
     if not isinstance(learner, Learner):
         raise FeedbackError(
@@ -162,7 +163,7 @@ class _observed:  # noqa: N801  (a context manager reads as a verb)
 
 
 def _compare_feedback(
-    learner: Learner, batch: Any, jacobian: bool | None, activities: Mapping[str, Tensor]
+    learner: Learner, batch: Any, jacobian: bool | int | None, activities: Mapping[str, Tensor]
 ) -> dict[str, tuple[float | None, float | None]]:
     """Per site: the cosine of B with the mean Jacobian, and the readout alignment."""
     wanted = learner.rule.learned if jacobian is None else jacobian
@@ -177,14 +178,14 @@ def _compare_feedback(
         run(learner, batch)
         hs = {site.name: h for site, h in zip(learner.sites, tape.h, strict=True)}
         source = _rows(tape.sources[learner.source.name])
-        affordable = jacobian or source.shape[1] <= 256
-        means = _mean_jacobian(source, [hs[e.site.name] for e in edges]) if affordable else None
+        units = _units(source.shape[1], jacobian)
+        means = _mean_jacobian(source, units, [hs[e.site.name] for e in edges]) if units else None
     found: dict[str, tuple[float | None, float | None]] = {}
     with torch.no_grad():
         for i, edge in enumerate(edges):
             B = _dense(learner, edge)
             readout = _rows(hs[edge.site.name]).double() @ B.t()
-            cosine = _measures(B, means[i])[0] if means is not None else None
+            cosine = _measures(B[units], means[i])[0] if means is not None else None
             found[edge.site.name] = (cosine, _cosines(readout, source.double()).nanmean().item())
     return found
 
@@ -200,10 +201,18 @@ def _dense(learner: Learner, edge: Edge) -> Tensor:
     return edge.operator.send(weights, eye, edge.site_shape).reshape(edge.source_size, -1)
 
 
-def _mean_jacobian(source: Tensor, hs: list[Tensor]) -> list[Tensor]:
-    """E[dsource/dh] over the batch, one [C, n] matrix per activity."""
+def _units(count: int, jacobian: bool | int | None) -> list[int]:
+    """Which of the source's units the Jacobian is taken of; none where it is not affordable."""
+    if jacobian is None:
+        return list(range(count)) if count <= 256 else []
+    wanted = count if jacobian is True else min(count, jacobian)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def _mean_jacobian(source: Tensor, units: list[int], hs: list[Tensor]) -> list[Tensor]:
+    """E[dsource/dh] over the batch, one [len(units), n] matrix per activity."""
     rows: list[list[Tensor]] = [[] for _ in hs]
-    for c in range(source.shape[1]):
+    for c in units:
         grads = torch.autograd.grad(source[:, c].sum(), hs, retain_graph=True, materialize_grads=True)
         for i, g in enumerate(grads):
             rows[i].append(_rows(g).double().mean(0))

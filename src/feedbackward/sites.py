@@ -1,4 +1,4 @@
-"""Finding the sites of a model: `"layers"`, `"blocks"`, names, or a predicate."""
+"""Finding the sites of a model: `"layers"`, every so many of them, `"stages"`, `"blocks"`, names, or a predicate."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     finder = _Finder(trace, source)
     if sites == "layers":
         return finder.layers()
+    if sites == "stages":
+        return finder.stages()
     if sites == "blocks":
         return finder.named(block_names(model, trace), chosen=False)
+    if isinstance(sites, str) and sites.startswith("every-"):
+        return finder.layers()[:: -_every(sites)][::-1]
     if isinstance(sites, str):
         sites = [sites]
     if not callable(sites) and not sites:
@@ -92,6 +96,18 @@ class _Finder:
             found[id(tensor)] = self._site(call, tensor, version, consumers)
         return list(found.values())
 
+    def stages(self) -> list[Site]:
+        """Of the layers' sites the last, and those whose height and width differ from the site before (the input, for the
+        first): what a pool or a stride made."""
+        sites = self.layers()
+        images = [
+            call.inputs[0][0]
+            for call in self.trace.calls
+            if isinstance(call.module, PARAMETRIC) and call.inputs
+        ]
+        before = [tuple(images[0].shape[2:]), *(site.shape[1:] for site in sites)]
+        return [s for s, space in zip(sites, before, strict=False) if s.shape[1:] != space or s is sites[-1]]
+
     def named(self, names: Iterable[str], chosen: bool = True) -> list[Site]:
         """The outputs of these modules, one site per tensor; names that somebody chose must all be usable."""
         found: dict[tuple[int, int], tuple[int, Site]] = {}
@@ -139,6 +155,16 @@ class _Finder:
         if when >= self.source_end or tensor is self.source_tensor or not tensor.requires_grad:
             return False
         return (tensor.grad_fn, tensor.output_nr) in self.upstream
+
+
+def _every(sites: str) -> int:
+    """The k of `every-k`."""
+    number = sites.removeprefix("every-")
+    if not number.isdecimal() or int(number) < 1:
+        raise SiteError(
+            f"sites={sites!r} must end in a number: 'every-2' feeds every second layer, from the last hidden one down."
+        )
+    return int(number)
 
 
 def refuse_unrecorded(trace: Trace) -> None:
@@ -201,7 +227,7 @@ def known_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
                 if near
                 else f"its modules are {', '.join(list(modules)[1:9])}, ..."
             )
-            kinds = ' (or "layers", "blocks")' if len(names) == 1 else ""
+            kinds = ' (or "layers", "every-2", "stages", "blocks")' if len(names) == 1 else ""
             raise SiteError(f"the model has no module named {name!r}; {hint}{kinds}.")
     return list(dict.fromkeys(names))
 

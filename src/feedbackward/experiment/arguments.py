@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,27 @@ def parse(kind: type[C], arguments: Sequence[str], command: str, about: str) -> 
         raise ConfigError(_sentence(error)) from error
     given.pop("config", None)
     return from_dict(kind, given, "the command line")
+
+
+def validated(kind: type[C], values: Mapping[str, Any], where: str) -> C:
+    """The config that nested mappings describe, as `parse` would read it from a file.
+
+    Raises:
+        ConfigError: an unknown key, or a value of another type.
+    """
+    check_keys(kind, values, where)
+    parser = _parsers(kind)  # type: ignore[arg-type]
+    try:
+        given = parser.parse_object(dict(values), defaults=False).as_dict()
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{where}: {_sentence(error)}") from error
+    given.pop("config", None)
+    return from_dict(kind, given, where)
+
+
+@functools.cache
+def _parsers(kind: type) -> ArgumentParser:
+    return _parser(kind, "", "")
 
 
 def _parser(kind: type, command: str, about: str) -> ArgumentParser:
@@ -122,6 +144,8 @@ def _config_file(name: str) -> Path:
     if (SHIPPED / f"{name}.yaml").is_file() and not Path(name).exists():
         return SHIPPED / f"{name}.yaml"
     if not Path(name).is_file():
+        if (SHIPPED.with_name("studies") / f"{name}.yaml").is_file():
+            raise ConfigError(f"{name} is a study, not a config file: run it with feedbackward study {name}")
         raise ConfigError(f"there is no config file {name}: give a path, or one of the shipped: {_shipped()}")
     return Path(name)
 

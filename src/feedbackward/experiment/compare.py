@@ -67,16 +67,18 @@ def compare(config: CompareConfig, console: Console, interrupts: Interrupts) -> 
     config = config.resolved()
     import_from_here()
     folder = _claim(config)
-    contenders = _admit(config, _contenders(config), console, interrupts)
+    contenders = _admit(config, find_contenders(config), console, interrupts)
     if config.search.run:
         contenders = _search(config, contenders, console, interrupts)
     running = _running(contenders)
     cells = [
-        Cell(f"{c.label}, seed {seed}", _cell(config, c, seed)) for seed in config.seeds for c in running
+        Cell(f"{c.label}, seed {seed}", cell_config(config, c, seed))
+        for seed in config.seeds
+        for c in running
     ]
     _run_all(cells, Progress(console, log=folder / "compare.log"), interrupts)
     console.print("measuring time and memory per step ...", highlight=False)
-    first = [_cell(config, contender, config.seeds[0]) for contender in running]
+    first = [cell_config(config, contender, config.seeds[0]) for contender in running]
     costs = measure_costs(first, config.timing_steps, interrupts.check)
     return _results(config, contenders, costs)
 
@@ -105,7 +107,7 @@ def _claim(config: CompareConfig) -> Path:
     return folder
 
 
-def _contenders(config: CompareConfig) -> list[Contender]:
+def find_contenders(config: CompareConfig) -> list[Contender]:
     """The rules in order, the baseline first, each with its own label."""
     made = []
     for entry in sorted(config.entries(), key=lambda entry: entry.rule != BASELINE):
@@ -128,7 +130,7 @@ def _admit(
     admitted = []
     for contender in contenders:
         interrupts.check()
-        reason = refusal(_cell(config, contender, config.seeds[0]))
+        reason = refusal(cell_config(config, contender, config.seeds[0]))
         if reason is not None:
             console.print(f"{contender.label} is refused: {reason}", highlight=False, markup=False)
         admitted.append(replace(contender, refused=reason))
@@ -144,7 +146,7 @@ def _running(contenders: Sequence[Contender]) -> list[Contender]:
     return running
 
 
-def _cell(config: CompareConfig, contender: Contender, seed: int) -> TrainConfig:
+def cell_config(config: CompareConfig, contender: Contender, seed: int) -> TrainConfig:
     """The run of one rule and seed, to be resumed where it exists."""
     out = f"{config.out}/{slug(contender.label)}-s{seed}"
     return replace(config.cell(contender.entry, seed), out=out, overwrite=False, resume=True).resolved()
@@ -170,20 +172,7 @@ def _search(
     config: CompareConfig, contenders: Sequence[Contender], console: Console, interrupts: Interrupts
 ) -> list[Contender]:
     """The contenders with the rates that do best on the held-out images, equal trials for each."""
-    cells: dict[str, list[Cell]] = {contender.label: [] for contender in contenders}
-    for contender in _running(contenders):
-        for number, (lr, feedback_lr) in enumerate(trial_rates(config.search, contender.learned)):
-            entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
-            trial = replace(
-                config.cell(entry, config.search.seed),
-                out=f"{config.out}/search/{slug(contender.label)}-{number}",
-                overwrite=False,
-                resume=True,
-                epochs=config.search.epochs,
-                probe_every=0,
-                tensorboard=False,
-            ).resolved()
-            cells[contender.label].append(Cell(f"{contender.label}, {_words(lr, feedback_lr)}", trial))
+    cells = {c.label: trial_cells(config, c) for c in _running(contenders)}
     progress = Progress(console, log=Path(config.out or "") / "compare.log")
     _run_all([cell for row in cells.values() for cell in row], progress, interrupts, test=False)
     found = []
@@ -191,7 +180,7 @@ def _search(
         if contender.refused is not None:
             found.append(contender)
             continue
-        trials = [_trial(cell, contender.learned) for cell in cells[contender.label]]
+        trials = [trial_result(cell, contender.learned) for cell in cells[contender.label]]
         progress.prefix = ""
         try:
             lr, feedback_lr = pick(trials, contender.label)
@@ -199,30 +188,51 @@ def _search(
             progress.say(str(error))
             found.append(replace(contender, trials=trials, refused=str(error)))
             continue
-        progress.say(f"{contender.label}: picked {_words(lr, feedback_lr)} of {len(trials)} trials")
+        progress.say(f"{contender.label}: picked {rates_in_words(lr, feedback_lr)} of {len(trials)} trials")
         entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
         found.append(replace(contender, entry=entry, trials=trials))
     return found
 
 
-def _words(lr: float, feedback_lr: float | None) -> str:
+def trial_cells(config: CompareConfig, contender: Contender) -> list[Cell]:
+    """The trials of a rule's rates."""
+    cells = []
+    for number, (lr, feedback_lr) in enumerate(trial_rates(config.search, contender.learned)):
+        entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
+        trial = replace(
+            config.cell(entry, config.search.seed),
+            out=f"{config.out}/search/{slug(contender.label)}-{number}",
+            overwrite=False,
+            resume=True,
+            epochs=config.search.epochs,
+            probe_every=0,
+            tensorboard=False,
+        ).resolved()
+        cells.append(Cell(f"{contender.label}, {rates_in_words(lr, feedback_lr)}", trial))
+    return cells
+
+
+def rates_in_words(lr: float, feedback_lr: float | None) -> str:
+    """The rates of W and, where it is learned, of B."""
     return f"lr {lr:.3g}" + ("" if feedback_lr is None else f", feedback lr {feedback_lr:.3g}")
 
 
-def _trial(cell: Cell, learned: bool) -> dict[str, Any]:
-    run = _run(cell)
+def trial_result(cell: Cell, learned: bool) -> dict[str, Any]:
+    """A finished trial as `pick` reads it."""
+    run = finished_run(cell)
     return {
-        **_rates(cell.config, learned),
+        **rates_of(cell.config, learned),
         "status": run["status"],
         "validation_accuracy": run["validation_accuracy"],
     }
 
 
-def _rates(config: TrainConfig, learned: bool) -> dict[str, float | None]:
+def rates_of(config: TrainConfig, learned: bool) -> dict[str, float | None]:
+    """A run's rates of W and of B."""
     return {"lr": config.forward.lr, "feedback_lr": config.feedback.lr if learned else None}
 
 
-def _run(cell: Cell) -> dict[str, Any]:
+def finished_run(cell: Cell) -> dict[str, Any]:
     """A finished cell as the results hold it."""
     rows, result = cell.folder.rows(), cell.folder.result() or {}
     epochs = [row for row in rows if row.pop("kind") == "epoch"]
@@ -249,17 +259,17 @@ def _refused(contender: Contender) -> dict[str, Any]:
 def _rule(config: CompareConfig, contender: Contender, cost: Costs, baseline: Costs | None) -> dict[str, Any]:
     """A rule with its costs and runs, as the results hold it."""
     entry = contender.entry
-    cells = [_cell(config, contender, seed) for seed in config.seeds]
+    cells = [cell_config(config, contender, seed) for seed in config.seeds]
     return {
         "rule": entry.rule,
         "label": contender.label,
         "options": entry.options,
         "calibrate_every": cells[0].calibrate_every,
         "freeze_feedback_after": cells[0].freeze_feedback_after,
-        "rates": _rates(cells[0], contender.learned),
+        "rates": rates_of(cells[0], contender.learned),
         "search": contender.trials,
         **cost.as_dict(baseline),
-        "runs": [_run(Cell("", cell)) for cell in cells],
+        "runs": [finished_run(Cell("", cell)) for cell in cells],
     }
 
 

@@ -53,7 +53,7 @@ class Settings:
     Attributes:
         model: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56, resnet110, mlp, or package.module:callable.
         norm: batch norm in the named nets.
-        sites: layers, blocks, published, a list of module names; by default the net's own choice.
+        sites: layers, every-2 (or 3, ...), stages, blocks, published, a list of module names; by default the net's own choice.
         error_at: module whose output's error is broadcast; by default the model's output.
         data: which images.
         recipe: default or published; the fields below change it.
@@ -73,6 +73,8 @@ class Settings:
         threads: CPU threads; by default PyTorch's choice.
         probe_every: measure the alignment with backprop before training and every so many epochs; 0 never.
         probe_images: held-out images of the probe's fixed batch.
+        probe_jacobian: rows of each B that the probe compares with the batch-mean Jacobian, a backward pass each; 0 none. By
+            default all, where feedback is learned and there are at most 256.
         tensorboard: write scalars for TensorBoard.
         out: the folder of results.
         overwrite: replace earlier results in that folder.
@@ -100,6 +102,7 @@ class Settings:
     threads: int | None = None
     probe_every: int = 0
     probe_images: int = 200
+    probe_jacobian: int | None = None
     tensorboard: bool = True
     out: str | None = None
     overwrite: bool = False
@@ -274,6 +277,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "threads": 1,
         "probe_every": 0,
         "probe_images": 1,
+        "probe_jacobian": 0,
         "seed": 0,
         "staleness": 0,
         "calibrate_every": 0,

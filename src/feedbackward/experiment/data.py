@@ -36,6 +36,7 @@ class DataConfig:
         root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
         train_limit: use at most so many training images.
         validation: held-out images taken from train; by default 5,000, or 1/8 of a smaller training set.
+        test_limit: use at most so many test images.
         classes: keep the first so many classes only.
         size: resize the images to size x size pixels when decoding.
         augment: none, flip, crop or crop-flip, applied to training batches.
@@ -45,6 +46,7 @@ class DataConfig:
     root: str | None = None
     train_limit: int | None = None
     validation: int | None = None
+    test_limit: int | None = None
     classes: int | None = None
     size: int | None = None
     augment: str = "none"
@@ -108,7 +110,7 @@ def load_data(config: DataConfig) -> Data:
 
 def _check(config: DataConfig) -> None:
     check_augment(config.augment)
-    least = {"train_limit": 1, "validation": 1, "classes": 2, "size": 1}
+    least = {"train_limit": 1, "validation": 1, "test_limit": 1, "classes": 2, "size": 1}
     for option, smallest in least.items():
         value = getattr(config, option)
         if value is not None and value < smallest:
@@ -158,7 +160,8 @@ def _split(decoded: Decoded, config: DataConfig) -> dict[str, tuple[str, Tensor]
         validation = ("validation", order["validation"])
     else:
         raise ConfigError(f"'{config.name}' has its own validation/ folder: leave out the option validation.")
-    return {"train": ("train", train[: config.train_limit]), "validation": validation, "test": test}
+    limited = (test[0], test[1][: config.test_limit])
+    return {"train": ("train", train[: config.train_limit]), "validation": validation, "test": limited}
 
 
 def _shuffled(labels: Tensor, classes: int | None) -> Tensor:

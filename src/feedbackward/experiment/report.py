@@ -29,7 +29,7 @@ from feedbackward.experiment.summary import (
     summarise,
 )
 
-__all__ = ["print_summary", "summarise", "write_report"]
+__all__ = ["print_summary", "render", "replace_whole", "summarise", "write_report"]
 
 NONE = "–"
 ASCII = str.maketrans({"±": "+/-", "×": "x", "°": " deg", "−": "-", "–": "-"})
@@ -137,14 +137,14 @@ def write_report(results: Results, folder: str | Path) -> dict[str, Path]:
     view = _view(results)
     files: dict[str, Callable[[], bytes]] = {  # numbers first: a figure that fails must not lose them
         "results.json": lambda: json.dumps(written, indent=1, allow_nan=False, ensure_ascii=False).encode(),
-        "report.md": lambda: _render("report.md", view),
-        "report.html": lambda: _render("report.html", {**view, "sections": plots.figures(results)}),
+        "report.md": lambda: render("report.md", view),
+        "report.html": lambda: render("report.html", {**view, "sections": plots.figures(results)}),
         "picture.png": lambda: plots.picture(results),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, make in files.items():
-            _replace(folder / name, make())
+            replace_whole(folder / name, make())
     except OSError as error:
         raise FeedbackError(
             f"The report cannot be written to {folder}: {error.strerror or error}. "
@@ -153,7 +153,8 @@ def write_report(results: Results, folder: str | Path) -> dict[str, Path]:
     return {name: folder / name for name in files}
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -165,7 +166,8 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
-def _render(name: str, view: dict[str, Any]) -> bytes:
+def render(name: str, view: dict[str, Any]) -> bytes:
+    """A template of this package, filled in."""
     loader = jinja2.PackageLoader("feedbackward.experiment", "templates")
     environment = jinja2.Environment(
         loader=loader,

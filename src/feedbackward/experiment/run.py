@@ -101,7 +101,9 @@ class Run:
             self.tell_target(labels)
             output, loss = self._backward(images, labels)
         rule = self.learner.rule
-        if rule.in_phase and not (self.calibrates if rule.revises else frozen or not self._every(self.config.feedback_every)):
+        if rule.in_phase and not (
+            self.calibrates if rule.revises else frozen or not self._every(self.config.feedback_every)
+        ):
             with self.precision():
                 self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
         correct = (output.argmax(1) == labels).sum()
@@ -197,7 +199,12 @@ class Run:
         chosen = self.data.validation.take(torch.arange(count))
         images, labels = next(Loader(chosen, self.data, count, device=self.device, shuffle=False).epoch(0))
         self.tell_target(labels)
-        return probe(self.learner, lambda out: F.cross_entropy(out.float(), labels), self.prepared(images))
+        return probe(
+            self.learner,
+            lambda out: F.cross_entropy(out.float(), labels),
+            self.prepared(images),
+            jacobian=self.config.probe_jacobian,
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped."""

@@ -58,9 +58,9 @@ class RunFolder:
         if config.resume and config.overwrite:
             raise ConfigError("--resume continues a run and --overwrite replaces it: give one of them")
         try:
-            folder._check_free(config)
+            folder.check_free(config)
             folder.path.mkdir(parents=True, exist_ok=True)
-            folder._take_lock()
+            folder.lock()
             if config.overwrite:
                 folder.clear()
             if not folder.config_file.exists():
@@ -120,7 +120,8 @@ class RunFolder:
             self._lock.close()
         self._lock = None
 
-    def _check_free(self, config: TrainConfig) -> None:
+    def check_free(self, config: TrainConfig) -> None:
+        """Raise ConfigError unless the run may be trained here: in an empty folder, or, as it asks, resumed or anew."""
         if not self.path.exists() or (self.path.is_dir() and not any(self._contents())):
             return
         if not self.config_file.is_file():
@@ -154,8 +155,8 @@ class RunFolder:
     def _contents(self) -> list[str]:
         return [name for name in os.listdir(self.path) if name != ".lock"]
 
-    def _take_lock(self) -> None:
-        """Held until the process ends, however it ends."""
+    def lock(self) -> None:
+        """Keep other processes out, until `close` or until this process ends, however it ends."""
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (stays open)
         if fcntl is None:
             return

@@ -56,7 +56,9 @@ class LayerForm:
         """A convolution from a site `[c, H, ...]` to a source `[C, H2, ...]`, whatever lies between them: its stride along each axis
         is H / H2, rounded; its kernel has that side (one more where the borders ask for it), with a stride s > 1 s - 1 more.
         """
-        strides, sides, pads = [], [], []
+        strides: list[int] = []
+        sides: list[int] = []
+        pads: list[int] = []
         for length, places in zip(site[1:], source[1:], strict=True):
             stride = max(1, round(length / places))
             reach = (places - 1) * stride - length  # of the first weight's places, less the whole axis
