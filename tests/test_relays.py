@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import feedbackward as fb
-from feedbackward.experiment import nets
 from feedbackward.operators.layer import LayerForm, LayerShaped
 from feedbackward.trace import narrow_nodes
 from pairs import F64, assert_close, grads
@@ -78,6 +77,7 @@ def test_the_runs_pass_over_as_little_as_possible(widths: tuple[int, ...], steps
 
 
 def test_vgg16_takes_five_steps_and_feeds_every_layer() -> None:
+    nets = pytest.importorskip("feedbackward.experiment.nets")  # left out when single lines are changed
     model = nets.build("vgg16", (3, 32, 32), 10)
     learner = attached(model, torch.randn(2, 3, 32, 32))
     assert len(learner.graph.sources) == 5
@@ -87,6 +87,7 @@ def test_vgg16_takes_five_steps_and_feeds_every_layer() -> None:
 
 
 def test_a_net_with_fewer_layers_than_steps_is_fed_layer_by_layer() -> None:
+    nets = pytest.importorskip("feedbackward.experiment.nets")  # left out when single lines are changed
     model = nets.build("small_cnn", (3, 32, 32), 10)
     learner = attached(model, torch.randn(2, 3, 32, 32))
     assert all(edge.source == edge.site.source for edge in learner.graph.edges)  # type: ignore[attr-defined]
@@ -189,6 +190,20 @@ def test_on_a_linear_net_feedback_nears_the_path_to_its_relay() -> None:
         ratios.append(((mean - J) / variance.sqrt()).flatten())
     assert torch.cat(ratios).abs().max() < 5
     assert torch.cat(ratios).square().mean() == pytest.approx(1, abs=0.7)  # not smaller either
+
+
+def test_a_relay_moves_by_the_noise_of_its_own_sites_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = linear_net()
+    learner = attached(model, x, steps=2)
+    drawn: list[Tensor] = []
+    draw = fb.Phase.noise
+    monkeypatch.setattr(fb.Phase, "noise", lambda self, like: drawn.append(draw(self, like)) or drawn[-1])
+    learner.feedback_step(x)
+    far = [i for i, edge in enumerate(learner.graph.edges) if edge.source != edge.site.source]  # type: ignore[attr-defined]
+    noise, truth = [u for u in drawn if len(u) == len(x)][-len(far) :], paths(learner)
+    for i, u in zip(far, noise, strict=True):
+        edge = learner.graph.edges[i]
+        assert_close(learner.feedback_of(edge).grad, -(u @ truth[i].t()).t() @ u / len(x), edge.site.name)
 
 
 def test_a_kernel_is_the_average_over_the_places_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
