@@ -9,7 +9,9 @@ import subprocess
 import pytest
 
 from feedbackward.experiment.report import write_report
+from feedbackward.experiment.study.report import write_study_report
 from test_report import SITES, make_results
+from test_study_report import results as study_results
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -86,14 +88,36 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def measured(folder):
-    """What the browser measured, one entry per width, with <details> closed and open."""
+def measure(folder):
+    """What the browser measures of the folder's page, one entry per width, with <details> closed and open."""
     options = ("--dump-dom", "--virtual-time-budget=20000", "--window-size=1400,900")
     dom = browse(folder / "harness.html", folder / "profile", *options)
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
     assert [entry["width"] for entry in found] == [360, 360, 1280, 1280]
     return found
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    return measure(folder)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """What the browser measured of a study's page."""
+    folder = tmp_path_factory.mktemp("study")
+    write_study_report(study_results(), folder)
+    (folder / "harness.html").write_text(HARNESS)
+    return measure(folder)
+
+
+def test_a_studys_page_fits_every_width(study):
+    for entry in study:
+        assert entry["scrollWidth"] <= entry["clientWidth"], entry
+        assert entry["wide"] == [], entry
+        assert all(width >= 250 for width, _ in entry["figures"] if width), entry
+    assert study[0]["letters"] >= 7
+    assert study[2]["letters"] >= 10
 
 
 def test_no_width_scrolls_sideways(measured):

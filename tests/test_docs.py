@@ -39,6 +39,10 @@ def test_commands_parse(page: Path) -> None:
             if not words or words[0] != "feedbackward":
                 continue
             assert words[1] in COMMANDS, line
+            if words[1] == "study":
+                from feedbackward.experiment.study.command import parser
+
+                parser().parse_args(words[2:])
             if words[1] in configs:
                 parse(configs[words[1]], words[2:], f"feedbackward {words[1]}", "").resolved()
 

@@ -102,10 +102,15 @@ def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
     except Exception as error:  # one cell's fault, of whatever kind, must not cost the night's other cells
         send("say", traceback.format_exc())
         outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    keep(job, outcome)
+    return outcome
+
+
+def keep(job: Job, outcome: Outcome) -> None:
+    """Note in the cell's folder why it has no result, as far as there is a folder."""
     with contextlib.suppress(FeedbackError, OSError):
         if job.folder.path.is_dir():
             job.folder.write_json(_note(job), {"status": outcome.status, "message": outcome.message})
-    return outcome
 
 
 def found(job: Job) -> Outcome | None:

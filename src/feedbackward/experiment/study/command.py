@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -14,10 +15,12 @@ from ..config import CompareConfig, slug
 from ..configfile import check_keys
 from ..interrupts import InterruptedRunError, Interrupts
 from .definition import Study, load_study, nested, shipped
-from .grid import Options
+from .grid import Options, expand
+from .layout import title
 from .report import print_study, write_study_report
 from .results import command, gather
 from .running import Filters, clear, opened, run
+from .texts import counts
 
 ABOUT = """\
 Run a study: a grid of comparisons that a config describes (rules x models x data sets x seeds, or any other settings), cell by
@@ -110,22 +113,21 @@ def _go(given: Any, study: Study, options: Options, filters: Filters, console: C
         return _stopped(code, options.out)
     print_study(results, console)
     print(f"\ntable: {paths['table.md']}\npage: {paths['report.html']}")
+    if failed := counts(results)["failed"]:
+        told = f"{failed} cells failed (their reasons are above and in study.log); the same command tries them again"
+        print(f"feedbackward: {told}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _stopped(code: int, out: str) -> int:
     """The last words of a study that was interrupted."""
-    import sys
-
     print(f"feedbackward: stopped; saved to {out}; go on with: {command()}", file=sys.stderr)
     return code
 
 
 def _show(study: Study, options: Options, filters: Filters, console: Console) -> int:
     """What would be run, without a look at the data."""
-    from .grid import expand
-    from .layout import title
-
     plan = expand(study, options)
     filters.check(plan)
     cells = list(filters.cells(plan))

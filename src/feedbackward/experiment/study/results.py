@@ -55,7 +55,7 @@ def gather(running: Running) -> Results:
 
 def command() -> str:
     """The command line that this is."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["feedbackward", *sys.argv[1:]])
 
 
 def _table(running: Running, table: Table) -> Results:

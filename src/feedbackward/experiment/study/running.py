@@ -200,7 +200,7 @@ def run(running: Running, console: Console, interrupts: Interrupts) -> None:
     """
     plan, trials = running.plan, running.trials()
     for folder, reason in _per_data(running).items():
-        console.print(f"no data for {folder}: {reason}", highlight=False, markup=False)
+        console.print(f"no data for {folder}: {reason}", highlight=False, markup=False, soft_wrap=True)
     for jobs in (*trials.values(), [job for _, job in running.jobs()] if not trials else []):
         for job in jobs:
             job.folder.check_free(job.config)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 from ..building import find_device
 from ..environment import environment
 from ..interrupts import InterruptedRunError, Interrupts
-from .cells import Job, Outcome, run_cell
+from .cells import Job, Outcome, keep, run_cell
 
 Told = Callable[
     [int, str, Any], None
@@ -62,14 +61,16 @@ class _Pool:
         self.count, self.told, self.interrupts = count, told, interrupts
         self.processes: dict[Connection, BaseProcess] = {}
         self.running: dict[Connection, int] = {}
+        self.jobs: Sequence[Job] = ()
+        self.stopping = False
 
     def run(self, jobs: Sequence[Job]) -> None:
-        waiting = deque(range(len(jobs)))
+        self.jobs, waiting = jobs, deque(range(len(jobs)))
         try:
             while waiting or self.running:
                 self.interrupts.check()
                 while waiting and len(self.running) < self.count:
-                    self._give(waiting.popleft(), jobs)
+                    self._give(waiting.popleft())
                 self._listen()
                 self.told(-1, "tick", None)
         except InterruptedRunError:
@@ -78,19 +79,20 @@ class _Pool:
         finally:
             self._end()
 
-    def _give(self, number: int, jobs: Sequence[Job]) -> None:
+    def _give(self, number: int) -> None:
         idle = [pipe for pipe in self.processes if pipe not in self.running]
         pipe = idle[0] if idle else self._start()
         self.running[pipe] = number
         self.told(number, "start", None)
         with contextlib.suppress(OSError):  # it has died: `_listen` finds out
-            pipe.send(jobs[number])
+            pipe.send(self.jobs[number])
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")  # a forked copy of PyTorch's threads may hang
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there,), daemon=True)
-        process.start()
+        with _deaf():
+            process.start()
         there.close()
         self.processes[here] = process
         return here
@@ -113,10 +115,15 @@ class _Pool:
         process.join(5)
         if pipe in self.running:
             why = f"its process died (exit code {process.exitcode}; -9 often means too little memory: use fewer --workers)"
-            self.told(self.running.pop(pipe), "end", Outcome("failed", why))
+            number = self.running.pop(pipe)
+            outcome = Outcome("stopped") if self.stopping else Outcome("failed", why)
+            if not self.stopping:  # before it could note the signal, else
+                keep(self.jobs[number], outcome)
+            self.told(number, "end", outcome)
 
     def _stop(self) -> None:
         """Let every running cell save itself."""
+        self.stopping = True
         for pipe in self.running:
             self.processes[pipe].terminate()  # SIGTERM, which the worker notes
         while self.running:
@@ -128,6 +135,19 @@ class _Pool:
             process.join(0.1 if self.running else 5)
             if process.is_alive():
                 process.kill()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started within do not hear Ctrl-C, from their first moment on: the main process tells them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Told(Interrupts):
@@ -158,11 +178,10 @@ def _work(pipe: Connection) -> None:
 
 
 def _jobs(pipe: Connection) -> Iterator[Job]:
+    """Jobs until the main process closes the pipe, or has gone."""
     while True:
         try:
-            yield pipe.recv()
+            job = pipe.recv()
         except (EOFError, OSError):
             return
-        except BaseException:
-            print(f"feedbackward: a worker (process {os.getpid()}) could not read its cell", file=sys.stderr)
-            raise
+        yield job
