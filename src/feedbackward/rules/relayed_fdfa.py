@@ -14,7 +14,7 @@ from ..graph import Arc, Edge, Graph, Site, Source, relays
 from ..operators import Dense, Operator
 from ..operators.layer import LayerForm, LayerShaped
 from .base import Properties, Rule
-from .weight_mirror import mirrored
+from .weight_mirror import mean_product, mirrored
 
 if TYPE_CHECKING:
     from ..phase import Phase
@@ -99,11 +99,8 @@ class RelayedFDFA(Rule):
         far = phase.part([edge for edge in phase.edges if edge not in near])
         for edge, moves, noise in far.perturbed() if far.edges else ():
             with torch.no_grad(), torch.autocast(moves.device.type, enabled=False):
-                weights = phase.weights(edge)
-                (products,) = edge.operator.correlate(weights, moves, noise, center=False)
-                ones = torch.ones_like(moves[:1]), torch.ones_like(noise[:1])
-                (places,) = edge.operator.correlate(weights, *ones, center=False)
-                phase.give(edge, (weights[0] - products / (len(moves) * places.clamp_min(1)),))
+                (B,) = phase.weights(edge)
+                phase.give(edge, (B - mean_product(edge.operator, B, moves, noise),))
 
 
 def _is_near(edge: Edge) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import AttachError
 from ..graph import Arc, Edge, Graph, Site, Source, chain
+from ..operators import Operator
 from ..operators.layer import LayerShaped
 from .base import Properties, Rule
 
@@ -96,7 +97,14 @@ def mirrored(phase: Phase, edge: Edge, samples: int) -> Tensor:
         noise = phase.noise(like)  # in the padding too, whose copies would be correlated
         layer = replace(layer, form=replace(layer.form, pad=()))
         response = layer.project(W, noise)
-        ones = torch.ones_like(noise[:1]), torch.ones_like(response[:1])
-        (products,) = layer.correlate((B,), response, noise, center=False)
-        (places,) = layer.correlate((B,), ones[1], ones[0], center=False)
-        return products / (samples * places.clamp_min(1))
+        return mean_product(layer, B, response, noise)
+
+
+def mean_product(operator: Operator, B: Tensor, d: Tensor, u: Tensor) -> Tensor:
+    """`d^T u` in the form of `B`, averaged over the samples and, for each weight of a kernel, over the places that it takes part in.
+
+    `d: [M, *source]`, `u: [M, *site]`.
+    """
+    (products,) = operator.correlate((B,), d, u, center=False)
+    (places,) = operator.correlate((B,), torch.ones_like(d[:1]), torch.ones_like(u[:1]), center=False)
+    return products / (len(d) * places.clamp_min(1))
