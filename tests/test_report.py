@@ -120,6 +120,14 @@ def small(**accuracies):
     return {"version": 1, "rules": rules}
 
 
+def with_other_sites(results, rule, names):
+    """The rule's probes under other names of its sites, as a chain's are."""
+    (ours,) = (r for r in results["rules"] if r["rule"] == rule)
+    for probe in (probe for run in ours["runs"] for probe in run["alignment"]):
+        probe["sites"] = dict(zip(names, probe["sites"].values(), strict=True))
+    return results
+
+
 def rows(results):
     return {row["rule"]: row for row in summarise(results)}
 
@@ -376,3 +384,18 @@ def test_an_unwritable_folder_is_one_clear_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FeedbackError, match=r"cannot be written to .*file.*Name a folder"):
         write_report(small(dkp=[80.0]), tmp_path / "file")
+
+
+def test_a_rule_with_sites_of_its_own_is_shown_at_them(tmp_path):
+    """A chain's or a relay's sites have other names than the nodes that the first rule has: its angles must not be left out."""
+    names = [f"{site}.input" for site in SITES]
+    results = with_other_sites(make_results(("bp", "dkp", "dfa")), "dkp", names)
+    text = write_report(results, tmp_path)["report.md"].read_text()
+    before = write_report(make_results(("bp", "dkp", "dfa")), tmp_path / "before")["report.md"].read_text()
+    for site, name in zip(SITES, names, strict=True):
+        (line,) = (line for line in before.splitlines() if line.startswith(f"| {site} |"))
+        dkp, dfa = (cell.strip() for cell in line.strip("|").split("|")[1:])
+        assert f"| {name} | {dkp} | – |" in text
+        assert f"| {site} | – | {dfa} |" in text
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"{name} " in page for name in names)  # in the text of the heat map

@@ -20,6 +20,7 @@ from feedbackward.experiment.summary import (
     last_probe,
     lost_runs,
     shown_runs,
+    sites_of,
     summarise,
 )
 
@@ -143,9 +144,9 @@ def parameter_angles(results: Results) -> Figure | None:
 
 def picture(results: Results) -> bytes:
     """A PNG for a README: validation accuracy beside the angles of at most two rules with feedback."""
-    sites = results["sites"]
     shown = [rule for rule in results["rules"] if has_feedback(rule)]
-    shown = [rule for rule in shown if np.isfinite(grid(rule, sites, "angle")[1]).any()][:2]
+    shown = [rule for rule in shown if np.isfinite(grid(rule, sites_of(rule), "angle")[1]).any()][:2]
+    named: list[str] = []
     with drawing():
         size = (5 + 3.1 * len(shown), max(3.7, 0.7 + _room(results)))
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
@@ -153,9 +154,11 @@ def picture(results: Results) -> bytes:
         _curves(panels[0], results, "validation_accuracy", "validation accuracy (%)")
         panels[0].set_title("Learning curves", loc="left", weight="bold", size=10.5)
         for axes, rule in zip(panels[1:], shown, strict=True):
+            sites, before = sites_of(rule), named
             cells(axes, grid(rule, sites, "angle"), ANGLE)
             axes.set_title(label_of(rule), loc="left", weight="bold", size=10.5)
-            name_ticks(axes, sites if axes is panels[1] else [], most=20)
+            named = sites
+            name_ticks(axes, [] if sites == before else sites, most=20)
         if shown:
             bar = figure.colorbar(ScalarMappable(ANGLE.norm, ANGLE.colours), ax=panels[-1])
             bar.set_label("angle to backprop")
@@ -168,7 +171,7 @@ def picture(results: Results) -> bytes:
 
 def figures(results: Results) -> dict[str, list[dict[str, Any]]]:
     """The page's figures by section: each {"title", "alt", "svg"}; a section without data is empty."""
-    rules, sites = results["rules"], results["sites"]
+    rules = results["rules"]
     sections: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("curves", "alignment", "parameters", "jacobian")
     }
@@ -189,7 +192,7 @@ def figures(results: Results) -> dict[str, list[dict[str, Any]]]:
             alt = f"{name} per epoch for each rule. Test accuracy: {accuracies}."
             add("curves", name, alt, curves(results, key, ""))
         for rule in filter(has_feedback, rules):
-            label = label_of(rule)
+            label, sites = label_of(rule), sites_of(rule)
             for section, what in (("alignment", ANGLE), ("jacobian", JACOBIAN)):
                 last = grid(rule, sites, what.key)[1][:, -1:].ravel()
                 told = ", ".join(

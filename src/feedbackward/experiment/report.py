@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from feedbackward.experiment.summary import (
     last_probe,
     mean_of,
     notes,
+    sites_of,
     summarise,
 )
 
@@ -97,13 +99,7 @@ def table(results: Results) -> dict[str, list[str]]:
 
 def print_summary(results: Results, console: Console) -> None:
     """Table, conclusion and notes; outside a terminal the table is Markdown and nothing is wrapped."""
-    encoding, live, width = console.encoding or "utf-8", console.is_terminal, console.width
-
-    def plain(text: str) -> Text:
-        if not encoding.lower().startswith("utf"):
-            text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
-        return Text(text)
-
+    live = console.is_terminal
     style: dict[str, Any] = {"box": box.MARKDOWN}
     columns = table(results)
     if live:  # narrow enough for 80 columns: the notes below tell of diverged runs
@@ -111,18 +107,34 @@ def print_summary(results: Results, console: Console) -> None:
         columns.pop("Diverged", None)
         columns = {name.replace(" ", "\n"): cells for name, cells in columns.items()}
     view = Table(**style)
-    for heading in columns:
-        view.add_column(plain(heading), justify="left" if heading == "Rule" else "right")
-    for row in zip(*columns.values(), strict=True):
-        view.add_row(*(plain(cell.replace(" ± ", "±") if live else cell) for cell in row))
-    if not live:
+    with unwrapped(console) as plain:
+        for heading in columns:
+            view.add_column(plain(heading), justify="left" if heading == "Rule" else "right")
+        for row in zip(*columns.values(), strict=True):
+            view.add_row(*(plain(cell.replace(" ± ", "±") if live else cell) for cell in row))
+        console.print(plain(str(results.get("title") or "Comparison of learning rules")), style="bold")
+        console.print(view)
+        console.print(plain(conclusion(results)), style="bold")
+        for note in notes(results):
+            console.print(plain(f"- {note}"))
+
+
+@contextmanager
+def unwrapped(console: Console) -> Iterator[Callable[[str], Text]]:
+    """Nothing is wrapped meanwhile unless it is a terminal. Gives what makes of a text one that the console's encoding can show."""
+    encoding, width = console.encoding or "utf-8", console.width
+
+    def plain(text: str) -> Text:
+        if not encoding.lower().startswith("utf"):
+            text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
+        return Text(text)
+
+    if not console.is_terminal:
         console.width = 1000  # a log file has no edge; without this, rich cuts cells to 80 columns
-    console.print(plain(str(results.get("title") or "Comparison of learning rules")), style="bold")
-    console.print(view)
-    console.print(plain(conclusion(results)), style="bold")
-    for note in notes(results):
-        console.print(plain(f"- {note}"))
-    console.width = width
+    try:
+        yield plain
+    finally:
+        console.width = width
 
 
 def write_report(results: Results, folder: str | Path) -> dict[str, Path]:
@@ -132,7 +144,6 @@ def write_report(results: Results, folder: str | Path) -> dict[str, Path]:
     "conclusion" added. Raises FeedbackError if the folder cannot be written or the schema is another version.
     """
     results = clean(results)
-    folder = Path(folder)
     written = {**results, "summary": summarise(results), "conclusion": conclusion(results)}
     view = _view(results)
     files: dict[str, Callable[[], bytes]] = {  # numbers first: a figure that fails must not lose them
@@ -141,6 +152,12 @@ def write_report(results: Results, folder: str | Path) -> dict[str, Path]:
         "report.html": lambda: render("report.html", {**view, "sections": plots.figures(results)}),
         "picture.png": lambda: plots.picture(results),
     }
+    return write_files(Path(folder), files)
+
+
+def write_files(folder: Path, files: Mapping[str, Callable[[], bytes]]) -> dict[str, Path]:
+    """Make and write files, each there whole or not at all; returns their paths by name. Raises FeedbackError where the folder
+    cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, make in files.items():
@@ -235,7 +252,7 @@ def _angles(results: Results) -> tuple[list[str], list[list[str]]]:
     rules = [r for r in results["rules"] if has_feedback(r) and any(map(last_probe, done_runs(r)))]
     probes = [[last_probe(run).get("sites") or {} for run in done_runs(rule)] for rule in rules]
     rows = []
-    for site in results["sites"]:
+    for site in dict.fromkeys(site for rule in rules for site in sites_of(rule)):
         cells = [[probe.get(site) or {} for probe in rule_probes] for rule_probes in probes]
         marks = ["*" if any(map(at_floor, cell)) else "" for cell in cells]
         means = [mean_of(entry.get("angle") for entry in cell) for cell in cells]

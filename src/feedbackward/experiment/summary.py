@@ -143,6 +143,12 @@ def _row(rule: Results, bp: Results | None, frozen: Results | None) -> dict[str,
     }
 
 
+def sites_of(rule: Results) -> list[str]:
+    """The rule's own sites, the input first: chains and relays have other names for them."""
+    probes = [probe for run in shown_runs(rule) for probe in run.get("alignment") or []]
+    return list(dict.fromkeys(site for probe in probes for site in probe.get("sites") or {}))
+
+
 def at_floor(entry: Results) -> bool:
     """Whether BP's gradient there is too small for its direction to mean anything."""
     norm = entry.get("bp_norm")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..drawing import Style, blank, drawing, styles, svg
 from ..heatmap import ANGLE, heat_map
 from ..plots import LINE, curves
-from ..summary import Results, done_runs, has_feedback, label_of, last_probe, mean_of, shown_runs
+from ..summary import Results, done_runs, has_feedback, label_of, last_probe, mean_of, shown_runs, sites_of
 
 Drawn = dict[str, Any]  # "title", "alt" and "svg"
 
@@ -43,7 +43,7 @@ def _of_block(block: Results, prefix: str) -> dict[str, list[Drawn]]:
     ]
     epochs = [("Held-out accuracy (%)", curves(block, "validation_accuracy", ""))]
     for rule in filter(has_feedback, block["rules"]):
-        epochs.append((f"{label_of(rule)}: angle by layer and epoch", heat_map(rule, _sites(rule), ANGLE)))
+        epochs.append((f"{label_of(rule)}: angle by layer and epoch", heat_map(rule, sites_of(rule), ANGLE)))
     found: dict[str, list[Drawn]] = {}
     for kind, shown in (("layers", by_layer), ("epochs", epochs)):
         drawn = [
@@ -61,12 +61,6 @@ def _drawn(name: str, alt: str, figure: Figure | None, prefix: str) -> Drawn | N
         "alt": alt,
         "svg": Markup(svg(figure, prefix)),
     }  # matplotlib escapes the text it is given
-
-
-def _sites(rule: Results) -> list[str]:
-    """The rule's own sites, the input first: chains have other names for them."""
-    probes = [probe for run in shown_runs(rule) for probe in run.get("alignment") or []]
-    return list(dict.fromkeys(site for probe in probes for site in probe["sites"]))
 
 
 def looks(table: Results) -> dict[str, Style]:
@@ -141,7 +135,7 @@ def by_site(block: Results, key: str) -> Figure | None:
     looked = dict(zip(map(label_of, block["rules"]), styles(block), strict=True))
     most: list[str] = []
     for rule in rules:
-        sites = _sites(rule)
+        sites = sites_of(rule)
         values = [
             mean_of((last_probe(r).get("sites") or {}).get(s, {}).get(key) for r in shown_runs(rule))
             for s in sites

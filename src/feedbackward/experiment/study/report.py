@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from ...errors import FeedbackError
 from ..drawing import INK
-from ..report import ASCII, render, replace_whole
+from ..report import render, unwrapped, write_files
 from ..summary import Results, clean, summarise
 from .figures import figures, looks
 from .texts import blocks, cell, head, notes, rates, runs, summary
@@ -25,51 +24,36 @@ def write_study_report(results: Results, folder: str | Path) -> dict[str, Path]:
 
     Each file is replaced whole or not at all. Raises FeedbackError where the folder cannot be written.
     """
-    results, folder = clean(results | {"rules": None, "sites": None}), Path(folder)
+    results = clean(results | {"rules": None, "sites": None})
     view = _view(results)
     files: dict[str, Callable[[], bytes]] = {  # numbers first: a figure that fails must not lose them
         "results.json": lambda: json.dumps(_summed(results), allow_nan=False, ensure_ascii=False).encode(),
         "table.md": lambda: render("study.md", view),
         "report.html": lambda: render("study.html", view | _drawn(results)),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, make in files.items():
-            replace_whole(folder / name, make())
-    except OSError as error:
-        raise FeedbackError(
-            f"The report cannot be written to {folder}: {error.strerror or error}. Name a folder that you may write to."
-        ) from error
-    return {name: folder / name for name in files}
+    return write_files(Path(folder), files)
 
 
 def print_study(results: Results, console: Console) -> None:
     """The tables, and what was run; outside a terminal they are Markdown and nothing is wrapped."""
-    encoding, live, width = console.encoding or "utf-8", console.is_terminal, console.width
+    with unwrapped(console) as plain:
+        console.print(plain(results["title"]), style="bold")
+        for section in view_sections(results):
+            console.print(plain(section["title"]), style="bold")
+            for table in section["tables"]:
+                console.print(_grid(table, plain, console.is_terminal))
+        console.print(plain(summary(results)), style="bold")
+        for note in notes(results):
+            console.print(plain(f"- {note}"))
 
-    def plain(text: str) -> Text:
-        if not encoding.lower().startswith("utf"):
-            text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
-        return Text(text)
 
-    if not live:
-        console.width = 1000
-    console.print(plain(results["title"]), style="bold")
-    for section in view_sections(results):
-        console.print(plain(section["title"]), style="bold")
-        for table in section["tables"]:
-            view = Grid(box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=not live)
-            for name in (table["title"], *table["heads"]):
-                view.add_column(plain(name), justify="left" if name == table["title"] else "right")
-            for row in table["rows"]:
-                view.add_row(
-                    plain(row["label"]), *(plain(_flat(shown, section["stepped"])) for shown in row["cells"])
-                )
-            console.print(view)
-    console.print(plain(summary(results)), style="bold")
-    for note in notes(results):
-        console.print(plain(f"- {note}"))
-    console.width = width
+def _grid(table: dict[str, Any], plain: Callable[[str], Text], live: bool) -> Grid:
+    view = Grid(box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=not live)
+    for name in (table["title"], *table["heads"]):
+        view.add_column(plain(name), justify="left" if name == table["title"] else "right")
+    for row in table["rows"]:
+        view.add_row(plain(row["label"]), *map(plain, row["flat"]))
+    return view
 
 
 def view_sections(results: Results) -> list[dict[str, Any]]:
