@@ -7,16 +7,15 @@ with its traceback.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from . import errors
+from .experiment.parser import Parser
 
 USAGE = """\
 usage: feedbackward COMMAND [options]
@@ -122,7 +121,7 @@ def _study(arguments: list[str]) -> int:
 
 
 def _probe(arguments: list[str]) -> int:
-    parser = _Parser("probe", "How near a trained run's gradients are to backprop's, on held-out images.")
+    parser = Parser("probe", "How near a trained run's gradients are to backprop's, on held-out images.")
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--images", type=int, help="held-out images (default: as in the run's config)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
@@ -134,7 +133,7 @@ def _probe(arguments: list[str]) -> int:
 
 
 def _rules(arguments: list[str]) -> int:
-    parser = _Parser("rules", "What each rule needs and costs.")
+    parser = Parser("rules", "What each rule needs and costs.")
     parser.add_argument("--format", choices=["table", "markdown", "json"], default="table")
     options = parser.parse_args(arguments)
     from .experiment.inspect import print_rules
@@ -170,16 +169,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "cost": _cost,
     "rules": _rules,
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """Its errors are ConfigErrors, as everywhere else."""
-
-    def __init__(self, command: str, about: str) -> None:
-        super().__init__(prog=f"feedbackward {command}", description=about, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise errors.ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _check_installed() -> None:

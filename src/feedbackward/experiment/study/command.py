@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ..config import CompareConfig, slug
 from ..configfile import check_keys
 from ..interrupts import InterruptedRunError, Interrupts
+from ..parser import Parser
 from .definition import Study, load_study, nested, shipped
 from .grid import Options, expand
 from .layout import title
@@ -38,19 +39,9 @@ docs/study.md says how a study is written. In its folder: results.json, table.md
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors are ConfigErrors, as everywhere else."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options of `feedbackward study`."""
-    made = _Parser(
-        prog="feedbackward study", description=ABOUT, epilog=MORE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    made = Parser("study", ABOUT, epilog=MORE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
     add("study", metavar="NAME", help=f"a study that comes with the package ({shipped()}), or a YAML file")
     add("--scale", type=float, default=1.0, metavar="F", help="share of the training images, e.g. 0.05; below 1 the study's settings "
