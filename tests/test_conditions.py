@@ -164,7 +164,7 @@ def test_a_comparison_has_conditions_per_rule_and_tells_of_them(tmp_path) -> Non
     ]
 
 
-@pytest.mark.parametrize("name", ["calibrate_every", "freeze_feedback_after"])
+@pytest.mark.parametrize("name", ["backward_steps", "calibrate_every", "freeze_feedback_after"])
 def test_negative_counts_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is -1: it must be at least 0"):
         TrainConfig(**{name: -1}).resolved()  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 from feedbackward.errors import CheckpointError
+from feedbackward.staleness import products
 from pairs import CONV, F64, MLP, Pair, exact_grads, grads, loss_fn
 
 STEPS = 6
@@ -216,6 +217,38 @@ def test_a_wrong_number_of_delays_is_refused() -> None:
     for wrong in ((1, 0), (1, 1, -1, 0), -1):
         with pytest.raises(fb.AttachError, match="act1, act2, act3, head"):
             fb.Stale(learner, wrong)
+
+
+# --- an update that waits for a few products only --------------------------------------------------------------
+
+
+def chain_net() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = [m for _ in range(7) for m in (nn.Linear(4, 4), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]), torch.randn(6, 4)
+
+
+def test_parts_whose_signal_takes_more_products_get_it_late() -> None:
+    model, x = chain_net()  # 7 layers: the signal of layer l takes 7 - l products
+    learner = fb.attach(model, fb.KolenPollack(), example=x)
+    assert products(learner) == (6, 5, 4, 3, 2, 1, 0)
+    assert fb.Stale(learner, steps=2).delays == (2, 2, 1, 1, 0, 0, 0)
+    assert fb.Stale(learner, steps=5).delays == (1, 0, 0, 0, 0, 0, 0)
+    assert fb.Stale(learner, steps=6).delays == (0,) * 7
+    assert fb.Stale(learner, 1, steps=3).delays == (2, 2, 2, 1, 1, 1, 1)
+    with pytest.raises(fb.AttachError, match="steps must be >= 0"):
+        fb.Stale(learner, steps=-1)
+
+
+def test_products_are_those_of_the_longest_way_down() -> None:
+    model, x = chain_net()
+    relayed = fb.attach(model, fb.RelayedKP(steps=3), example=x)  # runs of two: 6, 5 | 4, 3 | 2, 1
+    assert products(relayed) == (3, 3, 2, 2, 1, 1, 0)
+    relayed.detach()
+    star = fb.attach(model, fb.DFA(), example=x)
+    assert products(star) == (1, 1, 1, 1, 1, 1, 0)
+    star.detach()
+    assert products(fb.attach(model, fb.BP(), example=x)) == (6, 5, 4, 3, 2, 1, 0)
 
 
 # --- DSP ---------------------------------------------------------------------------------------------------------

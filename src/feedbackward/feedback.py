@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AttachError
-from .graph import Edge, Graph
+from .graph import Arc, Edge, Graph
 from .operators.base import Weights
 from .rules.base import Rule
 
@@ -55,8 +55,12 @@ def make_feedback(
         generator = torch.Generator().manual_seed(_digest(seed, edge.key))
         with _drawn_on(reference.device):
             made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
+        made = tuple(w.to(reference.device, dtype if w.is_floating_point() else None) for w in made)
+        if isinstance(edge.site, Arc) and edge.source == edge.site.source:
+            owner, _, leaf = edge.site.weight.rpartition(".")
+            layer = getattr(model.get_submodule(owner), leaf)
+            made = edge.operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
         for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
-            weight = weight.to(reference.device, dtype if weight.is_floating_point() else None)
             if rule.learns(edge) and i < edge.operator.learnable:
                 holder.register_parameter(name, nn.Parameter(weight))
             else:

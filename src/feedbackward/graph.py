@@ -202,8 +202,11 @@ def chain(
     return Graph(tuple(arcs), tuple(edges))
 
 
-def relays(arcs: Sequence[Any], steps: int, form: Callable[[Source, Arc], Operator]) -> Graph:
-    """The arcs in at most `steps` runs, each fed from the output of its last layer, whose error the run above gives.
+def relays(
+    arcs: Sequence[Any], steps: int, form: Callable[[Source, Arc], Operator], shared: bool = False
+) -> Graph:
+    """The arcs in at most `steps` runs, each fed from the output of its last layer, whose error the run above gives;
+    with `shared`, the edge over that layer alone gets the gradient of its weight.
 
     The runs are those whose edges pass over the fewest layers in sum: what lies between a relay and a site is what a constant
     map cannot follow. A layer that is larger than the relay, before a pooling or above the classes, counts more (`_passed_over`).
@@ -220,7 +223,16 @@ def relays(arcs: Sequence[Any], steps: int, form: Callable[[Source, Arc], Operat
             f"round, which are {[arc.source.name for arc in arcs if arc.narrow] or 'none here'}. Allow more steps, or use direct "
             "feedback (DKP) or a rule of single layers (KolenPollack, WeightMirror)."
         )
-    edges = [Edge(run[-1].source, arc, form(run[-1].source, arc)) for run in runs for arc in run]
+    edges = [
+        Edge(
+            run[-1].source,
+            arc,
+            form(run[-1].source, arc),
+            shares=arc.weight if shared and arc is run[-1] else None,
+        )
+        for run in runs
+        for arc in run
+    ]
     return Graph(tuple(arcs), tuple(edges))
 
 

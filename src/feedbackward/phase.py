@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import FeedbackError
 from .graph import Edge, Site, Source
@@ -52,9 +53,9 @@ class Phase:
         )  # here: a pass restores the generator that it is drawn from
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def part(self, edges: Sequence[Edge]) -> Phase:
-        """The phase of some edges: its passes meet their sites and sources only."""
-        phase = Phase(self._learner, self.inputs, self._loss_fn)
+    def part(self, edges: Sequence[Edge], samples: int | None = None) -> Phase:
+        """The phase of some edges: its passes meet their sites and sources only, and run on the first `samples` of the batch."""
+        phase = Phase(self._learner, _first(self.inputs, samples), self._loss_fn)
         phase.edges = tuple(edges)
         phase._sites = tuple(dict.fromkeys(edge.site for edge in edges))
         phase._sources = tuple(dict.fromkeys(edge.source for edge in edges))
@@ -185,6 +186,15 @@ class Phase:
         """For a rule that `revises`: add to the gradients of the model's parameters; of several processes, their mean."""
         for name, grad in grads.items():
             _add(self._learner.model.get_parameter(name), grad)
+
+
+def _first(inputs: Any, samples: int | None) -> Any:
+    """The inputs of the first samples; the batch is the first dimension of the first tensor and of all that are as long."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    if samples is None or not tensors:
+        return inputs
+    batch = len(tensors[0])
+    return tree_map_only(Tensor, lambda t: t[:samples] if t.dim() and len(t) == batch else t, inputs)
 
 
 def _add(weight: Tensor, grad: Tensor) -> None:

@@ -34,6 +34,9 @@ class Stale:
         learner: as `attach` returned it.
         staleness: steps for all parts alike (1: pipelined DFA), or one number per part. Default: what the rule says
             (:class:`feedbackward.DSP`).
+        steps: the most products in sequence that an update waits for, 0 for no bound. A part whose signal takes p of them is
+            ceil(p / steps) - 1 steps late, besides `staleness`: a chain of any length then works like a pipeline in which every update
+            takes `steps` products, each batch going on from where the last step left it.
 
     Call `exchange` once before every optimizer step, after the gradients of all accumulated batches and of
     `feedback_step` are there; clip afterwards. It holds k gradients of each part. Not with a GradScaler that changes its
@@ -42,19 +45,23 @@ class Stale:
     Raises AttachError where a parameter belongs to parts of different staleness, for their sum has no one age.
     """
 
-    def __init__(self, learner: Learner, staleness: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self, learner: Learner, staleness: int | Sequence[int] | None = None, *, steps: int = 0
+    ) -> None:
         parts = learner.plan.stages
         if staleness is None:
             staleness = learner.rule.delays(len(parts))
         delays = (staleness,) * len(parts) if isinstance(staleness, int) else tuple(staleness)
+        if steps < 0:
+            raise AttachError(f"steps must be >= 0 (0: no bound), got {steps}.")
         if len(delays) != len(parts) or any(delay < 0 for delay in delays):
             raise AttachError(
                 f"staleness must be one number >= 0, or {len(parts)} of them, for the parts that end at "
                 f"{', '.join(part.site for part in parts)}: got {staleness}."
             )
-        self.delays = delays
+        self.delays = tuple(map(sum, zip(delays, _waits(learner, steps), strict=True)))
         self._learner = learner
-        ages = _ages(learner, delays)
+        ages = _ages(learner, self.delays)
         self._parameters = {
             name: p for name, p in learner.named_parameters() if p.requires_grad and ages.get(name, 0)
         }
@@ -95,6 +102,31 @@ class Stale:
             self._queues[name] = deque(
                 None if grad is None else grad.to(p.device, p.dtype, copy=True) for grad in kept
             )
+
+
+def _waits(learner: Learner, steps: int) -> tuple[int, ...]:
+    """How many steps of at most so many products the signal of each part takes besides the first."""
+    return tuple(max(0, -(-p // steps) - 1) if steps else 0 for p in products(learner))
+
+
+def products(learner: Learner) -> tuple[int, ...]:
+    """How many products in sequence it takes from the output's error to the signal of each part, the lowest first and the head last.
+
+    Of backprop, one for every part above. Where several sites lie above a relay the deepest of them counts.
+    """
+    graph, parts = learner.graph, len(learner.plan.stages)
+    if not graph.sites:
+        return tuple(reversed(range(parts)))
+    sites: dict[int, int] = {}
+    sources: dict[str, int] = {}
+    for met in reversed(learner.plan.order):
+        deepest = max(sites.values(), default=0)
+        if isinstance(met, str):
+            sources[met] = deepest
+        else:
+            fed = [sources[e.source.name] for e in graph.edges if e.site == graph.sites[met]]
+            sites[met] = 1 + max(fed) if fed else 0
+    return (*(sites[i] for i in range(len(graph.sites))), 0)
 
 
 def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, int]:

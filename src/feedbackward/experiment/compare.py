@@ -264,6 +264,7 @@ def _rule(config: CompareConfig, contender: Contender, cost: Costs, baseline: Co
         "rule": entry.rule,
         "label": contender.label,
         "options": entry.options,
+        "backward_steps": cells[0].backward_steps,
         "calibrate_every": cells[0].calibrate_every,
         "freeze_feedback_after": cells[0].freeze_feedback_after,
         "rates": rates_of(cells[0], contender.learned),

@@ -63,6 +63,8 @@ class Settings:
         feedback: changes to the recipe's optimizer of learned feedback weights.
         schedule: joint; replay keeps one segment's activities in memory, eager too, for rules that need no error.
         staleness: steps by which all gradients arrive late, on top of what the rule says (dsp).
+        backward_steps: products in sequence that an update waits for; parts whose signal takes more get it late, as in a pipeline; 0
+            waits for all.
         calibrate_every: steps from one training step by exact backprop, weight transport and all, to the next; 0 never.
         feedback_every: steps from one phase in which feedback learns by itself (weight mirror, FDFA, decoders) to the next.
         freeze_feedback_after: epochs after which learned feedback (and auxiliary networks) stays as it is; by default never.
@@ -92,6 +94,7 @@ class Settings:
     feedback: Changes = field(default_factory=Changes)
     schedule: Literal["joint", "replay", "eager"] = "joint"
     staleness: int = 0
+    backward_steps: int = 0
     calibrate_every: int = 0
     feedback_every: int = 1
     freeze_feedback_after: int | None = None
@@ -160,6 +163,9 @@ class TrainConfig(Settings):
         return config
 
 
+CONDITIONS = ("backward_steps", "calibrate_every", "freeze_feedback_after")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuleEntry:
     """A rule of a comparison.
@@ -170,7 +176,7 @@ class RuleEntry:
         options: the rule's own options.
         lr: rate of W, in place of the recipe's.
         feedback_lr: rate of B, in place of the recipe's.
-        calibrate_every, freeze_feedback_after: of this rule, in place of the comparison's.
+        backward_steps, calibrate_every, freeze_feedback_after: of this rule, in place of the comparison's.
     """
 
     rule: str
@@ -178,12 +184,13 @@ class RuleEntry:
     options: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
     feedback_lr: float | None = None
+    backward_steps: int | None = None
     calibrate_every: int | None = None
     freeze_feedback_after: int | None = None
 
     def conditions(self) -> dict[str, int]:
         """What is different in this rule's training loop."""
-        given = {name: getattr(self, name) for name in ("calibrate_every", "freeze_feedback_after")}
+        given = {name: getattr(self, name) for name in CONDITIONS}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -280,6 +287,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "probe_jacobian": 0,
         "seed": 0,
         "staleness": 0,
+        "backward_steps": 0,
         "calibrate_every": 0,
         "feedback_every": 1,
         "freeze_feedback_after": 0,

@@ -254,13 +254,14 @@ class Run:
         delays = [
             delay + self.config.staleness for delay in self.learner.rule.delays(len(self.learner.plan.stages))
         ]
-        if not any(delays):
+        steps = self.config.backward_steps
+        if not any(delays) and not steps:
             return None
         if self.config.precision == "fp16":
             raise ConfigError(
                 "precision is fp16, whose loss scale may change while a gradient waits: use bf16 or fp32 with staleness"
             )
-        return Stale(self.learner, delays)
+        return Stale(self.learner, delays, steps=steps)
 
     def _diverged(self, value: float, images: Tensor) -> None:
         with self.precision():

@@ -237,6 +237,12 @@ def notes(results: Results) -> list[str]:
         for rule in results["rules"]
         if rule.get("calibrate_every") and rule.get("rule") != "bp"
     ]
+    found += [
+        f"{label_of(rule)}: an update waits for at most {rule['backward_steps']} products in sequence; the gradients of the layers "
+        "below arrive late, as in a pipeline."
+        for rule in results["rules"]
+        if rule.get("backward_steps")
+    ]
     for rule in results["rules"]:
         found += [f"{label_of(rule)}, seed {run.get('seed')}: {_lost(run)}" for run in lost_runs(rule)]
     for row in filter(has_feedback, summarise(results)):

@@ -44,6 +44,13 @@ class Operator(ABC):
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
         """Initial weights for an edge of these shapes, on CPU; floating-point ones in float32."""
 
+    def measure(
+        self, weights: Weights, layer: Tensor, source: Shape, site: Shape, generator: torch.Generator
+    ) -> Weights:
+        """The initial weights of an edge that leads over one layer and nothing else, from what `create` made and what the layer
+        answers to noise. `layer` is its weight, to be used in forward direction only."""
+        return weights
+
     def renew(self, weights: Weights) -> None:
         """Change the weights in place, at the beginning of a pass under cuts. Only for operators that are `renewed`; a pass
         sends by a copy of what its own beginning made."""
@@ -62,6 +69,13 @@ class Operator(ABC):
         """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `d^T h`;
         `center` subtracts the mean of `h` over M first (per channel, for weights that are shared over space)."""
         raise NotImplementedError(f"{type(self).__name__} feedback cannot be learned")
+
+    def average(self, weight: Tensor, d: Tensor, u: Tensor) -> Tensor:
+        """`d^T u` in the form of the weight, averaged over the samples and, for each weight of a kernel, over the places that it
+        takes part in. `d: [M, *source]`, `u: [M, *site]`; for operators of one part."""
+        (products,) = self.correlate((weight,), d, u, center=False)
+        (places,) = self.correlate((weight,), torch.ones_like(d[:1]), torch.ones_like(u[:1]), center=False)
+        return products / (len(d) * places.clamp_min(1))
 
     def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
         """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `B`."""

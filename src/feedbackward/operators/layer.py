@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from ..errors import AttachError
 from .base import Operator, Shape, Weights
 
-LAYER_INITS = ("zeros", "xavier_uniform", "kaiming_uniform", "kaiming_fan_out", "like_layer", "normal")
+LAYER_INITS = (
+    "zeros",
+    "mirrored",
+    "xavier_uniform",
+    "kaiming_uniform",
+    "kaiming_fan_out",
+    "like_layer",
+    "normal",
+)
+MIRROR_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ class LayerShaped(Operator):
     Linear: :math:`\delta h = \delta a\, B`. Convolution: the transposed convolution of :math:`\delta a` with `B`, same
     stride, padding, dilation and groups; the adjoint of the padding for other padding modes.
 
-    init: `"zeros"`; `"xavier_uniform"`: U(-b, b), b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
+    init: `"zeros"`; `"mirrored"`: what the layer's response to noise says of its weight when it is attached, see `measure`;
+        `"xavier_uniform"`: U(-b, b), b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
         `"kaiming_fan_out"`: b = sqrt(6 / fan_out); `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these
         layers; `"normal"`: N(0, 1).
     scale: a factor on the initial weights.
@@ -101,6 +111,7 @@ class LayerShaped(Operator):
         fan_in, fan_out = shape[1] * field, shape[0] * field
         squares = {
             "zeros": 0.0,
+            "mirrored": 0.0,
             "xavier_uniform": 6 / (fan_in + fan_out),
             "kaiming_uniform": 6 / fan_in,
             "kaiming_fan_out": 6 / fan_out,
@@ -114,6 +125,42 @@ class LayerShaped(Operator):
         if self.init == "normal":
             return (B.normal_(std=self.scale, generator=generator),)
         return (B.uniform_(-self.bound, self.bound, generator=generator),)
+
+    @torch.no_grad()
+    def measure(
+        self, weights: Weights, layer: Tensor, source: Shape, site: Shape, generator: torch.Generator
+    ) -> Weights:
+        r"""For the init `"mirrored"`: learn to predict the layer's response to Gaussian noise, by the delta rule,
+
+        .. math:: B \leftarrow B + \tfrac{M}{M + n}\, \tfrac1M (\xi W^\top - \xi B^\top)^\top \xi, \quad \xi: [M, n]
+
+        with as many samples (times places, for a kernel) as the layer has inputs, M = n: each of `MIRROR_ROUNDS` rounds halves the
+        expected square of the error. The layer's input alone is changed, without bias, norm or activation.
+        """
+        (B,) = weights
+        if self.init != "mirrored" or B.is_meta:
+            return weights
+        macs = self.macs(source, site)
+        inputs, places = macs / math.prod(source), macs / math.prod(self.form.shape)
+        samples = math.ceil(inputs / places)
+        share = samples * places / (samples * places + inputs)
+        for _ in range(MIRROR_ROUNDS):
+            noise = torch.randn(self.noise_shape(samples, site), generator=generator).to(B)
+            layer = layer.to(B)
+            B = B + share * (self.mirrored(layer, noise) - self.mirrored(B, noise))
+        return (B * self.scale,)
+
+    def noise_shape(self, samples: int, site: Shape) -> tuple[int, ...]:
+        """Of noise in place of the layer's input, and of the padding too, whose copies would be correlated."""
+        return tuple(self.padded(torch.empty(1).expand(samples, *site)).shape)
+
+    def mirrored(self, weight: Tensor, noise: Tensor) -> Tensor:
+        """What the response of a layer with this weight to noise says of the weight: an estimate without bias, of its shape.
+
+        The noise in it is about sqrt(inputs / (samples * places)) times the weights. `noise: [M, ...]` as `noise_shape` says.
+        """
+        unpadded = replace(self, form=replace(self.form, pad=()))
+        return unpadded.average(weight, unpadded.project(weight, noise), noise)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         B = weights[0]  # a borrowed weight of the model may follow

@@ -31,7 +31,7 @@ from .mixed import Mixed
 from .pdfa import PDFA
 from .pfa import PFA
 from .rec_lra import RecLRA
-from .relayed_fdfa import RelayedFDFA
+from .relayed_kp import RelayedKP
 from .sdtp import SDTP
 from .self_alignment import SelfAlignment
 from .shared_dfa import SharedDFA
@@ -65,7 +65,7 @@ RULES: dict[str, type[Rule]] = {
     "sign_dfa": SignDFA,
     "fdfa": FDFA,
     "grape": GrAPE,
-    "relayed_fdfa": RelayedFDFA,
+    "relayed_kp": RelayedKP,
     "ebd": EBD,
     "dgl": DGL,
     "weight_mirror": WeightMirror,
@@ -122,7 +122,7 @@ __all__ = [
     "Mixed",
     "Properties",
     "RecLRA",
-    "RelayedFDFA",
+    "RelayedKP",
     "Rule",
     "SelfAlignment",
     "SharedDFA",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import AttachError
 from ..graph import Arc, Edge, Graph, Site, Source, chain
-from ..operators import Operator
 from ..operators.layer import LayerShaped
 from .base import Properties, Rule
 
@@ -92,19 +91,5 @@ def mirrored(phase: Phase, edge: Edge, samples: int) -> Tensor:
     assert isinstance(arc, Arc)
     (B,) = phase.weights(edge)
     with torch.autocast(B.device.type, enabled=False):
-        W = phase.weight(arc.weight).to(B.dtype)
-        like = layer.padded(B.new_zeros(1).expand(samples, *edge.site_shape))
-        noise = phase.noise(like)  # in the padding too, whose copies would be correlated
-        layer = replace(layer, form=replace(layer.form, pad=()))
-        response = layer.project(W, noise)
-        return mean_product(layer, B, response, noise)
-
-
-def mean_product(operator: Operator, B: Tensor, d: Tensor, u: Tensor) -> Tensor:
-    """`d^T u` in the form of `B`, averaged over the samples and, for each weight of a kernel, over the places that it takes part in.
-
-    `d: [M, *source]`, `u: [M, *site]`.
-    """
-    (products,) = operator.correlate((B,), d, u, center=False)
-    (places,) = operator.correlate((B,), torch.ones_like(d[:1]), torch.ones_like(u[:1]), center=False)
-    return products / (len(d) * places.clamp_min(1))
+        noise = phase.noise(B.new_zeros(1).expand(layer.noise_shape(samples, edge.site_shape)))
+        return layer.mirrored(phase.weight(arc.weight).to(B.dtype), noise)
