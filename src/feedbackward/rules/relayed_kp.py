@@ -53,6 +53,7 @@ class RelayedKP(Rule):
     steps: most products in sequence, R + 1 for R relays besides the output; a net with fewer layers takes fewer.
     size: side of the kernels that pass over layers.
     samples: M. The noise in an estimate is about sqrt(inputs of the path / (M places)) times the weights.
+    init: of the edges over one layer; another one than "mirrored" leaves them at a distance from the weights that only decay shrinks.
 
     Ours, of Kolen & Pollack 1994, Akrout et al. 2019 (:class:`WeightMirror`) and Bacho & Chu 2024 (:class:`FDFA`). Relays are
     layers that no skip connection leads round: in a residual net only those before the first and after the last block are, so that
@@ -62,6 +63,7 @@ class RelayedKP(Rule):
     steps: int = 5
     size: int = 5
     samples: int = 32
+    init: str = "mirrored"
 
     name = "relayed_kp"
     label = "Relayed KP"
@@ -89,7 +91,7 @@ class RelayedKP(Rule):
 
     def _operator(self, relay: Source, arc: Arc) -> Operator:
         if relay == arc.source:
-            return LayerShaped(arc.form, "mirrored")
+            return LayerShaped(arc.form, self.init)
         if len(relay.shape) == len(arc.shape) > 1 and not relay.tokens:
             return LayerShaped(LayerForm.between(relay.shape, arc.shape, self.size), "zeros")
         return Dense("zeros")
