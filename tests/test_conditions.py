@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 import feedbackward as fb
 from feedbackward.errors import ConfigError
@@ -183,3 +184,14 @@ def test_flipped_from_a_config() -> None:
     assert make_rule("flipped", {"rule": spec}) == fb.Flipped(fb.DKP(center=True))
     with pytest.raises(ConfigError, match=r"the rule to flip is 3: give a rule's name"):
         make_rule("flipped", {"rule": 3})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_a_dropout_that_is_no_probability_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=f"dropout is {value}: it is a probability"):
+        TrainConfig(dropout=value).resolved()
+
+
+def test_the_configured_dropout_reaches_the_net() -> None:
+    trainee = made(rule="dkp", model="mlp", dropout=0.3)
+    assert {m.p for m in trainee.learner.model.modules() if isinstance(m, nn.Dropout)} == {0.3}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.nets import NETS, build, default_sites, published_sites
+from feedbackward.experiment.nets import NETS, build, default_sites, published_sites, set_dropout
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 CONV_NETS = [name for name in NETS if name != "mlp"]
@@ -362,3 +362,35 @@ def test_no_published_sites(name):
 def test_impossible_shapes(in_shape, classes, message):
     with pytest.raises(ConfigError, match=message):
         build("vgg6", in_shape, classes)
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------
+
+
+def drops(model):
+    return {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout)}
+
+
+def test_dropout_goes_to_the_layers_that_there_are():
+    model = on_meta("alexnet", (3, 32, 32))
+    names = set(drops(model))
+    set_dropout(model, 0.2)
+    assert drops(model) == dict.fromkeys(names, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "places"), [("small_cnn", {"block3.drop"}), ("vgg6", {"block7.drop"}), ("mlp", {f"block{i}.drop" for i in (1, 2, 3)})]
+)  # fmt: skip
+def test_dropout_is_put_after_hidden_linear_layers_where_there_is_none(name, places):
+    torch.manual_seed(0)
+    model, x = build(name, (3, 32, 32), 10), torch.randn(4, 3, 32, 32)
+    before = model.eval()(x)
+    set_dropout(model, 0.5)
+    assert drops(model) == dict.fromkeys(places, 0.5)
+    assert torch.equal(model(x), before)
+    assert not torch.equal(model.train()(x), model(x))
+
+
+def test_a_net_without_a_place_for_dropout_is_refused():
+    with pytest.raises(ConfigError, match="ResNet has no place for dropout"):
+        set_dropout(on_meta("resnet20", (3, 32, 32)), 0.5)

@@ -130,6 +130,8 @@ def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Lear
     seed_everything(config.seed)
     rule = make_rule(config.rule, config.rule_options)
     model = nets.build(config.model, data.shape, data.num_classes, norm=config.norm).to(device)
+    if config.dropout is not None:
+        nets.set_dropout(model, config.dropout)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sites: Any = nets.default_sites(config.model) if config.sites is None else config.sites

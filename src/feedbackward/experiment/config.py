@@ -53,6 +53,8 @@ class Settings:
     Attributes:
         model: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56, resnet110, mlp, or package.module:callable.
         norm: batch norm in the named nets.
+        dropout: probability of the net's dropout layers, which are put after its hidden linear layers where it has none; by default
+            the net's own.
         sites: layers, every-2 (or 3, ...), stages, blocks, published, a list of module names; by default the net's own choice.
         error_at: module whose output's error is broadcast; by default the model's output.
         data: which images.
@@ -84,6 +86,7 @@ class Settings:
 
     model: str = "vgg6"
     norm: bool = True
+    dropout: float | None = None
     sites: str | list[str] | None = None
     error_at: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -296,6 +299,8 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise ConfigError(f"{name} is {value}: it must be at least {smallest}")
+    if config.dropout is not None and not 0 <= config.dropout < 1:
+        raise ConfigError(f"dropout is {config.dropout}: it is a probability, at least 0 and below 1")
     for name in ("forward", "feedback"):
         lr = getattr(config, name).lr
         if not math.isfinite(lr):

@@ -13,12 +13,12 @@ from torch import nn
 
 from ...errors import ConfigError
 from . import alexnet, small_cnn, vgg
-from .blocks import Shape
+from .blocks import Shape, set_dropout
 from .custom import build_custom
 from .mlp import MLP
 from .resnet import ResNet
 
-__all__ = ["NETS", "Net", "build", "default_sites", "published_sites"]
+__all__ = ["NETS", "Net", "build", "default_sites", "published_sites", "set_dropout"]
 
 
 @dataclass(frozen=True)

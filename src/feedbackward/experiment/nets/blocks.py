@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ...errors import ConfigError
+
 Shape = tuple[int, int, int]
 """Channels, height and width of one input image, without the batch."""
 
@@ -44,3 +46,21 @@ def kaiming_convs(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Give the model's dropout layers the probability `p`; where it has none, put one after each hidden linear block.
+
+    Raises ConfigError where it has neither.
+    """
+    found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in found:
+        module.p = p
+    hidden = [m for m in model.modules() if isinstance(m, nn.Sequential) and {"fc", "relu"} <= {*m._modules}]
+    for block in hidden if not found else ():
+        block.add_module("drop", nn.Dropout(p).train(block.training))
+    if not found and not hidden:
+        raise ConfigError(
+            f"{type(model).__name__} has no place for dropout, neither a dropout layer nor a hidden linear block: leave dropout at "
+            "its default, or give the net such layers."
+        )
