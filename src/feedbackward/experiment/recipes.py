@@ -74,6 +74,7 @@ RECIPES: dict[str, Recipe] = {
         forward=Optimizer(),
         rates={  # as configs/embedded.yaml picked them, with equal trials for every rule
             "bp": Rates(0.025),
+            "relayed_kp": Rates(0.025),  # backprop's, for W and B
             "dkp": Rates(0.008, 0.003),
             "dfa": Rates(0.006),
             "frozen": Rates(0.2),
