@@ -11,7 +11,8 @@ import yaml
 
 from feedbackward.cli import main
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.study.definition import load_study, make_study
+from feedbackward.experiment.compare import cell_config
+from feedbackward.experiment.study.definition import SHIPPED, load_study, make_study
 from feedbackward.experiment.study.grid import Options, expand
 
 TINY: dict[str, Any] = {
@@ -65,6 +66,15 @@ def test_overrides_and_small_runs_change_the_points_that_they_fit() -> None:
         configs = [c.config for c in expand(study, Options("out", scale)).comparisons.values()]
         assert {c.model: c.epochs for c in configs} == epochs
         assert all(c.seeds == seeds for c in configs)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(SHIPPED.glob("*.yaml"))])
+def test_every_shipped_study_makes_its_cells(name: str) -> None:
+    """In full and small, every rule of every comparison has a config that training accepts."""
+    for scale in (1.0, 0.05):
+        for comparison in expand(load_study(name), Options("out", scale)).comparisons.values():
+            for contender in comparison.contenders:
+                cell_config(comparison.config, contender, 0)
 
 
 def test_the_papers_study_is_the_grid_that_it_says() -> None:
