@@ -32,6 +32,8 @@ def test_the_configured_staleness_is_on_top_of_the_rules(tmp_path: Path) -> None
 
     assert delays(rule="bp") is None
     assert delays(rule="bp", staleness=1) == (1, 1, 1)
+    assert delays(rule="bp", backward_steps=1) == (1, 0, 0)
+    assert delays(rule="bp", backward_steps=1, staleness=1) == (2, 1, 1)
     assert delays(rule="dsp") == (4, 2, 0)
     assert delays(rule="dsp", staleness=1, rule_options={"blocks": 2}) == (3, 3, 1)
 
