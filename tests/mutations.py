@@ -72,6 +72,7 @@ MUTATIONS = (
     ("rules/relayed_kp.py", "phase.edges if edge.shares is None], self.samples)", "phase.edges if edge.shares is None])", "test_relays.py"),
     ("rules/relayed_kp.py", "self._operator, shared=True)", "self._operator)", "test_relays.py"),
     ("operators/layer.py", "share * (self.mirrored(layer, noise) - self.mirrored(B, noise))", "self.mirrored(layer, noise) - B", "test_relays.py"),
+    ("feedback.py", "== \"mirrored\" or any(map(_begins_mirrored, parts))", "== \"mirrored\"", "test_relays.py"),
     ("operators/layer.py", "samples * places / (samples * places + inputs)", "1.0", "test_relays.py"),
     ("staleness.py", "max(0, -(-p // steps) - 1)", "p // steps", "test_staleness.py"),
     ("staleness.py", "sites[met] = 1 + max(fed)", "sites[met] = 1 + min(sources.values())", "test_staleness.py"),

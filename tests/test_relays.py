@@ -270,13 +270,36 @@ def test_another_init_is_left_as_it_was_made() -> None:
     assert operator.measure(made, torch.ones(3, 4), (3,), (4,), generator) is made
 
 
-def test_any_chain_can_begin_mirrored() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_any_chain_can_begin_mirrored(dtype: torch.dtype | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 50), nn.ReLU(), nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 3))
-    learner = fb.attach(model, fb.KolenPollack(init="mirrored"), example=torch.randn(4, 5))
+    learner = fb.attach(
+        model, fb.KolenPollack(init="mirrored"), example=torch.randn(4, 5), feedback_dtype=dtype
+    )
     for edge in learner.graph.edges:
         W, B = model.get_parameter(edge.shares), learner.feedback_of(edge)
-        assert torch.cosine_similarity(W.flatten(), B.flatten(), 0) > 0.85, edge.site.name
+        assert B.dtype == (dtype or torch.float32)
+        assert torch.cosine_similarity(W.flatten(), B.flatten().float(), 0) > 0.85, edge.site.name
+
+
+def test_feedback_begins_the_same_whatever_was_drawn_before() -> None:
+    """So it is the same on every rank."""
+    first = dict(attached(*linear_net()).feedback.named_parameters())
+    model, x = linear_net()
+    torch.manual_seed(5)
+    second = attached(model, x).feedback
+    assert all(torch.equal(B, first[name]) for name, B in second.named_parameters())
+
+
+@pytest.mark.parametrize("rule", [fb.LRA, fb.PFA, fb.FRSF, fb.BRSF, fb.USF], ids=lambda rule: rule.name)
+def test_other_feedback_cannot_begin_mirrored(rule: type[fb.Rule]) -> None:
+    """It would be zero."""
+    model, x = linear_net()
+    with pytest.raises(
+        fb.AttachError, match=r"begins mirrored must have the form of a layer's weight.*Use another init"
+    ):
+        fb.attach(model, rule(init="mirrored"), example=x)  # type: ignore[call-arg]
 
 
 def test_a_relay_moves_by_the_noise_of_its_own_sites_alone(monkeypatch: pytest.MonkeyPatch) -> None:

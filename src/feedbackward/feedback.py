@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .errors import AttachError
 from .graph import Arc, Edge, Graph
-from .operators.base import Weights
+from .operators.base import Operator, Weights
+from .operators.layer import LayerShaped
 from .rules.base import Rule
 
 
@@ -56,10 +57,7 @@ def make_feedback(
         with _drawn_on(reference.device):
             made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
         made = tuple(w.to(reference.device, dtype if w.is_floating_point() else None) for w in made)
-        if isinstance(edge.site, Arc) and edge.source == edge.site.source:
-            owner, _, leaf = edge.site.weight.rpartition(".")
-            layer = getattr(model.get_submodule(owner), leaf)
-            made = edge.operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
+        made = _measured(model, edge, made, generator)
         for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
             if rule.learns(edge) and i < edge.operator.learnable:
                 holder.register_parameter(name, nn.Parameter(weight))
@@ -71,6 +69,26 @@ def make_feedback(
             auxiliary = rule.auxiliary(local.site, local.source)
         holder.add_module(local.key, auxiliary.to(reference.device, reference.dtype))
     return holder
+
+
+def _measured(model: nn.Module, edge: Edge, made: Weights, generator: torch.Generator) -> Weights:
+    """The initial weights of an edge, where they depend on the layer that it leads over."""
+    site, operator = edge.site, edge.operator
+    if isinstance(operator, LayerShaped) and isinstance(site, Arc) and edge.source == site.source:
+        owner, _, leaf = site.weight.rpartition(".")
+        layer = getattr(model.get_submodule(owner), leaf)
+        return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
+    if _begins_mirrored(operator):
+        raise AttachError(
+            f"site {site.name!r}: feedback that begins mirrored must have the form of a layer's weight and lead over that layer "
+            f"alone; this is {type(operator).__name__} feedback from {edge.source.name!r}. Use another init."
+        )
+    return made
+
+
+def _begins_mirrored(operator: Operator) -> bool:
+    parts = [part for part in vars(operator).values() if isinstance(part, Operator)]
+    return getattr(operator, "init", None) == "mirrored" or any(map(_begins_mirrored, parts))
 
 
 def weights_of(feedback: nn.Module, edge: Edge) -> Weights:

@@ -44,13 +44,6 @@ class Operator(ABC):
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
         """Initial weights for an edge of these shapes, on CPU; floating-point ones in float32."""
 
-    def measure(
-        self, weights: Weights, layer: Tensor, source: Shape, site: Shape, generator: torch.Generator
-    ) -> Weights:
-        """The initial weights of an edge that leads over one layer and nothing else, from what `create` made and what the layer
-        answers to noise. `layer` is its weight, to be used in forward direction only."""
-        return weights
-
     def renew(self, weights: Weights) -> None:
         """Change the weights in place, at the beginning of a pass under cuts. Only for operators that are `renewed`; a pass
         sends by a copy of what its own beginning made."""

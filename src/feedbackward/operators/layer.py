@@ -137,18 +137,18 @@ class LayerShaped(Operator):
         with as many samples (times places, for a kernel) as the layer has inputs, M = n: each of `MIRROR_ROUNDS` rounds halves the
         expected square of the error. The layer's input alone is changed, without bias, norm or activation.
         """
-        (B,) = weights
-        if self.init != "mirrored" or B.is_meta:
+        if self.init != "mirrored" or weights[0].is_meta:
             return weights
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        B, layer = weights[0].to(wide), layer.to(weights[0].device, wide)
         macs = self.macs(source, site)
         inputs, places = macs / math.prod(source), macs / math.prod(self.form.shape)
         samples = math.ceil(inputs / places)
         share = samples * places / (samples * places + inputs)
         for _ in range(MIRROR_ROUNDS):
             noise = torch.randn(self.noise_shape(samples, site), generator=generator).to(B)
-            layer = layer.to(B)
             B = B + share * (self.mirrored(layer, noise) - self.mirrored(B, noise))
-        return (B * self.scale,)
+        return ((B * self.scale).to(weights[0].dtype),)
 
     def noise_shape(self, samples: int, site: Shape) -> tuple[int, ...]:
         """Of noise in place of the layer's input, and of the padding too, whose copies would be correlated."""
