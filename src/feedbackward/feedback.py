@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import AttachError
 from .graph import Arc, Edge, Graph
-from .operators.base import Operator, Weights
+from .operators.base import Weights, within
 from .operators.layer import LayerShaped
 from .rules.base import Rule
 
@@ -78,17 +78,12 @@ def _measured(model: nn.Module, edge: Edge, made: Weights, generator: torch.Gene
         owner, _, leaf = site.weight.rpartition(".")
         layer = getattr(model.get_submodule(owner), leaf)
         return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
-    if _begins_mirrored(operator):
+    if any(getattr(part, "init", None) == "mirrored" for part in within(operator)):
         raise AttachError(
             f"site {site.name!r}: feedback that begins mirrored must have the form of a layer's weight and lead over that layer "
             f"alone; this is {type(operator).__name__} feedback from {edge.source.name!r}. Use another init."
         )
     return made
-
-
-def _begins_mirrored(operator: Operator) -> bool:
-    parts = [part for part in vars(operator).values() if isinstance(part, Operator)]
-    return getattr(operator, "init", None) == "mirrored" or any(map(_begins_mirrored, parts))
 
 
 def weights_of(feedback: nn.Module, edge: Edge) -> Weights:

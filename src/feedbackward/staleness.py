@@ -106,7 +106,9 @@ class Stale:
 
 def _waits(learner: Learner, steps: int) -> tuple[int, ...]:
     """How many steps of at most so many products the signal of each part takes besides the first."""
-    return tuple(max(0, -(-p // steps) - 1) if steps else 0 for p in products(learner))
+    if not steps:
+        return (0,) * len(learner.plan.stages)
+    return tuple(max(0, -(-p // steps) - 1) for p in products(learner))
 
 
 def products(learner: Learner) -> tuple[int, ...]:

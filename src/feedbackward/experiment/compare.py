@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import AttachError, ConfigError, DivergenceError
 from .building import find_device, import_from_here, make_rule, shared_data
-from .config import CompareConfig, RuleEntry, TrainConfig, slug
+from .config import CONDITIONS, CompareConfig, RuleEntry, TrainConfig, slug
 from .configfile import to_dict, write_yaml
 from .costs import Costs, measure_costs
 from .environment import environment
@@ -264,9 +264,7 @@ def _rule(config: CompareConfig, contender: Contender, cost: Costs, baseline: Co
         "rule": entry.rule,
         "label": contender.label,
         "options": entry.options,
-        "backward_steps": cells[0].backward_steps,
-        "calibrate_every": cells[0].calibrate_every,
-        "freeze_feedback_after": cells[0].freeze_feedback_after,
+        **{name: getattr(cells[0], name) for name in CONDITIONS},
         "rates": rates_of(cells[0], contender.learned),
         "search": contender.trials,
         **cost.as_dict(baseline),

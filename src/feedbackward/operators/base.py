@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -83,3 +84,11 @@ class Operator(ABC):
     @abstractmethod
     def bytes(self, source: Shape, site: Shape) -> int:
         """Bytes of the weights that `create` makes, floating-point ones at four bytes each."""
+
+
+def within(holder: object) -> Iterator[object]:
+    """The holder, the operators in its fields, and those in theirs."""
+    yield holder
+    for part in getattr(holder, "__dict__", {}).values():
+        if isinstance(part, Operator):
+            yield from within(part)

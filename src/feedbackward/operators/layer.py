@@ -147,7 +147,7 @@ class LayerShaped(Operator):
         share = samples * places / (samples * places + inputs)
         for _ in range(MIRROR_ROUNDS):
             noise = torch.randn(self.noise_shape(samples, site), generator=generator).to(B)
-            B = B + share * (self.mirrored(layer, noise) - self.mirrored(B, noise))
+            B = B + share * self.mirrored(layer - B, noise)  # by what B misses of the response
         return ((B * self.scale).to(weights[0].dtype),)
 
     def noise_shape(self, samples: int, site: Shape) -> tuple[int, ...]:

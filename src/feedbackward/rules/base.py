@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import AttachError
 from ..graph import Edge, Graph, Site, Source
-from ..operators.base import Operator, Weights
+from ..operators.base import Weights, within
 
 if TYPE_CHECKING:
     from ..phase import Phase
@@ -136,10 +136,8 @@ class Rule(ABC):
 def refuse_zeros(label: str, holder: object) -> None:
     """Fixed feedback must not be zero. `holder` has the fields `init` and `scale`, where they have a meaning; so may the
     operators that it chooses from."""
-    for part in getattr(holder, "__dict__", {}).values():
-        if isinstance(part, Operator):
-            refuse_zeros(label, part)
-    if getattr(holder, "init", None) == "zeros" or getattr(holder, "scale", None) == 0:
+    parts = list(within(holder))
+    if any(getattr(part, "init", None) == "zeros" or getattr(part, "scale", None) == 0 for part in parts):
         raise AttachError(
             f"{label}'s feedback is fixed: zero feedback would never train a hidden layer. Use another init."
         )
