@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 
@@ -28,14 +29,15 @@ def gradients(learner: fb.Learner, pair: Pair, step: int) -> None:
 
 
 def trained(
-    learner: fb.Learner, pair: Pair, stale: fb.Stale | None, steps: int = STEPS
+    learner: fb.Learner, pair: Pair, stale: fb.Stale | None, steps: int = STEPS, predict: bool = False
 ) -> list[dict[str, Tensor | None]]:
     """Train by momentum; the gradients that each step's optimizer was given."""
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1, momentum=0.9)
     given = []
     for t in range(steps):
         optimizer.zero_grad()
-        gradients(learner, pair, t)
+        with stale.predicted() if stale and predict else contextlib.nullcontext():
+            gradients(learner, pair, t)
         if stale is not None:
             stale.exchange()
         given.append(grads(learner))
@@ -251,6 +253,91 @@ def test_products_are_those_of_the_longest_way_down() -> None:
     assert products(fb.attach(model, fb.BP(), example=x)) == (6, 5, 4, 3, 2, 1, 0)
 
 
+def test_products_of_signals_that_go_upwards_are_not_counted_but_refused() -> None:
+    model, x = chain_net()
+    learner = fb.attach(model, fb.IFA(), example=x)
+    with pytest.raises(fb.AttachError, match=r"IFA.*upwards.*steps at 0"):
+        fb.Stale(learner, steps=2)
+    fb.Stale(learner, 1)
+
+
+# --- weights where the gradients will arrive -----------------------------------------------------------------
+
+
+def weights(learner: fb.Learner) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in learner.named_parameters()}
+
+
+def test_late_gradients_are_taken_at_predicted_weights() -> None:
+    """Against the formula by hand: W + k (W - W of the step before), for the late parts, feedback and all."""
+    torch.manual_seed(0)
+    first, second = MLP.attach(fb.DKP()), MLP.attach(fb.DKP())
+    ages = {name: d for d, part in zip((3, 2, 1, 0), MLP_PARTS, strict=True) for name in part}
+    optimizer, other = (torch.optim.SGD(x.parameters(), lr=0.1, momentum=0.9) for x in (first, second))
+    stale = fb.Stale(second, (3, 2, 1, 0))
+    past, history = [], []
+    for t in range(STEPS + 2):
+        now = weights(first)
+        past.append(now)
+        with torch.no_grad():
+            for name, p in first.named_parameters():
+                p.copy_(now[name] + ages[name] * (now[name] - past[max(t - 1, 0)][name]))
+        optimizer.zero_grad()
+        gradients(first, MLP, t)
+        history.append(grads(first))
+        with torch.no_grad():
+            for name, p in first.named_parameters():
+                p.copy_(now[name])
+                p.grad = history[t - ages[name]][name] if t >= ages[name] else None
+        optimizer.step()
+        other.zero_grad()
+        before = weights(second)
+        with stale.predicted():
+            gradients(second, MLP, t)
+        assert all(torch.equal(p, before[name]) for name, p in second.named_parameters())
+        stale.exchange()
+        other.step()
+    expected = weights(first)
+    assert all(torch.allclose(p, expected[name], atol=1e-12) for name, p in second.named_parameters())
+
+
+def test_where_weights_move_evenly_late_gradients_are_in_time() -> None:
+    """Prediction is exact then: on one batch, what arrives is the gradient of this very moment."""
+    learner = MLP.attach(fb.BP())
+    stale = fb.Stale(learner, 2)
+    torch.manual_seed(3)
+    movement = {name: 0.01 * torch.randn_like(p) for name, p in learner.named_parameters()}
+    for t in range(5):
+        learner.zero_grad()
+        gradients(learner, MLP, 0)
+        present = grads(learner)
+        learner.zero_grad()
+        with stale.predicted():
+            gradients(learner, MLP, 0)
+        stale.exchange()
+        if t > 2:  # the first that was predicted from a movement was taken in the second step
+            for name, p in learner.named_parameters():
+                assert torch.allclose(p.grad, present[name], atol=1e-12), name
+        with torch.no_grad():
+            for name, p in learner.named_parameters():
+                p += movement[name]
+
+
+def test_an_error_leaves_no_predicted_weights_behind() -> None:
+    learner = MLP.attach(fb.DFA())
+    stale = fb.Stale(learner, 1)
+    with stale.predicted():
+        pass
+    with torch.no_grad():
+        for p in learner.parameters():
+            p += 1
+    before = weights(learner)
+    with contextlib.suppress(KeyboardInterrupt), stale.predicted():
+        assert not torch.equal(learner.model.fc1.weight, before["model.fc1.weight"])
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, before[name]) for name, p in learner.named_parameters())
+
+
 # --- DSP ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,16 +380,18 @@ def test_dsp_without_its_schedule_is_refused() -> None:
 # --- state -------------------------------------------------------------------------------------------------------
 
 
-def test_state_goes_on_exactly() -> None:
+@pytest.mark.parametrize("predict", [False, True])
+def test_state_goes_on_exactly(predict: bool) -> None:
     learner = MLP.attach(fb.DKP())
     stale = fb.Stale(learner, (3, 2, 1, 0))
-    trained(learner, MLP, stale, steps=2)
+    trained(learner, MLP, stale, steps=2, predict=predict)
     saved = copy.deepcopy({"stale": stale.state_dict(), "learner": learner.state_dict()})
     twin = MLP.attach(fb.DKP(), seed=9)
     twin.load_state_dict(saved["learner"])
     again = fb.Stale(twin, (3, 2, 1, 0))
     again.load_state_dict(saved["stale"])
-    for a, b in zip(trained(learner, MLP, stale), trained(twin, MLP, again), strict=True):
+    given = (trained(*trainee, predict=predict) for trainee in ((learner, MLP, stale), (twin, MLP, again)))
+    for a, b in zip(*given, strict=True):
         for name, gradient in a.items():
             assert (gradient is None) == (b[name] is None), name
             assert gradient is None or torch.equal(gradient, b[name]), name

@@ -15,7 +15,15 @@ from feedbackward.experiment.run import Run
 from test_train import StopAfter, assert_same_run, config, run
 
 
-@pytest.mark.parametrize("changes", [{"rule": "dkp", "staleness": 2}, {"rule": "dsp"}], ids=["dkp", "dsp"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": "dkp", "staleness": 2},
+        {"rule": "dsp"},
+        {"rule": "dkp", "staleness": 1, "predict_weights": True},
+    ],
+    ids=["dkp", "dsp", "predicted"],
+)
 def test_an_interrupted_run_goes_on_with_what_was_waiting(tmp_path: Path, changes: dict[str, object]) -> None:
     run(config(tmp_path, "whole", **changes))
     with pytest.raises(InterruptedRunError):
@@ -49,6 +57,18 @@ def test_a_run_is_trained_with_gradients_of_earlier_steps(tmp_path: Path) -> Non
             trainee.step(images, labels)
         still = [torch.equal(p, before[name]) for name, p in trainee.learner.named_parameters()]
         assert all(still) if stale else not any(still)
+
+
+def test_a_run_predicts_its_weights_where_it_is_told_to(tmp_path: Path) -> None:
+    """The third step is the first at other weights: at staleness 1 the first moves nothing, so the second has no movement to go on."""
+    losses = {}
+    for predict in (False, True):
+        settings = config(tmp_path, rule="bp", staleness=1, predict_weights=predict).resolved()
+        trainee = Run(settings, load_data(settings.data), torch.device("cpu"))
+        batches = list(trainee.loader.epoch(0))[:3]
+        losses[predict] = [trainee.step(*batch) for batch in batches]
+    assert losses[True][:2] == losses[False][:2]
+    assert losses[True][2] != losses[False][2]
 
 
 def test_what_experiments_refuse(tmp_path: Path) -> None:

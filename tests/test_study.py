@@ -13,13 +13,13 @@ from feedbackward.cli import main
 from feedbackward.errors import ConfigError
 from feedbackward.experiment.compare import cell_config
 from feedbackward.experiment.study.definition import SHIPPED, load_study, make_study
-from feedbackward.experiment.study.grid import Options, expand
+from feedbackward.experiment.study.grid import Options, expand, in_words
 
 TINY: dict[str, Any] = {
     "title": "Tiny",
     "model": "mlp",
     "data": {"train_limit": 100, "validation": 40, "test_limit": 40, "size": 10},
-    "rules": ["bp", "frozen"],
+    "rules": ["bp", {"rule": "frozen", "label": "Frozen", "backward_steps": 1}],
     "seeds": [0, 1],
     "epochs": 2,
     "batch_size": 50,
@@ -53,6 +53,13 @@ def test_every_point_of_the_grid_is_a_comparison() -> None:
     found = {(c.config.model, c.config.norm) for c in plan.comparisons.values()}
     assert found == {(model, norm) for model in ("mlp", "small_cnn") for norm in (True, False)}
     assert all(c.config.epochs == 2 and c.config.seeds == [0, 1] for c in plan.comparisons.values())
+
+
+def test_columns_tell_settings_of_w_from_those_of_b() -> None:
+    assert in_words("forward.weight_decay", 0.1) == "weight_decay 0.1"
+    assert in_words("feedback.weight_decay", 0.1) == "feedback weight_decay 0.1"
+    assert in_words("norm", False) == "norm false"
+    assert in_words("data.name", "/data/cifar10") == "cifar10"
 
 
 def test_overrides_and_small_runs_change_the_points_that_they_fit() -> None:
@@ -110,7 +117,8 @@ def test_a_study_runs_shows_what_has_no_data_and_skips_what_is_done(study: Path,
     assert "no data" in shown
     assert "hf download" in shown  # how to get it
     results = json.loads((study / "out" / "results.json").read_text())
-    assert results
+    rules = results["sections"][0]["tables"][0]["blocks"][0]["rules"]
+    assert [(rule["rule"], rule["backward_steps"]) for rule in rules] == [("bp", 0), ("frozen", 1)]
     table = (study / "out" / "table.md").read_text()
     assert "CIFAR-100 (no data)" in table
     assert "100 images" in table

@@ -59,7 +59,7 @@ def block(name: str, rules: list[dict[str, Any]], **more: Any) -> dict[str, Any]
 def results() -> dict[str, Any]:
     here = [
         rule("bp", [80.0, 82.0], cost={"steps": 8}),
-        rule("dkp", [78.0, 79.0], cost={"steps": 1}),
+        rule("dkp", [78.0, 79.0], cost={"steps": 1}, backward_steps=5, predict_weights=True),
         rule("dfa", [70.0, "diverged"]),
         rule("frozen", [None, None]),
         rule("fa", [], refused="the net is <odd> | round"),
@@ -98,6 +98,8 @@ def test_the_table_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
     )
     assert "No data for absent: fetch it with `hf`" in text
     assert "net, cifar-10, DFA, seed 1: diverged (too hot)" in text
+    assert "DKP: an update waits for at most 5 products in sequence" in text
+    assert "as in a pipeline, taken at weights predicted for then." in text
     assert "FA was refused: the net is &lt;odd> \\| round" in text
     assert "2026" not in text.split("## What to know")[0]  # results come first
     assert "- torch: 2.13" in text

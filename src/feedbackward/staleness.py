@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import AttachError, CheckpointError
@@ -42,7 +44,8 @@ class Stale:
     `feedback_step` are there; clip afterwards. It holds k gradients of each part. Not with a GradScaler that changes its
     scale, unless gradients are unscaled before, and not with `step_in_backward`, which leaves no gradients to exchange.
 
-    Raises AttachError where a parameter belongs to parts of different staleness, for their sum has no one age.
+    Raises AttachError where a parameter belongs to parts of different staleness, for their sum has no one age, and with
+    `steps` where signals go on upwards, through the layers (IFA): it counts products along edges.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Stale:
         self._queues: dict[str, deque[Tensor | None]] = {
             name: deque([None] * ages[name]) for name in self._parameters
         }
+        self._before: dict[str, Tensor] = {}
         learner.stale = True
 
     def exchange(self) -> None:
@@ -78,11 +82,44 @@ class Stale:
             queue.append(grad.clone() if grad is not None and grad._is_view() else grad)
             p.grad = queue.popleft()
 
+    @contextmanager
+    def predicted(self) -> Iterator[None]:
+        r"""Weights where they will be when the gradients taken here arrive; on leaving they are what they were.
+
+        .. math:: \hat W_l^t = W_l^t + k_l\,(W_l^t - W_l^{t-1})
+
+        Linear weight prediction by the last step's movement, so it goes with any optimizer. Without it a late gradient belongs to
+        weights that have moved on, which costs the more the more momentum there is.
+
+        >>> with stale.predicted():
+        ...     loss_fn(learner(x), y).backward()
+        >>> stale.exchange()
+        >>> optimizer.step()
+
+        Enter it once for every optimizer step, around all accumulated batches and `feedback_step`. It holds a copy of each
+        stale parameter, two while it is entered.
+
+        Source: Kosson et al., "Pipelined Backpropagation at Scale", MLSys 2021 (there LWP in its form for weights).
+        """
+        now = {name: p.detach().clone() for name, p in self._parameters.items()}
+        with torch.no_grad():
+            for name, before in self._before.items():
+                p = self._parameters[name]
+                p.add_(p - before, alpha=len(self._queues[name]))
+        self._before = now
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self._parameters.items():
+                    p.copy_(now[name])
+
     def state_dict(self) -> dict[str, Any]:
-        """The gradients that have yet to arrive, by parameter, the oldest first."""
+        """The gradients that have yet to arrive, by parameter, the oldest first; of `predicted` the weights before the last step."""
         return {
             "delays": list(self.delays),
             "waiting": {name: list(queue) for name, queue in self._queues.items()},
+            "before": self._before,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,21 +130,28 @@ class Stale:
                 f"the waiting gradients belong to another network or staleness: they are for delays {list(state['delays'])} and "
                 f"{len(waiting)} parameters, here it is {list(self.delays)} and {len(self._queues)}."
             )
-        for name, kept in waiting.items():
-            p = self._parameters[name]
-            if any(grad is not None and grad.shape != p.shape for grad in kept):
+        before = state.get("before", {})
+        for name, p in self._parameters.items():
+            kept = [*waiting[name], before.get(name)]
+            if any(tensor is not None and tensor.shape != p.shape for tensor in kept):
                 raise CheckpointError(
-                    f"the waiting gradients of {name!r} are not of its shape {list(p.shape)}."
+                    f"what is kept for late gradients of {name!r} is not of its shape {list(p.shape)}."
                 )
-            self._queues[name] = deque(
-                None if grad is None else grad.to(p.device, p.dtype, copy=True) for grad in kept
-            )
+            *grads, last = (None if t is None else t.to(p.device, p.dtype, copy=True) for t in kept)
+            self._queues[name] = deque(grads)
+            if last is not None:
+                self._before[name] = last
 
 
 def _waits(learner: Learner, steps: int) -> tuple[int, ...]:
     """How many steps of at most so many products the signal of each part takes besides the first."""
     if not steps:
         return (0,) * len(learner.plan.stages)
+    if learner.graph.lifts:
+        raise AttachError(
+            f"steps={steps} bounds the products along feedback edges, and what {learner.rule.label} sends to a site goes on upwards "
+            "through the layers: leave steps at 0, or give `staleness` a number per part."
+        )
     return tuple(max(0, -(-p // steps) - 1) for p in products(learner))
 
 

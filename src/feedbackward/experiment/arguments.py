@@ -7,6 +7,7 @@ before jsonargparse: short names, lists without brackets, switches without value
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import functools
@@ -63,7 +64,7 @@ def validated(kind: type[C], values: Mapping[str, Any], where: str) -> C:
     check_keys(kind, values, where)
     parser = _parsers(kind)  # type: ignore[arg-type]
     try:
-        given = parser.parse_object(dict(values), defaults=False).as_dict()
+        given = parser.parse_object(copy.deepcopy(dict(values)), defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise ConfigError(f"{where}: {_sentence(error)}") from error
     given.pop("config", None)

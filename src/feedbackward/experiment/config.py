@@ -67,6 +67,8 @@ class Settings:
         staleness: steps by which all gradients arrive late, on top of what the rule says (dsp).
         backward_steps: products in sequence that an update waits for; parts whose signal takes more get it late, as in a pipeline; 0
             waits for all.
+        predict_weights: take gradients that will be late at the weights that will then be there, as far as the last step's
+            movement tells; nothing else changes.
         calibrate_every: steps from one training step by exact backprop, weight transport and all, to the next; 0 never.
         feedback_every: steps from one phase in which feedback learns by itself (weight mirror, FDFA, decoders) to the next.
         freeze_feedback_after: epochs after which learned feedback (and auxiliary networks) stays as it is; by default never.
@@ -98,6 +100,7 @@ class Settings:
     schedule: Literal["joint", "replay", "eager"] = "joint"
     staleness: int = 0
     backward_steps: int = 0
+    predict_weights: bool = False
     calibrate_every: int = 0
     feedback_every: int = 1
     freeze_feedback_after: int | None = None
@@ -166,7 +169,7 @@ class TrainConfig(Settings):
         return config
 
 
-CONDITIONS = ("backward_steps", "calibrate_every", "freeze_feedback_after")
+CONDITIONS = ("backward_steps", "predict_weights", "calibrate_every", "freeze_feedback_after")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class RuleEntry:
         options: the rule's own options.
         lr: rate of W, in place of the recipe's.
         feedback_lr: rate of B, in place of the recipe's.
-        backward_steps, calibrate_every, freeze_feedback_after: of this rule, in place of the comparison's.
+        backward_steps, predict_weights, calibrate_every, freeze_feedback_after: of this rule, in place of the comparison's.
     """
 
     rule: str
@@ -188,6 +191,7 @@ class RuleEntry:
     lr: float | None = None
     feedback_lr: float | None = None
     backward_steps: int | None = None
+    predict_weights: bool | None = None
     calibrate_every: int | None = None
     freeze_feedback_after: int | None = None
 

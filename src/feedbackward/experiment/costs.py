@@ -107,8 +107,9 @@ def _tensors(run: Run) -> Iterator[Tensor]:
     """Everything that stays alive between steps."""
     yield from (*run.learner.parameters(), *run.learner.buffers())
     if run.stale is not None:
-        waiting = run.stale.state_dict()["waiting"].values()
-        yield from (grad for queue in waiting for grad in queue if grad is not None)
+        state = run.stale.state_dict()
+        yield from (grad for queue in state["waiting"].values() for grad in queue if grad is not None)
+        yield from state["before"].values()
     for weights in run.weights.values():
         for state in weights.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))

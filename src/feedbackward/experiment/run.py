@@ -91,27 +91,10 @@ class Run:
         Raises:
             DivergenceError: the loss is NaN or infinite; no weight has then been changed.
         """
-        images = self.prepared(images)
         if frozen := self.feedback_is_frozen:
             self.learner.feedback.requires_grad_(False)
-        if self.calibrates:
-            with self.learner.exact():
-                output, loss = self._joint(images, labels)
-        else:
-            self.tell_target(labels)
-            output, loss = self._backward(images, labels)
-        rule = self.learner.rule
-        if rule.in_phase and not (
-            self.calibrates if rule.revises else frozen or not self._every(self.config.feedback_every)
-        ):
-            with self.precision():
-                self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
-        correct = (output.argmax(1) == labels).sum()
-        value, hits = torch.stack(
-            [loss.detach().double(), correct]
-        ).tolist()  # one wait for the device, not two
-        if not math.isfinite(value):
-            self._diverged(value, images)
+        with self._where_they_arrive():
+            value, hits = self._gradients(self.prepared(images), labels)
         if self.stale is not None:
             self.stale.exchange()
         if frozen:
@@ -121,10 +104,39 @@ class Run:
         self.scaler.update()
         position = self.position
         position.loss_sum += value * len(labels)
-        position.correct += int(hits)
+        position.correct += hits
         position.seen += len(labels)
         position.batch += 1
         return value
+
+    def _where_they_arrive(self) -> contextlib.AbstractContextManager[None]:
+        """For the passes of a step: late gradients are taken at predicted weights, if the config says so."""
+        if self.stale is None or not self.config.predict_weights:
+            return contextlib.nullcontext()
+        return self.stale.predicted()
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """The gradients of a batch; returns its mean loss and how many outputs were right."""
+        if self.calibrates:
+            with self.learner.exact():
+                output, loss = self._joint(images, labels)
+        else:
+            self.tell_target(labels)
+            output, loss = self._backward(images, labels)
+        rule = self.learner.rule
+        if rule.in_phase and not (
+            self.calibrates
+            if rule.revises
+            else self.feedback_is_frozen or not self._every(self.config.feedback_every)
+        ):
+            with self.precision():
+                self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
+        correct = (output.argmax(1) == labels).sum()
+        # one wait for the device, not two
+        value, hits = torch.stack([loss.detach().double(), correct]).tolist()
+        if not math.isfinite(value):
+            self._diverged(value, images)
+        return value, int(hits)
 
     @property
     def calibrates(self) -> bool:

@@ -232,17 +232,7 @@ def notes(results: Results) -> list[str]:
     found += [
         f"{label_of(rule)} was refused: {rule['refused']}" for rule in results["rules"] if rule.get("refused")
     ]
-    found += [
-        f"{label_of(rule)}: one step in {rule['calibrate_every']} is by exact backprop, which transports the forward weights."
-        for rule in results["rules"]
-        if rule.get("calibrate_every") and rule.get("rule") != "bp"
-    ]
-    found += [
-        f"{label_of(rule)}: an update waits for at most {rule['backward_steps']} products in sequence; the gradients of the layers "
-        "below arrive late, as in a pipeline."
-        for rule in results["rules"]
-        if rule.get("backward_steps")
-    ]
+    found += conditions(results["rules"])
     for rule in results["rules"]:
         found += [f"{label_of(rule)}, seed {run.get('seed')}: {_lost(run)}" for run in lost_runs(rule)]
     for row in filter(has_feedback, summarise(results)):
@@ -254,6 +244,23 @@ def notes(results: Results) -> list[str]:
             found.append(
                 f"{label}: at {sites} BP's gradient norm is below 1e-7 at the last probe; the angle there is "
                 "rounding error, though the mean angle counts it."
+            )
+    return found
+
+
+def conditions(rules: list[Results]) -> list[str]:
+    """What is different in the training loop of some rules, and must be known with their numbers."""
+    found = [
+        f"{label_of(rule)}: one step in {rule['calibrate_every']} is by exact backprop, which transports the forward weights."
+        for rule in rules
+        if rule.get("calibrate_every") and rule.get("rule") != "bp"
+    ]
+    for rule in rules:
+        if rule.get("backward_steps"):
+            where = ", taken at weights predicted for then" if rule.get("predict_weights") else ""
+            found.append(
+                f"{label_of(rule)}: an update waits for at most {rule['backward_steps']} products in sequence; the gradients of the "
+                f"layers below arrive late, as in a pipeline{where}."
             )
     return found
 

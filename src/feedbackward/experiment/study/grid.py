@@ -151,7 +151,8 @@ def in_words(key: str, value: Any) -> str:
         return Path(str(value)).name
     if key == "model":
         return str(value)
-    return f"{key.rpartition('.')[2]} {str(value).lower() if isinstance(value, bool) else value}"
+    name = key.removeprefix("forward.").removeprefix("data.").replace(".", " ")
+    return f"{name} {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _folder(section: Section, point: Mapping[str, Any], taken: set[str]) -> str:

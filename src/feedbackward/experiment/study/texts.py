@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from ..report import fixed, plus_minus
-from ..summary import Results, done_runs, summarise
+from ..summary import Results, conditions, done_runs, summarise
 
 ORDER = (
     "unfinished",
@@ -126,6 +126,7 @@ def notes(results: Results) -> list[str]:
             said[
                 f"{share}{official}, {data['validation']:,} held out, {data['test']:,} test images{note}."
             ] = None
+        said.update(dict.fromkeys(conditions(block["rules"])))
         for rule in block["rules"]:
             if rule.get("refused"):
                 said[f"{rule['label']} was refused: {rule['refused']}"] = None
