@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import feedbackward as fb
+from feedbackward.operators import layer as layers
 from feedbackward.operators.layer import LayerForm, LayerShaped
 from pairs import F64
 from test_relays import attached, linear_net
@@ -21,11 +22,14 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__)
-def test_feedback_that_begins_mirrored_is_near_the_weight(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_feedback_that_begins_mirrored_is_near_the_weight(
+    layer: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each round of the delta rule with as many samples as inputs halves the expected square of the error: 1/8 after three.
 
     (I - a S) of S = xi^T xi / M has the expected square 1 - 2a + a^2 (1 + n/M) = 1/2 for M = n, a = 1/2.
     """
+    monkeypatch.setattr(layers, "MIRROR_ROUNDS", 3)
     torch.manual_seed(0)
     layer.to(F64)
     form = LayerForm.of(layer)

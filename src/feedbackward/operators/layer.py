@@ -21,7 +21,7 @@ LAYER_INITS = (
     "like_layer",
     "normal",
 )
-MIRROR_ROUNDS = 3
+MIRROR_ROUNDS = 6  # a chain of L layers then begins at a cosine of about (1 + 2 ** -6) ** (-L / 2)
 
 
 @dataclass(frozen=True)
