@@ -130,7 +130,7 @@ class Stale:
                 f"the waiting gradients belong to another network or staleness: they are for delays {list(state['delays'])} and "
                 f"{len(waiting)} parameters, here it is {list(self.delays)} and {len(self._queues)}."
             )
-        before = state.get("before", {})
+        before, self._before = state.get("before", {}), {}
         for name, p in self._parameters.items():
             kept = [*waiting[name], before.get(name)]
             if any(tensor is not None and tensor.shape != p.shape for tensor in kept):
@@ -147,11 +147,6 @@ def _waits(learner: Learner, steps: int) -> tuple[int, ...]:
     """How many steps of at most so many products the signal of each part takes besides the first."""
     if not steps:
         return (0,) * len(learner.plan.stages)
-    if learner.graph.lifts:
-        raise AttachError(
-            f"steps={steps} bounds the products along feedback edges, and what {learner.rule.label} sends to a site goes on upwards "
-            "through the layers: leave steps at 0, or give `staleness` a number per part."
-        )
     return tuple(max(0, -(-p // steps) - 1) for p in products(learner))
 
 
@@ -159,8 +154,14 @@ def products(learner: Learner) -> tuple[int, ...]:
     """How many products in sequence it takes from the output's error to the signal of each part, the lowest first and the head last.
 
     Of backprop, one for every part above. Where several sites lie above a relay the deepest of them counts.
+    Raises AttachError where signals go on upwards, through layers.
     """
     graph, parts = learner.graph, len(learner.plan.stages)
+    if graph.lifts:
+        raise AttachError(
+            f"products in sequence are counted along feedback edges, and what {learner.rule.label} sends to a site goes on upwards "
+            "through the layers: leave steps at 0, or give `staleness` a number per part."
+        )
     if not graph.sites:
         return tuple(reversed(range(parts)))
     sites: dict[int, int] = {}

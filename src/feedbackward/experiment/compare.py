@@ -256,17 +256,24 @@ def _refused(contender: Contender) -> dict[str, Any]:
     return {**shared, "refused": contender.refused, "search": contender.trials, "runs": []}
 
 
-def _rule(config: CompareConfig, contender: Contender, cost: Costs, baseline: Costs | None) -> dict[str, Any]:
-    """A rule with its costs and runs, as the results hold it."""
+def described(contender: Contender, config: TrainConfig) -> dict[str, Any]:
+    """What results say of a rule before it runs; `config` is that of one of its runs."""
     entry = contender.entry
-    cells = [cell_config(config, contender, seed) for seed in config.seeds]
     return {
         "rule": entry.rule,
         "label": contender.label,
         "options": entry.options,
-        **{name: getattr(cells[0], name) for name in CONDITIONS},
-        "rates": rates_of(cells[0], contender.learned),
+        **{name: getattr(config, name) for name in CONDITIONS},
+        "rates": rates_of(config, contender.learned),
         "search": contender.trials,
+    }
+
+
+def _rule(config: CompareConfig, contender: Contender, cost: Costs, baseline: Costs | None) -> dict[str, Any]:
+    """A rule with its costs and runs, as the results hold it."""
+    cells = [cell_config(config, contender, seed) for seed in config.seeds]
+    return {
+        **described(contender, cells[0]),
         **cost.as_dict(baseline),
         "runs": [finished_run(Cell("", cell)) for cell in cells],
     }

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...errors import FeedbackError
 from ..building import find_device
-from ..compare import Cell, Contender, cell_config, finished_run, rates_of
-from ..config import CONDITIONS, RuleEntry
+from ..compare import Cell, Contender, cell_config, described, finished_run
+from ..config import RuleEntry
 from ..configfile import to_dict
 from ..costing import CostConfig, count_rows
 from ..environment import environment
@@ -97,17 +97,10 @@ def _block(running: Running, block: Block) -> Results:
 
 
 def _rule(running: Running, comparison: Comparison, block: Block, contender: Contender) -> Results:
-    entry = contender.entry
-    config = cell_config(comparison.config, contender, block.seeds[0])
     found_cells = [_cell(comparison, contender, seed) for seed in block.seeds]
     reasons = [run["message"] for run in found_cells if run["status"] == "refused"]
     return {
-        "rule": entry.rule,
-        "label": contender.label,
-        "options": entry.options,
-        **{name: getattr(config, name) for name in CONDITIONS},
-        "rates": rates_of(config, contender.learned),
-        "search": contender.trials,
+        **described(contender, cell_config(comparison.config, contender, block.seeds[0])),
         "searched": bool(contender.trials) and comparison.search_on,
         "refused": contender.refused or (reasons[0] if len(reasons) == len(found_cells) else None),
         "runs": [] if contender.refused else found_cells,
