@@ -117,6 +117,30 @@ def test_a_rule_whose_every_trial_diverges_does_not_stop_the_others(comparison, 
     assert "every trial of Refuser diverged" in wild["refused"]
 
 
+def test_the_baselines_search_can_pick_the_rate_of_all(comparison):
+    """Only the first rule is searched, at the rates that are given; B keeps the rate that it has without a search."""
+    search = Search(run=True, lr=[1e-7, 0.05, 0.1], epochs=1, baseline_only=True)
+    settings = replace(
+        comparison, rules=["bp", "dkp", "frozen"], seeds=[0], epochs=1, search=search, timing_steps=0
+    )
+    bp, dkp, frozen = compared(settings)["rules"]
+    assert [trial["lr"] for trial in bp["search"]] == [1e-7, 0.05, 0.1]
+    assert bp["rates"]["lr"] == dkp["rates"]["lr"] == frozen["rates"]["lr"] != 1e-7
+    assert dkp["search"] == frozen["search"] == []
+    plain = replace(settings, rules=["dkp"], search=Search())
+    assert (
+        dkp["rates"]["feedback_lr"] == plain.resolved().cell(RuleEntry(rule="dkp"), 0).resolved().feedback.lr
+    )
+
+
+def test_without_the_baselines_rate_the_others_have_none(comparison, monkeypatch):
+    monkeypatch.setitem(RULES, "refuser", refuser("diverges"))
+    search = Search(run=True, lr=[0.05], epochs=1, baseline_only=True)
+    settings = replace(comparison, rules=["refuser", "frozen"], seeds=[0], epochs=1, search=search)
+    with pytest.raises(AttachError, match="every trial of Refuser diverged"):
+        compared(replace(settings, timing_steps=0))
+
+
 def test_all_stands_for_every_rule(comparison):
     settings = replace(comparison, rules=["all", RuleEntry(rule="dkp", options={"center": True})]).resolved()
     assert [entry.rule for entry in settings.rules] == [*RULES, "dkp"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,26 +172,42 @@ def _search(
     config: CompareConfig, contenders: Sequence[Contender], console: Console, interrupts: Interrupts
 ) -> list[Contender]:
     """The contenders with the rates that do best on the held-out images, equal trials for each."""
-    cells = {c.label: trial_cells(config, c) for c in _running(contenders)}
+    running = _running(contenders)
+    running = running[:1] if config.search.baseline_only else running
+    cells = {c.label: trial_cells(config, c) for c in running}
     progress = Progress(console, log=Path(config.out or "") / "compare.log")
     _run_all([cell for row in cells.values() for cell in row], progress, interrupts, test=False)
-    found = []
-    for contender in contenders:
-        if contender.refused is not None:
-            found.append(contender)
-            continue
-        trials = [trial_result(cell, contender.learned) for cell in cells[contender.label]]
-        progress.prefix = ""
-        try:
-            lr, feedback_lr = pick(trials, contender.label)
-        except DivergenceError as error:  # one rule must not stop the others
-            progress.say(str(error))
-            found.append(replace(contender, trials=trials, refused=str(error)))
-            continue
-        progress.say(f"{contender.label}: picked {rates_in_words(lr, feedback_lr)} of {len(trials)} trials")
-        entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
-        found.append(replace(contender, entry=entry, trials=trials))
-    return found
+    picks = {}
+    progress.prefix = ""
+    for contender in running:
+        picks[contender.label] = picked(contender, cells[contender.label], progress.say)
+    first = running[0].label if config.search.baseline_only else None
+    return [c if c.refused else at_rates_of(picks[first or c.label], c) for c in contenders]
+
+
+def picked(
+    contender: Contender, cells: Sequence[Cell], say: Callable[[str], None], where: str = ""
+) -> Contender:
+    """The contender at the rates of its best trial, which it says; refused where every trial diverged."""
+    trials = [trial_result(cell, contender.learned) for cell in cells]
+    try:
+        lr, feedback_lr = pick(trials, contender.label)
+    except DivergenceError as error:  # one rule must not stop the others
+        say(str(error))
+        return replace(contender, trials=trials, refused=str(error))
+    say(f"{where}{contender.label}: picked {rates_in_words(lr, feedback_lr)} of {len(trials)} trials")
+    entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
+    return replace(contender, entry=entry, trials=trials)
+
+
+def at_rates_of(found: Contender, contender: Contender) -> Contender:
+    """The contender at the rates that a search found for it; or at W's rate, where the search was another rule's."""
+    if found.refused:
+        return replace(contender, trials=found.trials, refused=found.refused)
+    if found.label != contender.label:
+        return replace(contender, entry=replace(contender.entry, lr=found.entry.lr))
+    entry = replace(contender.entry, lr=found.entry.lr, feedback_lr=found.entry.feedback_lr)
+    return replace(contender, entry=entry, trials=found.trials)
 
 
 def trial_cells(config: CompareConfig, contender: Contender) -> list[Cell]:

@@ -211,6 +211,7 @@ class Search:
         feedback_lr: rates of B to try with each; a rule that learns no B tries as many more rates of W.
         epochs: per trial.
         seed: of the trials.
+        baseline_only: search for the first rule alone; the others take the rate of W that suits it best.
     """
 
     run: bool = False
@@ -218,6 +219,7 @@ class Search:
     feedback_lr: list[float] = field(default_factory=lambda: [0.002, 0.02])
     epochs: int = 3
     seed: int = 1000
+    baseline_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,13 @@ def trial_rates(search: Search, learned: bool) -> list[tuple[float, float | None
     """The (lr, feedback_lr) to try for a rule.
 
     A rule that learns its feedback tries every pair. One that does not has only the rate of W to choose; it
-    spends the same number of trials on a finer geometric grid between the same ends.
+    spends the same number of trials on a finer geometric grid between the same ends (where it is searched alone,
+    and has nobody to be equal to, it tries the rates that are given).
     """
     if learned:
         return [(lr, feedback_lr) for lr in search.lr for feedback_lr in search.feedback_lr]
+    if search.baseline_only:
+        return [(lr, None) for lr in search.lr]
     low, high = math.log(min(search.lr)), math.log(max(search.lr))
     count = len(search.lr) * len(search.feedback_lr) if low < high else 1
     steps = max(1, count - 1)

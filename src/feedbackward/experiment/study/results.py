@@ -102,6 +102,7 @@ def _rule(running: Running, comparison: Comparison, block: Block, contender: Con
     return {
         **described(contender, cell_config(comparison.config, contender, block.seeds[0])),
         "searched": bool(contender.trials) and comparison.search_on,
+        "follows": running.follows(comparison, contender.label),
         "refused": contender.refused or (reasons[0] if len(reasons) == len(found_cells) else None),
         "runs": [] if contender.refused else found_cells,
     }

@@ -11,13 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ...errors import ConfigError, DivergenceError
+from ...errors import ConfigError
 from ..building import import_from_here
-from ..compare import Cell, Contender, cell_config, rates_in_words, trial_cells, trial_result
+from ..compare import Cell, Contender, at_rates_of, cell_config, picked, trial_cells
 from ..config import TrainConfig
 from ..interrupts import Interrupts
 from ..runfolder import RunFolder
-from ..search import pick
 from ..suggest import hint
 from .board import Board, Key
 from .cells import Job, found
@@ -100,13 +99,19 @@ class Running:
 
     def contender(self, comparison: Comparison, contender: Contender) -> Contender:
         """The rule with the rates that the search picked, if there was one."""
-        picked = self.picks.get((comparison.search_on or "", contender.label))
-        if picked is None:
-            return contender
-        entry = contender.entry
-        if not picked.refused:
-            entry = replace(entry, lr=picked.entry.lr, feedback_lr=picked.entry.feedback_lr)
-        return replace(contender, entry=entry, trials=picked.trials, refused=picked.refused)
+        pick = self.picks.get(self._search_of(comparison, contender.label))
+        return contender if pick is None else at_rates_of(pick, contender)
+
+    def follows(self, comparison: Comparison, label: str) -> str | None:
+        """The rule whose picked rate of W a rule takes; None where it takes none, or its own."""
+        folder, other = self._search_of(comparison, label)
+        return other if (folder, other) in self.picks and other != label else None
+
+    def _search_of(self, comparison: Comparison, label: str) -> tuple[str, str]:
+        """The folder and the label of the trials that pick a rule's rates: the rule's own, or the baseline's."""
+        on = comparison.search_on or ""
+        shared = on and self.plan.comparisons[on].config.search.baseline_only
+        return on, self.plan.comparisons[on].contenders[0].label if shared else label
 
     def job(self, folder: str, config: TrainConfig, label: str, what: str, test: bool = True) -> Job:
         """A cell of a comparison as a job."""
@@ -134,15 +139,14 @@ class Running:
         needed: dict[tuple[str, str], list[Job]] = {}
         filters = Filters() if everything else self.filters
         for folder, contender, _ in filters.cells(self.plan):
-            on = self.plan.comparisons[folder].search_on
-            if on is None or on in self.missing or (on, contender.label) in needed or folder in self.missing:
+            on, label = self._search_of(self.plan.comparisons[folder], contender.label)
+            if not on or on in self.missing or (on, label) in needed or folder in self.missing:
                 continue
             there = {c.label: c for c in self.plan.comparisons[on].contenders}
-            if contender.label in there:
-                cells = trial_cells(self.plan.comparisons[on].config, there[contender.label])
-                needed[on, contender.label] = [
-                    self.job(on, cell.config, contender.label, f"trial of {cell.title}", test=False)
-                    for cell in cells
+            if label in there:
+                cells = trial_cells(self.plan.comparisons[on].config, there[label])
+                needed[on, label] = [
+                    self.job(on, cell.config, label, f"trial of {cell.title}", test=False) for cell in cells
                 ]
         return needed
 
@@ -157,16 +161,8 @@ class Running:
             if lost:
                 self.picks[folder, label] = replace(contender, refused=lost[0])
                 continue
-            rows = [trial_result(Cell(job.title, job.config), contender.learned) for job in jobs]
-            try:
-                lr, feedback_lr = pick(rows, label)
-            except DivergenceError as error:
-                self.picks[folder, label] = replace(contender, trials=rows, refused=str(error))
-                say(str(error))
-                continue
-            entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
-            self.picks[folder, label] = replace(contender, entry=entry, trials=rows)
-            say(f"{folder}, {label}: picked {rates_in_words(lr, feedback_lr)} of {len(rows)} trials")
+            cells = [Cell(job.title, job.config) for job in jobs]
+            self.picks[folder, label] = picked(contender, cells, say, f"{folder}, ")
 
 
 @contextlib.contextmanager

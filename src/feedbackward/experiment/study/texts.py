@@ -140,13 +140,24 @@ def notes(results: Results) -> list[str]:
 
 
 def _rates(results: Results) -> str:
-    searched = {bool(rule.get("searched")) for b in blocks(results) for rule in b["rules"] if done_runs(rule)}
-    ways: dict[tuple[bool, ...], str] = {
-        (True,): "All rates were picked on held-out images by equal trials for every rule.",
-        (False,): "Rates are those of the recipe or of the study's config: no search was made here.",
+    ways = {_way(rule) for b in blocks(results) for rule in b["rules"] if done_runs(rule)}
+    if not ways:
+        return "No cell has finished yet."
+    told: dict[tuple[str, ...], str] = {
+        ("config",): "Rates are those of the recipe or of the study's config: no search was made here.",
+        ("searched",): "All rates were picked on held-out images by equal trials for every rule.",
+        (
+            "follows",
+            "searched",
+        ): "W's rate was picked for the first rule, on held-out images; all others have the same one.",
     }
-    mixed = "Rates were picked on held-out images by equal trials where 'picked' is said under Rates; elsewhere they are the config's."
-    return ways.get(tuple(searched), mixed) if searched else "No cell has finished yet."
+    mixed = "Rates were picked on held-out images, for the rules that Rates says; elsewhere they are the config's."
+    return told.get(tuple(sorted(ways)), mixed)
+
+
+def _way(rule: Results) -> str:
+    """How a rule came to its rates."""
+    return "searched" if rule.get("searched") else "follows" if rule.get("follows") else "config"
 
 
 def rates(results: Results) -> list[list[str]]:
@@ -158,9 +169,11 @@ def rates(results: Results) -> list[list[str]]:
             lr, feedback = (
                 f"{v:.3g}" if (v := found.get(key)) is not None else "–" for key in ("lr", "feedback_lr")
             )
-            way = (
-                f"picked of {len(rule['search'])} in {rule['searched']}" if rule.get("searched") else "config"
-            )
+            way = {
+                "searched": f"picked of {len(rule['search'])} in {rule.get('searched')}",
+                "follows": f"that of {rule.get('follows')}",
+                "config": "config",
+            }[_way(rule)]
             rows.append([block["title"], rule["label"], lr, feedback, way])
     return rows
 
