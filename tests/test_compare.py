@@ -141,6 +141,14 @@ def test_without_the_baselines_rate_the_others_have_none(comparison, monkeypatch
         compared(replace(settings, timing_steps=0))
 
 
+def test_a_refused_baseline_is_not_replaced_by_another_rule(comparison, monkeypatch):
+    monkeypatch.setitem(RULES, "refuser", refuser("attach"))
+    search = Search(run=True, lr=[0.05], epochs=1, baseline_only=True)
+    settings = replace(comparison, rules=["refuser", "frozen"], seeds=[0], epochs=1, search=search)
+    with pytest.raises(AttachError, match="Refuser is to be searched for the rate of all, but refused"):
+        compared(settings)
+
+
 def test_all_stands_for_every_rule(comparison):
     settings = replace(comparison, rules=["all", RuleEntry(rule="dkp", options={"center": True})]).resolved()
     assert [entry.rule for entry in settings.rules] == [*RULES, "dkp"]

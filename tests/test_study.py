@@ -133,24 +133,6 @@ def test_a_study_runs_shows_what_has_no_data_and_skips_what_is_done(study: Path,
     assert [file.stat().st_mtime_ns for file in weights[1:]] == times[1:]
 
 
-def test_the_rate_of_all_rules_is_picked_for_the_first(study: Path) -> None:
-    """Whatever part is run: the trials that it needs are the first rule's. The table says where a rate comes from."""
-    search = {"run": True, "baseline_only": True, "lr": [1e-7, 0.05], "seed": 7, "epochs": 1}
-    sections = [{"name": "main"}]
-    (study / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "search": search, "sections": sections}))
-    assert run("--rules", "Frozen", "--seeds", "1") == 0
-    trials = sorted(path.parent.name for path in (study / "out").rglob("search/*/result.json"))
-    assert trials == ["bp-0", "bp-1"]
-    results = json.loads((study / "out" / "results.json").read_text())
-    bp, frozen = results["sections"][0]["tables"][0]["blocks"][0]["rules"]
-    assert bp["rates"]["lr"] == frozen["rates"]["lr"] == 0.05
-    table = (study / "out" / "table.md").read_text()
-    assert "picked of 2 in main/all" in table
-    assert "| Frozen | 0.05 | – | that of BP |" in table
-    assert run() == 0
-    assert "all others have the same one" in (study / "out" / "table.md").read_text()
-
-
 def test_one_part_of_a_study_and_the_rest_later(study: Path) -> None:
     assert run("--seeds", "1", "--rules", "bp") == 0
     assert len([*(study / "out").rglob("model.safetensors")]) == 1

@@ -171,9 +171,14 @@ def _run_all(cells: Sequence[Cell], progress: Progress, interrupts: Interrupts, 
 def _search(
     config: CompareConfig, contenders: Sequence[Contender], console: Console, interrupts: Interrupts
 ) -> list[Contender]:
-    """The contenders with the rates that do best on the held-out images, equal trials for each."""
-    running = _running(contenders)
-    running = running[:1] if config.search.baseline_only else running
+    """The contenders with the rates that do best on held-out images: by equal trials for each, or the first's for all."""
+    first, running = contenders[0], _running(contenders)
+    if config.search.baseline_only:
+        if first.refused:
+            raise AttachError(
+                f"{first.label} is to be searched for the rate of all, but refused: {first.refused}"
+            )
+        running = [first]
     cells = {c.label: trial_cells(config, c) for c in running}
     progress = Progress(console, log=Path(config.out or "") / "compare.log")
     _run_all([cell for row in cells.values() for cell in row], progress, interrupts, test=False)
@@ -181,8 +186,8 @@ def _search(
     progress.prefix = ""
     for contender in running:
         picks[contender.label] = picked(contender, cells[contender.label], progress.say)
-    first = running[0].label if config.search.baseline_only else None
-    return [c if c.refused else at_rates_of(picks[first or c.label], c) for c in contenders]
+    shared = first.label if config.search.baseline_only else None
+    return [c if c.refused else at_rates_of(picks[shared or c.label], c) for c in contenders]
 
 
 def picked(
@@ -202,10 +207,12 @@ def picked(
 
 def at_rates_of(found: Contender, contender: Contender) -> Contender:
     """The contender at the rates that a search found for it; or at W's rate, where the search was another rule's."""
+    if found.label != contender.label:
+        if found.refused:
+            return replace(contender, refused=f"no rate was found for it, {found.label}: {found.refused}")
+        return replace(contender, entry=replace(contender.entry, lr=found.entry.lr))
     if found.refused:
         return replace(contender, trials=found.trials, refused=found.refused)
-    if found.label != contender.label:
-        return replace(contender, entry=replace(contender.entry, lr=found.entry.lr))
     entry = replace(contender.entry, lr=found.entry.lr, feedback_lr=found.entry.feedback_lr)
     return replace(contender, entry=entry, trials=found.trials)
 
@@ -213,11 +220,12 @@ def at_rates_of(found: Contender, contender: Contender) -> Contender:
 def trial_cells(config: CompareConfig, contender: Contender) -> list[Cell]:
     """The trials of a rule's rates."""
     cells = []
-    for number, (lr, feedback_lr) in enumerate(trial_rates(config.search, contender.learned)):
+    for lr, feedback_lr in trial_rates(config.search, contender.learned):
+        rates = "-".join(f"{rate:.6g}" for rate in (lr, feedback_lr) if rate is not None)
         entry = replace(contender.entry, lr=lr, feedback_lr=feedback_lr)
         trial = replace(
             config.cell(entry, config.search.seed),
-            out=f"{config.out}/search/{slug(contender.label)}-{number}",
+            out=f"{config.out}/search/{slug(contender.label)}-{rates}",
             overwrite=False,
             resume=True,
             epochs=config.search.epochs,

@@ -211,7 +211,8 @@ class Search:
         feedback_lr: rates of B to try with each; a rule that learns no B tries as many more rates of W.
         epochs: per trial.
         seed: of the trials.
-        baseline_only: search for the first rule alone; the others take the rate of W that suits it best.
+        baseline_only: search for backprop alone (for the first rule, where it is not among them), at these rates of W; the
+            others take the one that suits it best. A B without a rate of its own (KP, Relayed KP) follows W, others keep theirs.
     """
 
     run: bool = False

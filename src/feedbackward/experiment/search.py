@@ -1,4 +1,4 @@
-"""The search of rates: the same number of trials for every rule, judged on held-out images."""
+"""The search of rates: the same number of trials for every rule that is searched, judged on held-out images."""
 
 from __future__ import annotations
 

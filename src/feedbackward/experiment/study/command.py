@@ -104,8 +104,8 @@ def _go(given: Any, study: Study, options: Options, filters: Filters, console: C
         return _stopped(code, options.out)
     print_study(results, console)
     print(f"\ntable: {paths['table.md']}\npage: {paths['report.html']}")
-    if failed := counts(results)["failed"]:
-        told = f"{failed} cells failed (their reasons are above and in study.log); the same command tries them again"
+    if failed := counts(results)["failed"] + sum(running.failed.values()):
+        told = f"{failed} cells or trials failed (their reasons are above and in study.log); the same command tries them again"
         print(f"feedbackward: {told}", file=sys.stderr)
         return 1
     return 0

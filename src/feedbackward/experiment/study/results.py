@@ -11,11 +11,12 @@ from typing import Any
 
 from ...errors import FeedbackError
 from ..building import find_device
-from ..compare import Cell, Contender, cell_config, described, finished_run
-from ..config import RuleEntry
+from ..compare import Cell, Contender, cell_config, described, finished_run, rates_of
+from ..config import RuleEntry, TrainConfig
 from ..configfile import to_dict
 from ..costing import CostConfig, count_rows
 from ..environment import environment
+from ..runfolder import RunFolder
 from ..summary import VERSION, clean
 from .cells import Job, found
 from .grid import Block, Comparison
@@ -99,12 +100,32 @@ def _block(running: Running, block: Block) -> Results:
 def _rule(running: Running, comparison: Comparison, block: Block, contender: Contender) -> Results:
     found_cells = [_cell(comparison, contender, seed) for seed in block.seeds]
     reasons = [run["message"] for run in found_cells if run["status"] == "refused"]
+    planned = cell_config(comparison.config, contender, block.seeds[0])
     return {
-        **described(contender, cell_config(comparison.config, contender, block.seeds[0])),
-        "searched": bool(contender.trials) and comparison.search_on,
-        "follows": running.follows(comparison, contender.label),
+        **described(contender, planned),
+        **_rates(running, comparison, contender, block, planned),
         "refused": contender.refused or (reasons[0] if len(reasons) == len(found_cells) else None),
         "runs": [] if contender.refused else found_cells,
+    }
+
+
+def _rates(
+    running: Running, comparison: Comparison, contender: Contender, block: Block, planned: TrainConfig
+) -> Results:
+    """The rates that its runs have, which may be older than the study's file, and how they were found."""
+    folders = [
+        RunFolder(Path(cell_config(comparison.config, contender, seed).out or "")) for seed in block.seeds
+    ]
+    run = next((folder.config().resolved() for folder in folders if folder.result()), planned)
+    as_planned = (run.forward.lr, run.feedback.lr) == (planned.forward.lr, planned.feedback.lr)
+    searched = as_planned and bool(contender.trials) and comparison.search_on
+    follows = running.follows(comparison, contender.label) if as_planned else None
+    on = running.plan.comparisons.get(comparison.search_on or "")
+    return {
+        "rates": rates_of(run, contender.learned),
+        "searched": searched,
+        "follows": follows,
+        "baseline_only": bool(searched or follows) and on is not None and on.config.search.baseline_only,
     }
 
 

@@ -88,6 +88,7 @@ class Running:
     """A study that is being run.
 
     `picks`: by folder of the search and label, the contender with its picked rates, or with why it has none.
+    `failed`: the number of failed trials of those that have no pick therefore.
     """
 
     plan: Plan
@@ -96,18 +97,19 @@ class Running:
     facts: dict[str, Facts]
     missing: dict[str, str]
     picks: dict[tuple[str, str], Contender] = field(default_factory=dict)
+    failed: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def contender(self, comparison: Comparison, contender: Contender) -> Contender:
         """The rule with the rates that the search picked, if there was one."""
-        pick = self.picks.get(self._search_of(comparison, contender.label))
+        pick = self.picks.get(self.search_of(comparison, contender.label))
         return contender if pick is None else at_rates_of(pick, contender)
 
     def follows(self, comparison: Comparison, label: str) -> str | None:
         """The rule whose picked rate of W a rule takes; None where it takes none, or its own."""
-        folder, other = self._search_of(comparison, label)
+        folder, other = self.search_of(comparison, label)
         return other if (folder, other) in self.picks and other != label else None
 
-    def _search_of(self, comparison: Comparison, label: str) -> tuple[str, str]:
+    def search_of(self, comparison: Comparison, label: str) -> tuple[str, str]:
         """The folder and the label of the trials that pick a rule's rates: the rule's own, or the baseline's."""
         on = comparison.search_on or ""
         shared = on and self.plan.comparisons[on].config.search.baseline_only
@@ -120,13 +122,19 @@ class Running:
         images = self.facts[folder].train * (config.epochs or 1)
         return Job(f"{title(self.plan, block)}, {what}", config, group, label, images, test)
 
-    def jobs(self) -> list[tuple[Key, Job]]:
-        """The cells to run whose data is here and whose rule has rates."""
+    def jobs(self, rated: bool = True) -> list[tuple[Key, Job]]:
+        """The cells to run whose data is here and whose rule has rates; or will have, if not `rated`."""
         made = []
         for folder, contender, seed in self.filters.cells(self.plan):
             if folder in self.missing:
                 continue
             comparison = self.plan.comparisons[folder]
+            if (
+                rated
+                and comparison.search_on
+                and self.search_of(comparison, contender.label) not in self.picks
+            ):
+                continue
             contender = self.contender(comparison, contender)
             if contender.refused is None:
                 config = cell_config(comparison.config, contender, seed)
@@ -139,7 +147,7 @@ class Running:
         needed: dict[tuple[str, str], list[Job]] = {}
         filters = Filters() if everything else self.filters
         for folder, contender, _ in filters.cells(self.plan):
-            on, label = self._search_of(self.plan.comparisons[folder], contender.label)
+            on, label = self.search_of(self.plan.comparisons[folder], contender.label)
             if not on or on in self.missing or (on, label) in needed or folder in self.missing:
                 continue
             there = {c.label: c for c in self.plan.comparisons[on].contenders}
@@ -157,9 +165,12 @@ class Running:
             ends = [found(job) for job in jobs]
             if any(end is None for end in ends):
                 continue
-            lost = [end.message for end in ends if end is not None and end.status not in ("done", "diverged")]
-            if lost:
-                self.picks[folder, label] = replace(contender, refused=lost[0])
+            self.failed[folder, label] = sum(end is not None and end.status == "failed" for end in ends)
+            if self.failed[folder, label]:
+                continue
+            refused = [end.message for end in ends if end is not None and end.status == "refused"]
+            if refused:
+                self.picks[folder, label] = replace(contender, refused=refused[0])
                 continue
             cells = [Cell(job.title, job.config) for job in jobs]
             self.picks[folder, label] = picked(contender, cells, say, f"{folder}, ")
@@ -206,12 +217,15 @@ def run(running: Running, console: Console, interrupts: Interrupts) -> None:
         for (folder, label), row in trials.items()
         for n, job in enumerate(row)
     ]
-    for key, job in [*flat, *running.jobs()]:
+    for key, job in [*flat, *running.jobs(rated=False)]:
         board.add(key, job, found(job))
     with board:
         _run_all(flat, board, running.workers, interrupts)
         running.choose(trials, board.say)
         cells = running.jobs()
+        for folder, label in dict.fromkeys(key[:2] for key, _ in running.jobs(rated=False)):
+            if not any(key[:2] == (folder, label) for key, _ in cells):
+                board.say(f"{folder}, {label}: not run, for its search of rates did not come to an end")
         for key, job in cells:
             job.folder.check_free(job.config)
             board.add(key, job, found(job))
@@ -258,9 +272,12 @@ def _claim(plan: Plan) -> RunFolder:
 
 
 def clear(running: Running) -> None:
-    """Remove the cells to run, and the trials of their rates."""
-    trials = [job for row in running.trials().values() for job in row]
-    for job in [*trials, *(job for _, job in running.jobs())]:
+    """Remove the cells to run, and the trials of those rules; a rule that takes another's rate leaves its trials."""
+    cells, trials = running.jobs(rated=False), running.trials()
+    labels = {label for (_, label, _), _ in cells}
+    gone = [key for key in trials if key[1] in labels]
+    for job in [*(job for key in gone for job in trials[key]), *(job for _, job in cells)]:
         if job.folder.config_file.is_file():
             job.folder.clear()
-    running.picks.clear()
+    for key in gone:
+        running.picks.pop(key, None)

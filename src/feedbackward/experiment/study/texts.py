@@ -141,23 +141,20 @@ def notes(results: Results) -> list[str]:
 
 def _rates(results: Results) -> str:
     ways = {_way(rule) for b in blocks(results) for rule in b["rules"] if done_runs(rule)}
-    if not ways:
-        return "No cell has finished yet."
-    told: dict[tuple[str, ...], str] = {
-        ("config",): "Rates are those of the recipe or of the study's config: no search was made here.",
-        ("searched",): "All rates were picked on held-out images by equal trials for every rule.",
-        (
-            "follows",
-            "searched",
-        ): "W's rate was picked for the first rule, on held-out images; all others have the same one.",
+    told = {
+        "config": "Rates are those of the recipe or of the study's config: no search was made here.",
+        "each": "All rates were picked on held-out images by equal trials for every rule.",
+        "first": "W's rate was picked for the first rule, on held-out images; all others have the same one.",
     }
-    mixed = "Rates were picked on held-out images, for the rules that Rates says; elsewhere they are the config's."
-    return told.get(tuple(sorted(ways)), mixed)
+    mixed = "Rates says, for each rule, whether its rate was picked on held-out images, is that of another rule, or is the config's."
+    return "No cell has finished yet." if not ways else told[ways.pop()] if len(ways) == 1 else mixed
 
 
 def _way(rule: Results) -> str:
-    """How a rule came to its rates."""
-    return "searched" if rule.get("searched") else "follows" if rule.get("follows") else "config"
+    """How a rule came to its rates: by its own search as each, by the first one's, or by the config."""
+    if rule.get("baseline_only"):
+        return "first"
+    return "each" if rule.get("searched") else "config"
 
 
 def rates(results: Results) -> list[list[str]]:
@@ -169,11 +166,10 @@ def rates(results: Results) -> list[list[str]]:
             lr, feedback = (
                 f"{v:.3g}" if (v := found.get(key)) is not None else "–" for key in ("lr", "feedback_lr")
             )
-            way = {
-                "searched": f"picked of {len(rule['search'])} in {rule.get('searched')}",
-                "follows": f"that of {rule.get('follows')}",
-                "config": "config",
-            }[_way(rule)]
+            if rule.get("searched"):
+                way = f"picked of {len(rule['search'])} in {rule['searched']}"
+            else:
+                way = f"that of {rule['follows']}" if rule.get("follows") else "config"
             rows.append([block["title"], rule["label"], lr, feedback, way])
     return rows
 
