@@ -244,7 +244,7 @@ def named_inputs() -> dict[str, Any]:
 
 BRANCHES = ("left.input", "right.input", "out.input")
 ZOO = (
-    Case("mlp", mlp, rows(6), ("1", "5")),
+    Case("mlp", mlp, rows(6), ("1", "5"), silent=("2.bias",)),
     Case("plain", Plain, image(), ("conv2.input", "fc1.input", "fc2.input"), silent=("conv1.bias",)),
     Case("signal_1d", signal_1d, rows(2, 14), ("1", "3", "6")),
     Case("group_norms", group_norms, image(), ("3", "8")),
@@ -259,7 +259,7 @@ ZOO = (
     Case("named_inputs", Inputs, named_inputs, BRANCHES),
     Case("tuple_output", lambda: Outputs("tuple"), rows(6), ("body.1",), {"output": logits}),
     Case("dict_output", lambda: Outputs("dict"), rows(6), ("body.1",), {"output": logits}),
-    Case("error_at", mlp, rows(6), ("1",), {"error_at": "2"}),
+    Case("error_at", mlp, rows(6), ("1",), {"error_at": "2"}, silent=("2.bias",)),
     Case("halves", Halves, rows(6), ("split", "split[1]", "out.input"), overlap=True),
     Case("recurrent", Recurrent, words(), ("lstm", "out.input")),
     Case("attention", blocks.Attention, rows(4, 6), ("norm", "mixed", "out.input"), silent=("k.bias",)),
