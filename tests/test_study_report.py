@@ -140,13 +140,6 @@ def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEEDBACKWARD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def run(home: Path, out: str, workers: int = 1, **changes: Any) -> int:
     one = [{"name": "main", "axes": {"data.name": ["fashion-mini"]}}]
     (home / "study.yaml").write_text(yaml.safe_dump({**TINY, "sections": one, **changes}))

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from feedbackward.cli import main
@@ -17,16 +16,9 @@ from test_study_report import block, results, rule
 SEARCH = {"run": True, "baseline_only": True, "lr": [1e-7, 0.05], "seed": 7, "epochs": 1}
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEEDBACKWARD_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
-    return tmp_path
-
-
 def run(*more: str, workers: int = 1, **changes: Any) -> int:
     given = {**TINY, "sections": [{"name": "main"}], "search": SEARCH, **changes}
+    Path("data").mkdir(exist_ok=True)
     Path("study.yaml").write_text(yaml.safe_dump(given))
     return main(
         ["study", "study.yaml", "--data-root", "data", "--out", "out", "--workers", str(workers), *more]
