@@ -9,8 +9,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, for decoded data sets."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FEEDBACKWARD_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a cache of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEEDBACKWARD_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -23,10 +23,7 @@ from feedbackward.experiment.sources import find_source
 REAL = Path(os.environ.get("FEEDBACKWARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEEDBACKWARD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 @pytest.fixture(scope="module")

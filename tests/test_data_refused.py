@@ -10,10 +10,7 @@ from data_files import cifar100_root, config, folder_of, numbered, png, write_sp
 from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.data import DATASETS, DataConfig, load_data
 
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEEDBACKWARD_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 @pytest.fixture

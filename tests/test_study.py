@@ -31,12 +31,10 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEEDBACKWARD_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "data").mkdir()
-    return tmp_path
+def study(home: Path) -> Path:
+    (home / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (home / "data").mkdir()
+    return home
 
 
 def run(*more: str) -> int:
