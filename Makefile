@@ -23,7 +23,7 @@ unit: .venv/dev
 
 # every one-line defect of tests/mutations.py must be caught: about ten minutes on an idle core
 mutations: .venv/dev
-	MUTATIONS=1 $(BIN)/pytest -n 0 tests/test_mutations.py
+	MUTATIONS=1 $(BIN)/pytest -n 0 tests/core/test_mutations.py
 
 end-to-end: .venv/dev
 	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 from feedbackward.errors import AttachError, ConfigError
-from feedbackward.experiment import benchreport
-from feedbackward.experiment.benchcases import LEARNING_RATE, BenchConfig, Factory, make_cases
-from feedbackward.experiment.benching import Bench, Case, Trainee, summary
-from feedbackward.experiment.building import find_device
-from feedbackward.experiment.configfile import to_dict
-from feedbackward.experiment.interrupts import InterruptedRunError, Interrupts
-from feedbackward.experiment.progress import Progress
+from feedbackward.experiment.benchmark import report as benchreport
+from feedbackward.experiment.benchmark.bench import Bench, Case, Trainee, summary
+from feedbackward.experiment.benchmark.cases import LEARNING_RATE, BenchConfig, Factory, make_cases
+from feedbackward.experiment.config.files import to_dict
+from feedbackward.experiment.training.building import find_device
+from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
+from feedbackward.experiment.training.progress import Progress
 
 HOW = {
     "BioTorch": "git clone https://github.com/jsalbert/biotorch DIR, then PYTHONPATH=DIR python bench/peers.py",
@@ -79,7 +79,10 @@ def biotorch_cases(factory: Factory) -> list[Case]:
         weights = [p for name, p in net.named_parameters() if name.endswith("_backward")]
         return trained(factory, net, lambda: net(*inputs), weights)
 
-    return [Case(f"BioTorch {mode}", "joint", "-", lambda mode=mode: build(mode)) for mode in ("dfa", "fa")]
+    return [
+        Case(f"BioTorch {mode}", "joint", "-", lambda mode=mode: build(mode))
+        for mode in ("dfa", "fa")
+    ]
 
 
 def gist_cases(factory: Factory, folder: Path | None) -> list[Case]:

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from feedbackward.experiment.inspect import LEGEND, print_rules
+from feedbackward.experiment.training.inspect import LEGEND, print_rules
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "choosing.md")

@@ -1,7 +1,7 @@
 """Train PyTorch networks with feedback connections instead of backpropagation's transposed weights."""
 
-from .cost import Cost, cost
-from .errors import (
+from feedbackward.engine.phase import Pass, Phase
+from feedbackward.errors import (
     AttachError,
     CheckpointError,
     ConfigError,
@@ -10,10 +10,23 @@ from .errors import (
     FeedbackError,
     SiteError,
 )
-from .graph import Arc, Edge, Graph, Lift, Local, Site, Source, chain, ladder, modules, star
-from .learner import Learner, attach, param_groups
-from .norms import keep_norms
-from .operators import (
+from feedbackward.graph import (
+    Arc,
+    Edge,
+    Graph,
+    Lift,
+    Local,
+    Site,
+    Source,
+    chain,
+    ladder,
+    modules,
+    star,
+)
+from feedbackward.learner import Learner, attach, param_groups
+from feedbackward.measure.cost import Cost, cost
+from feedbackward.measure.probe import ParameterAlignment, Probe, SiteAlignment, probe
+from feedbackward.operators import (
     OPERATORS,
     Binary,
     Dense,
@@ -30,9 +43,8 @@ from .operators import (
     Sparse,
     Weights,
 )
-from .phase import Pass, Phase
-from .probe import ParameterAlignment, Probe, SiteAlignment, probe
-from .rules import (
+from feedbackward.optim import keep_norms
+from feedbackward.rules import (
     BP,
     BRSF,
     CDFA,
@@ -77,8 +89,8 @@ from .rules import (
     SymmetricAlignment,
     WeightMirror,
 )
-from .schedules import step_in_backward
-from .staleness import Stale
+from feedbackward.schedules.delayed import Stale
+from feedbackward.schedules.joint import step_in_backward
 
 __version__ = "0.1.0"
 

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import errors
-from .experiment.parser import Parser
+from feedbackward import errors
+from feedbackward.experiment.config.parser import Parser
 
 USAGE = """\
 usage: feedbackward COMMAND [options]
@@ -57,7 +57,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(USAGE, end="")
         return 0
     if arguments[0] in ("--version", "-V"):
-        from . import __version__
+        from feedbackward import __version__
 
         print(f"feedbackward {__version__}")
         return 0
@@ -71,35 +71,39 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from .experiment.arguments import parse
-    from .experiment.config import TrainConfig
-    from .experiment.interrupts import InterruptedRunError, Interrupts
-    from .experiment.progress import Progress
+    from feedbackward.experiment.config.arguments import parse
+    from feedbackward.experiment.config.schema import TrainConfig
+    from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
+    from feedbackward.experiment.training.progress import Progress
 
-    config = parse(TrainConfig, arguments, "feedbackward train", "Train one network by one rule.").resolved()
-    from .experiment.train import train
+    config = parse(
+        TrainConfig, arguments, "feedbackward train", "Train one network by one rule."
+    ).resolved()
+    from feedbackward.experiment.training.train import train
 
     try:
         with Interrupts() as interrupts, Progress() as progress:
             result = train(config, progress, interrupts)
     except InterruptedRunError as stop:
-        return _stopped(stop.signum, config.out, f"train --config {config.out}/config.yaml --resume")
+        return _stopped(
+            stop.signum, config.out, f"train --config {config.out}/config.yaml --resume"
+        )
     print(f"test accuracy {result['test_accuracy']:.2f} %, on images that no choice was made with")
     print(f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl")
     return 0
 
 
 def _compare(arguments: list[str]) -> int:
-    from .experiment.arguments import parse
-    from .experiment.config import CompareConfig
-    from .experiment.interrupts import InterruptedRunError, Interrupts
+    from feedbackward.experiment.config.arguments import parse
+    from feedbackward.experiment.config.schema import CompareConfig
+    from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 
     about = "Train by several rules and seeds under one recipe, and report."
     config = parse(CompareConfig, arguments, "feedbackward compare", about).resolved()
     from rich.console import Console
 
-    from .experiment.compare import compare
-    from .experiment.report import print_summary, write_report
+    from feedbackward.experiment.grid.compare import compare
+    from feedbackward.experiment.report.report import print_summary, write_report
 
     console = Console()
     try:
@@ -115,18 +119,22 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _study(arguments: list[str]) -> int:
-    from .experiment.study.command import study_command
+    from feedbackward.experiment.grid.command import study_command
 
     return study_command(arguments)
 
 
 def _probe(arguments: list[str]) -> int:
-    parser = Parser("probe", "How near a trained run's gradients are to backprop's, on held-out images.")
+    parser = Parser(
+        "probe", "How near a trained run's gradients are to backprop's, on held-out images."
+    )
     parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("--images", type=int, help="held-out images (default: as in the run's config)")
+    parser.add_argument(
+        "--images", type=int, help="held-out images (default: as in the run's config)"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
-    from .experiment.inspect import probe_run
+    from feedbackward.experiment.training.inspect import probe_run
 
     probe_run(options.run, options.images, options.json)
     return 0
@@ -136,26 +144,26 @@ def _rules(arguments: list[str]) -> int:
     parser = Parser("rules", "What each rule needs and costs.")
     parser.add_argument("--format", choices=["table", "markdown", "json"], default="table")
     options = parser.parse_args(arguments)
-    from .experiment.inspect import print_rules
+    from feedbackward.experiment.training.inspect import print_rules
 
     print_rules(options.format)
     return 0
 
 
 def _bench(arguments: list[str]) -> int:
-    from .experiment.benchcases import parse_bench
+    from feedbackward.experiment.benchmark.cases import parse_bench
 
     config = parse_bench(arguments)
-    from .experiment.benchreport import run_bench
+    from feedbackward.experiment.benchmark.report import run_bench
 
     return run_bench(config, arguments)
 
 
 def _cost(arguments: list[str]) -> int:
-    from .experiment.costing import parse_cost
+    from feedbackward.experiment.benchmark.cost import parse_cost
 
     config = parse_cost(arguments)
-    from .experiment.costreport import run_cost
+    from feedbackward.experiment.benchmark.cost_report import run_cost
 
     return run_cost(config, arguments)
 
@@ -193,7 +201,10 @@ def _check_installed() -> None:
 
 
 def _stopped(signum: int, folder: str | None, again: str) -> int:
-    print(f"feedbackward: stopped; saved to {folder}; go on with: feedbackward {again}", file=sys.stderr)
+    print(
+        f"feedbackward: stopped; saved to {folder}; go on with: feedbackward {again}",
+        file=sys.stderr,
+    )
     return 128 + signum
 
 

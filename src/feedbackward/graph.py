@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import AttachError
-from .operators.base import Operator
-from .operators.layer import LayerForm
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator
+from feedbackward.operators.layer import LayerForm
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,10 @@ class Graph:
 
 
 def chain(
-    arcs: Sequence[Any], form: Callable[[Arc], Operator], shared: bool = False, borrowed: bool = False
+    arcs: Sequence[Any],
+    form: Callable[[Arc], Operator],
+    shared: bool = False,
+    borrowed: bool = False,
 ) -> Graph:
     """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`;
     with `borrowed`, the operator is given `W`."""
@@ -273,7 +276,9 @@ def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
     return Graph(tuple(sites), tuple(edges))
 
 
-def modules(groups: Sequence[Sequence[Site]], source: Source, form: Callable[[int], Operator]) -> Graph:
+def modules(
+    groups: Sequence[Sequence[Site]], source: Source, form: Callable[[int], Operator]
+) -> Graph:
     """Direct connections within each group of sites, from its output: that of the last group is the source, that of the
     others is their last site, which is not cut: its error comes from the group above, through the layers between.
 

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from .arcs import find_arcs
-from .errors import AttachError, FeedbackError
-from .feedback import count_bytes, fitted, make_feedback, weight_names, weights_of
-from .graph import Arc, Edge, Graph, Site, Source
-from .operators import OPERATORS
-from .operators.base import Weights
-from .phase import Phase
-from .plan import Plan, describe, in_bytes, make_plan
-from .rehearsal import Rehearsal
-from .rules.base import Rule
-from .schedules import Schedule, backward
-from .seams import Seams
-from .sites import Sites, find_sites, find_source, refuse_unrecorded
-from .sweeps import LossFn
-from .target import Target
-from .trace import trace
+from feedbackward.engine.cuts import Seams
+from feedbackward.engine.phase import Phase
+from feedbackward.engine.plan import Plan, describe, in_bytes, make_plan
+from feedbackward.engine.target import Target
+from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names, weights_of
+from feedbackward.errors import AttachError, FeedbackError
+from feedbackward.graph import Arc, Edge, Graph, Site, Source
+from feedbackward.model.layers import find_arcs
+from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
+from feedbackward.model.trace import trace
+from feedbackward.operators import OPERATORS
+from feedbackward.operators.base import Weights
+from feedbackward.rule import Rule
+from feedbackward.schedules.joint import Schedule, backward
+from feedbackward.schedules.passes import LossFn
+from feedbackward.schedules.preparation import Rehearsal
 
 
 def attach(
@@ -69,7 +69,9 @@ def attach(
     """
     if not isinstance(rule, Rule):
         hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
-        raise AttachError(f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}.")
+        raise AttachError(
+            f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}."
+        )
     _refuse_wrapped(model)
     _refuse_input_gradients(example)
     recorded = trace(model, example)
@@ -148,7 +150,11 @@ class Learner(nn.Module):
         """A pass under cuts."""
         with self.seams.recording(self.begin_pass((args, kwargs))):
             tied = self.seams.tied()
-            return functional_call(self.model, tied, args, kwargs) if tied else self.model(*args, **kwargs)
+            return (
+                functional_call(self.model, tied, args, kwargs)
+                if tied
+                else self.model(*args, **kwargs)
+            )
 
     @torch.compiler.disable
     def _uncompiled(self, args: Any, kwargs: Any) -> Any:
@@ -204,7 +210,9 @@ class Learner(nn.Module):
 
     def _learned_in_phase(self) -> list[str]:
         """The names of feedback weights that only `feedback_step` gives gradients."""
-        edges = [e for e in self.graph.edges if e.shares is None and not self.rule.learns_in_pass(e)]
+        edges = [
+            e for e in self.graph.edges if e.shares is None and not self.rule.learns_in_pass(e)
+        ]
         names = {name for edge in edges for name in weight_names(edge)}
         return [f"feedback.{name}" for name, _ in self.feedback.named_parameters() if name in names]
 
@@ -380,7 +388,10 @@ def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
             "modules as sites; or use a rule that sends the output's error (DFA, DKP)."
         )
     for edge in graph.edges:
-        for named, does in ((edge.shares, "gives B the gradient of"), (edge.borrows, "makes B from")):
+        for named, does in (
+            (edge.shares, "gives B the gradient of"),
+            (edge.borrows, "makes B from"),
+        ):
             if named is None:
                 continue
             owner, _, leaf = named.rpartition(".")
@@ -390,7 +401,9 @@ def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
                     f"{rule.label} {does} {named!r}, which is re-parametrised (weight norm, pruning, ...). Remove "
                     "the parametrisation, or use FA or a rule with direct feedback."
                 )
-            uses = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+            uses = [
+                name for name, p in model.named_parameters(remove_duplicate=False) if p is weight
+            ]
             if len(uses) > 1 and named == edge.shares:
                 raise AttachError(
                     f"{rule.label} {does} {named!r}, which is tied ({' and '.join(uses)}) and gets the sum of "

@@ -1,19 +1,19 @@
 """Feedback operators: the form of the feedback weights, independent of the rule."""
 
-from .base import Operator, Shape, Weights
-from .binary import Binary
-from .dense import Dense
-from .kernel import Kernel
-from .layer import LayerForm, LayerShaped
-from .layer_kernel import LayerKernel
-from .low_rank import LowRank
-from .per_shape import PerShape
-from .pooled import Pooled
-from .product import Product
-from .seeded import Seeded
-from .shared import Shared
-from .signed import FixedSigned, FreshSigned, Signed, UniformSigned
-from .sparse import Sparse
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.binary import Binary
+from feedbackward.operators.dense import Dense
+from feedbackward.operators.kernel import Kernel
+from feedbackward.operators.layer import LayerForm, LayerShaped
+from feedbackward.operators.layer_kernel import LayerKernel
+from feedbackward.operators.low_rank import LowRank
+from feedbackward.operators.per_shape import PerShape
+from feedbackward.operators.pooled import Pooled
+from feedbackward.operators.product import Product
+from feedbackward.operators.seeded import Seeded
+from feedbackward.operators.shared import Shared
+from feedbackward.operators.signed import FixedSigned, FreshSigned, Signed, UniformSigned
+from feedbackward.operators.sparse import Sparse
 
 # by their names in configurations and on the command line
 OPERATORS: dict[str, type[Operator]] = {

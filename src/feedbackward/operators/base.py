@@ -68,13 +68,17 @@ class Operator(ABC):
         """`d^T u` in the form of the weight, averaged over the samples and, for each weight of a kernel, over the places that it
         takes part in. `d: [M, *source]`, `u: [M, *site]`; for operators of one part."""
         (products,) = self.correlate((weight,), d, u, center=False)
-        (places,) = self.correlate((weight,), torch.ones_like(d[:1]), torch.ones_like(u[:1]), center=False)
+        (places,) = self.correlate(
+            (weight,), torch.ones_like(d[:1]), torch.ones_like(u[:1]), center=False
+        )
         return products / (len(d) * places.clamp_min(1))
 
     def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
         """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `B`."""
         like = weights[0]
-        unit = torch.eye(math.prod(source), dtype=like.dtype, device=like.device).reshape(-1, *source)
+        unit = torch.eye(math.prod(source), dtype=like.dtype, device=like.device).reshape(
+            -1, *source
+        )
         return self.correlate(weights, unit, self.send(weights, unit, site), center=False)
 
     @abstractmethod

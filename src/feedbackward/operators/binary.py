@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Operator, Shape, Weights
-from .dense import rows
-from .options import check_scale
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.dense import rows
+from feedbackward.operators.options import check_scale
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ def words(key: int, start: int, stop: int, device: torch.device | None) -> Tenso
 
 def new_state(generator: torch.Generator) -> Tensor:
     """A key drawn from the generator, and the count 0."""
-    return torch.cat([torch.randint(2**62, (1,), generator=generator), torch.zeros(1, dtype=torch.int64)])
+    return torch.cat(
+        [torch.randint(2**62, (1,), generator=generator), torch.zeros(1, dtype=torch.int64)]
+    )
 
 
 def _mix(x: Number) -> Number:

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import AttachError
-from .base import Operator, Shape, Weights
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator, Shape, Weights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda a: a,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Operator, Shape, Weights
-from .options import check_init, check_scale
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.options import check_init, check_scale
 
 INITS = ("zeros", "kaiming_uniform", "scaled_normal", "scaled_uniform")
 
@@ -91,4 +91,6 @@ def _channels_last(B: Tensor) -> bool:
     """Whether `B` is laid out channels-last, so that flattening in that order copies nothing."""
     if B.dim() not in (4, 5) or B.is_contiguous():
         return False
-    return B.is_contiguous(memory_format=torch.channels_last if B.dim() == 4 else torch.channels_last_3d)
+    return B.is_contiguous(
+        memory_format=torch.channels_last if B.dim() == 4 else torch.channels_last_3d
+    )

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import AttachError
-from .base import Operator, Shape, Weights
-from .dense import INITS, draw
-from .layer import LayerForm, LayerShaped
-from .options import check_count, check_init, check_scale
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.dense import INITS, draw
+from feedbackward.operators.layer import LayerForm, LayerShaped
+from feedbackward.operators.options import check_count, check_init, check_scale
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Kernel(Operator):
         for name in ("size", "dilation", "groups"):
             check_count(name, getattr(self, name))
         if self.size % 2 == 0:
-            raise AttachError(f"size={self.size}: a kernel is centred on a place, so give an odd size.")
+            raise AttachError(
+                f"size={self.size}: a kernel is centred on a place, so give an odd size."
+            )
         check_init(self.init, INITS)
         check_scale(self.scale)
 
@@ -101,7 +103,9 @@ class Kernel(Operator):
             reach = self._reach(site, B)
             return ((B.flatten(2) @ reach @ reach.t()).reshape(B.shape),)
         counts = B.new_ones(1)  # of the places that a weight leads to
-        for length, places, stride in zip(site[1:], source[1:], self._strides(source, site), strict=True):
+        for length, places, stride in zip(
+            site[1:], source[1:], self._strides(source, site), strict=True
+        ):
             counts = torch.kron(counts, self._within(length, places, stride, B).sum(1))
         return (B * counts.reshape(B.shape[2:]),)
 

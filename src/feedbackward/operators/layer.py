@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import AttachError
-from .base import Operator, Shape, Weights
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator, Shape, Weights
 
 LAYER_INITS = (
     "zeros",
@@ -70,11 +70,15 @@ class LayerForm:
         pads: list[int] = []
         for length, places in zip(site[1:], source[1:], strict=True):
             stride = max(1, round(length / places))
-            reach = (places - 1) * stride - length  # of the first weight's places, less the whole axis
+            reach = (
+                places - 1
+            ) * stride - length  # of the first weight's places, less the whole axis
             side = max(size + stride - 1, -reach)
             side += (side + reach) % 2
             strides, sides, pads = [*strides, stride], [*sides, side], [*pads, (side + reach) // 2]
-        return LayerForm((source[0], site[0], *sides), tuple(strides), (1,) * len(sides), padding=tuple(pads))
+        return LayerForm(
+            (source[0], site[0], *sides), tuple(strides), (1,) * len(sides), padding=tuple(pads)
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,12 @@ class LayerShaped(Operator):
 
     @torch.no_grad()
     def measure(
-        self, weights: Weights, layer: Tensor, source: Shape, site: Shape, generator: torch.Generator
+        self,
+        weights: Weights,
+        layer: Tensor,
+        source: Shape,
+        site: Shape,
+        generator: torch.Generator,
     ) -> Weights:
         r"""For the init `"mirrored"`: learn to predict the layer's response to Gaussian noise, by the delta rule,
 
@@ -185,7 +194,11 @@ class LayerShaped(Operator):
             return (d.t() @ h,)
         mask = (False, True, False)
         B = weights[0].to(d.dtype)  # only its shape is read
-        return (torch.ops.aten.convolution_backward(d, self.padded(h), B, None, *self._geometry, mask)[1],)
+        return (
+            torch.ops.aten.convolution_backward(d, self.padded(h), B, None, *self._geometry, mask)[
+                1
+            ],
+        )
 
     def macs(self, source: Shape, site: Shape) -> int:
         f = self.form
@@ -219,7 +232,9 @@ class LayerShaped(Operator):
         """`h` with the padding that the layer applies before its convolution (other than zeros, or uneven)."""
         if not self.form.pad:
             return h
-        return F.pad(h, self.form.pad, "constant" if self.form.pad_mode == "zeros" else self.form.pad_mode)
+        return F.pad(
+            h, self.form.pad, "constant" if self.form.pad_mode == "zeros" else self.form.pad_mode
+        )
 
     def _pads(self, axis: int) -> tuple[int, int]:
         """Padding before and after a spatial axis; F.pad counts axes from the last."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import Operator, Shape, Weights
-from .layer import LayerForm, LayerShaped
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.layer import LayerForm, LayerShaped
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class LayerKernel(Operator):
         for i, (n, k) in enumerate(zip(site[1:], f.shape[2:], strict=True)):
             reach = f.dilation[i] * (k - 1)
             if f.transposed:
-                grid.append((n - 1) * f.stride[i] - 2 * f.padding[i] + reach + f.output_padding[i] + 1)
+                grid.append(
+                    (n - 1) * f.stride[i] - 2 * f.padding[i] + reach + f.output_padding[i] + 1
+                )
                 continue
             last = len(f.stride) - 1 - i  # F.pad counts axes from the last
             padding = 2 * f.padding[i] + sum(f.pad[2 * last : 2 * last + 2])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import AttachError
-from .base import Operator, Shape, Weights
-from .dense import INITS, draw, outer, rows
-from .options import check_count, check_init, check_scale
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.dense import INITS, draw, outer, rows
+from feedbackward.operators.options import check_count, check_init, check_scale
 
 
 @dataclass(frozen=True)

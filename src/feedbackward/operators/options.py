@@ -6,19 +6,23 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-from ..errors import AttachError
+from feedbackward.errors import AttachError
 
 
 def check_init(init: object, known: Sequence[str]) -> None:
     """Refuse an initialisation that is not among the known ones."""
     if init not in known:
-        raise AttachError(f"unknown feedback initialisation {init!r}: choose one of {', '.join(known)}.")
+        raise AttachError(
+            f"unknown feedback initialisation {init!r}: choose one of {', '.join(known)}."
+        )
 
 
 def check_scale(scale: object) -> None:
     """Refuse a scale that is no finite number from 0."""
     if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= float(scale) < math.inf:
-        raise AttachError(f"scale={scale!r}, a factor on the feedback: give a finite number, 1.0 by default.")
+        raise AttachError(
+            f"scale={scale!r}, a factor on the feedback: give a finite number, 1.0 by default."
+        )
 
 
 def check_count(name: str, value: object) -> None:

@@ -8,8 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import AttachError
-from .base import Operator, Shape, Weights
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator, Shape, Weights
 
 
 @dataclass(frozen=True)

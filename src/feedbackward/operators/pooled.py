@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import AttachError
-from .base import Operator, Shape, Weights
-from .dense import INITS, draw, outer, rows
-from .options import check_count, check_init, check_scale
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.dense import INITS, draw, outer, rows
+from feedbackward.operators.options import check_count, check_init, check_scale
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Pooled(Operator):
             check_count("size", self.size)
         check_init(self.init, INITS)
         check_scale(self.scale)
-        object.__setattr__(self, "sized", self.size is not None)  # one patch fits a space of any size
+        object.__setattr__(
+            self, "sized", self.size is not None
+        )  # one patch fits a space of any size
 
     def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
         if len(site) < 2:

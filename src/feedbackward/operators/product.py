@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import Operator, Shape, Weights
-from .layer import LayerShaped
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.layer import LayerShaped
 
 PRODUCT_KINDS = ("random", "orthogonal", "identity")
 
@@ -40,7 +40,9 @@ class Product(Operator):
             bound = math.sqrt(3 / mid)
             B.uniform_(-bound, bound, generator=generator)
         elif self.kind == "orthogonal":
-            B = torch.linalg.qr(torch.randn(groups, out, mid, generator=generator).double())[0].float()
+            B = torch.linalg.qr(torch.randn(groups, out, mid, generator=generator).double())[
+                0
+            ].float()
         return R, B
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..errors import AttachError
-from .base import Operator, Shape, Weights
-from .counter import words
-from .dense import Dense
-from .options import check_scale
+from feedbackward.errors import AttachError
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.counter import words
+from feedbackward.operators.dense import Dense
+from feedbackward.operators.options import check_scale
 
 DISTRIBUTIONS = ("uniform", "binary")
 _CHUNK = 2**20  # weights at a time, so that their 64-bit integers are never in memory all at once
@@ -37,7 +37,9 @@ class Seeded(Operator):
 
     scale: float = 1.0
     distribution: str = "uniform"
-    seed: int | None = field(default=None, init=False, repr=False)  # of the edge that this copy serves
+    seed: int | None = field(
+        default=None, init=False, repr=False
+    )  # of the edge that this copy serves
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -75,7 +77,11 @@ class Seeded(Operator):
                 "this Seeded feedback has no seed yet: use the operator that fit(source, site, seed) returns."
             )
         binary, n = self.distribution == "binary", math.prod(site)
-        size, per_word, make = math.prod(source) * n, 32 if binary else 1, _signs if binary else _uniform
+        size, per_word, make = (
+            math.prod(source) * n,
+            32 if binary else 1,
+            _signs if binary else _uniform,
+        )
         count = -(-size // per_word)
         step = count if torch.compiler.is_compiling() else _CHUNK // per_word
         B = torch.empty(count * per_word, device=device)

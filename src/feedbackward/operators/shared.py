@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Operator, Shape, Weights
-from .dense import INITS, draw, outer, rows
-from .options import check_init, check_scale
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.dense import INITS, draw, outer, rows
+from feedbackward.operators.options import check_init, check_scale
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Operator, Shape, Weights
-from .counter import new_state, uniform
-from .layer import LayerShaped
+from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.counter import new_state, uniform
+from feedbackward.operators.layer import LayerShaped
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from functools import partial
 
 from torch import nn
 
-from ...errors import ConfigError
-from . import alexnet, small_cnn, vgg
-from .blocks import Shape, set_dropout
-from .custom import build_custom
-from .mlp import MLP
-from .resnet import ResNet
+from feedbackward.errors import ConfigError
+from feedbackward.experiment.nets import alexnet, small_cnn, vgg
+from feedbackward.experiment.nets.blocks import Shape, set_dropout
+from feedbackward.experiment.nets.custom import build_custom
+from feedbackward.experiment.nets.mlp import MLP
+from feedbackward.experiment.nets.resnet import ResNet
 
 __all__ = ["NETS", "Net", "build", "default_sites", "published_sites", "set_dropout"]
 
@@ -122,7 +122,9 @@ def published_sites(name: str) -> tuple[str, ...]:
     sites = None if ":" in name else _find(name).published_sites
     if sites is None:
         known = ", ".join(key for key, net in NETS.items() if net.published_sites)
-        raise ConfigError(f"the net {name!r} has no published sites (only {known} have): use sites='layers'.")
+        raise ConfigError(
+            f"the net {name!r} has no published sites (only {known} have): use sites='layers'."
+        )
     return sites
 
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .blocks import Shape, conv_block, linear_block
+from feedbackward.experiment.nets.blocks import Shape, conv_block, linear_block
 
 PUBLISHED_SITES = (
     "block1.pool",
@@ -44,7 +44,9 @@ class AlexNet(nn.Sequential):
     def __init__(self, in_shape: Shape, classes: int, norm: bool = True) -> None:
         super().__init__()
         channels, height, width = in_shape
-        stem, units = next((s, u) for top, s, u in _FORMS if top is None or max(height, width) <= top)
+        stem, units = next(
+            (s, u) for top, s, u in _FORMS if top is None or max(height, width) <= top
+        )
         grid = (min(6, _map_side(height, stem)), min(6, _map_side(width, stem)))
         top = {
             "pool": nn.MaxPool2d(3, 2),
@@ -53,7 +55,9 @@ class AlexNet(nn.Sequential):
             "drop": nn.Dropout(0.5),
         }
         self.block1 = conv_block((channels, 64), norm, {"pool": nn.MaxPool2d(3, 2)}, **stem)
-        self.block2 = conv_block((64, 192), norm, {"pool": nn.MaxPool2d(3, 2)}, kernel_size=5, padding=2)
+        self.block2 = conv_block(
+            (64, 192), norm, {"pool": nn.MaxPool2d(3, 2)}, kernel_size=5, padding=2
+        )
         self.block3 = conv_block((192, 384), norm, kernel_size=3, padding=1)
         self.block4 = conv_block((384, 256), norm, kernel_size=3, padding=1)
         self.block5 = conv_block((256, 256), norm, top, kernel_size=3, padding=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import ConfigError
+from feedbackward.errors import ConfigError
 
 Shape = tuple[int, int, int]
 """Channels, height and width of one input image, without the batch."""
@@ -21,7 +21,9 @@ def conv_block(
     the norm's own shift would make it redundant. An absent norm leaves no `nn.Identity` behind, whose
     output would be the very tensor of its input and so make a second name for one site.
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=nn.Conv2d(*widths, bias=not norm, **conv))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv=nn.Conv2d(*widths, bias=not norm, **conv)
+    )
     if norm:
         layers["norm"] = nn.BatchNorm2d(widths[1])
     layers["relu"] = nn.ReLU()
@@ -29,7 +31,9 @@ def conv_block(
     return nn.Sequential(layers)
 
 
-def linear_block(widths: tuple[int, int], after: Mapping[str, nn.Module] | None = None) -> nn.Sequential:
+def linear_block(
+    widths: tuple[int, int], after: Mapping[str, nn.Module] | None = None
+) -> nn.Sequential:
     """`fc` and `relu`, then the modules of `after`: [N, widths[0]] -> [N, widths[1]]."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(fc=nn.Linear(*widths), relu=nn.ReLU())
     layers.update(after or {})
@@ -56,7 +60,11 @@ def set_dropout(model: nn.Module, p: float) -> None:
     found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     for module in found:
         module.p = p
-    hidden = [m for m in model.modules() if isinstance(m, nn.Sequential) and {"fc", "relu"} <= {*m._modules}]
+    hidden = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Sequential) and {"fc", "relu"} <= {*m._modules}
+    ]
     for block in hidden if not found else ():
         block.add_module("drop", nn.Dropout(p).train(block.training))
     if not found and not hidden:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import ConfigError
-from .blocks import Shape
+from feedbackward.errors import ConfigError
+from feedbackward.experiment.nets.blocks import Shape
 
 
 def build_custom(name: str, in_shape: Shape, classes: int, norm: bool) -> nn.Module:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .blocks import Shape, linear_block
+from feedbackward.experiment.nets.blocks import Shape, linear_block
 
 
 class MLP(nn.Sequential):
@@ -28,7 +28,9 @@ class MLP(nn.Sequential):
         for position, out in enumerate(hidden, start=1):
             block = linear_block((width, out))
             if position == 1:  # inside the first block, so that no block lacks parameters
-                block = nn.Sequential(OrderedDict(flatten=nn.Flatten(), **dict(block.named_children())))
+                block = nn.Sequential(
+                    OrderedDict(flatten=nn.Flatten(), **dict(block.named_children()))
+                )
             self.add_module(f"block{position}", block)
             width = out
         self.head = nn.Linear(width, classes)

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from .blocks import Shape, conv_block, kaiming_convs
+from feedbackward.experiment.nets.blocks import Shape, conv_block, kaiming_convs
 
 
 class PadShortcut(nn.Module):
@@ -90,7 +90,9 @@ class ResNet(nn.Module):
         self.stages = nn.Sequential()
         for stage, width in enumerate(widths, start=1):
             for block in range(1, depth + 1):
-                self.stages.add_module(f"s{stage}b{block}", BasicBlock((before, width), norm, project))
+                self.stages.add_module(
+                    f"s{stage}b{block}", BasicBlock((before, width), norm, project)
+                )
                 before = width
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .blocks import Shape, conv_block, linear_block
+from feedbackward.experiment.nets.blocks import Shape, conv_block, linear_block
 
 PUBLISHED_SITES = ("block1.relu", "block2.relu", "block3.relu")
 

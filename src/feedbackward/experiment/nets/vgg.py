@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .blocks import Shape, conv_block, kaiming_convs, linear_block
+from feedbackward.experiment.nets.blocks import Shape, conv_block, kaiming_convs, linear_block
 
 Stages = tuple[tuple[int, ...], ...]
 
@@ -23,7 +23,13 @@ class VGG(nn.Sequential):
     """
 
     def __init__(
-        self, in_shape: Shape, classes: int, norm: bool = True, *, stages: Stages, hidden: tuple[int, ...]
+        self,
+        in_shape: Shape,
+        classes: int,
+        norm: bool = True,
+        *,
+        stages: Stages,
+        hidden: tuple[int, ...],
     ) -> None:
         super().__init__()
         width, height, breadth = in_shape

@@ -1,0 +1,141 @@
+"""The autograd functions: identities in the forward pass whose backward sends errors, starts losses, and shares gradients.
+
+`Broadcast` returns a source unchanged and takes the kept activities as further inputs, so that autograd itself hands each
+its teaching signal and each feedback weight its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from feedbackward.graph import Edge
+from feedbackward.operators.base import Operator
+from feedbackward.rule import Rule
+
+
+class Broadcast(torch.autograd.Function):
+    """Identity on a source; its backward sends the source's error along the edges.
+
+    forward(source, rule, edges, target, h_1..h_k, *weights of edge 1, ..., *weights of edge k) -> source. Backward, with
+    `d = dLoss/dsource`: `d` for the source, the teaching signal shaped like `h_i` for each activity, and the rule's
+    gradient for each learned weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        rule: Rule,
+        edges: Sequence[Edge],
+        target: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        k = len(edges)
+        ctx.rule, ctx.edges = rule, edges
+        ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
+        ctx.kept = rule.receives or any(rule.learns_in_pass(edge) for edge in edges)
+        activity = source if rule.sends_activity else None
+        ctx.save_for_backward(target, activity, *(tensors if ctx.kept else tensors[k:]))
+        return source.detach()  # not a view: an in-place operation may follow
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        target, activity, *saved = ctx.saved_tensors
+        k = len(ctx.edges)
+        activities, rest = (saved[:k], saved[k:]) if ctx.kept else ([], saved)
+        signals: list[Tensor | None] = []
+        grads: list[Tensor | None] = []
+        for i, (edge, (shape, dtype)) in enumerate(zip(ctx.edges, ctx.kinds, strict=True)):
+            lead, parts = edge.leading, len(edge.operator.parts) + bool(edge.borrows)
+            weights, rest = tuple(rest[:parts]), rest[parts:]
+            error, y, s = (
+                None if t is None else t.to(dtype).flatten(0, lead - 1)
+                for t in (d, target, activity)
+            )
+            message = ctx.rule.message(edge, error, y, s)
+            signal = None
+            if ctx.needs_input_grad[4 + i]:
+                cast = tuple(w.to(dtype) if w.is_floating_point() else w for w in weights)
+                signal = edge.operator.send(cast, message, tuple(shape[lead:]))
+                if ctx.rule.receives:
+                    h = activities[i].flatten(0, lead - 1)
+                    signal = ctx.rule.receive(edge, signal.reshape(h.shape), h)
+                signal = signal.reshape(shape)
+            signals.append(signal)
+            wanted = ctx.needs_input_grad[4 + k + len(grads) : 4 + k + len(grads) + parts]
+            made: Sequence[Tensor] = ()
+            if any(wanted):
+                made = ctx.rule.feedback_grad(
+                    edge, weights, message, activities[i].flatten(0, lead - 1)
+                )
+            grads += [
+                made[j].to(w.dtype) if need else None
+                for j, (w, need) in enumerate(zip(weights, wanted, strict=True))
+            ]
+        return (d, None, None, None, *signals, *grads)
+
+
+class Join(torch.autograd.Function):
+    """Identity on a source whose backward also starts that of the local losses: forward(source, loss_1..loss_k)."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, *losses: Tensor) -> Tensor:
+        ctx.kinds = [(loss.shape, loss.dtype, loss.device) for loss in losses]
+        return source.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:
+        return (
+            d,
+            *(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds),
+        )
+
+
+class Fork(torch.autograd.Function):
+    """`h` as it is; its backward gives the same gradient to `h` and to `other`, which has its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, other: Tensor) -> Tensor:
+        return h.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
+class Blank(torch.autograd.Function):
+    """Zeros of the shape of `h`; their gradient is given to `h`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return torch.zeros_like(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Share(torch.autograd.Function):
+    """`W` as it is; its backward gives `W` its gradient, and `B` what the operator makes of it: it is computed once."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, operator: Operator, *weights: Tensor) -> Tensor:
+        ctx.operator = operator
+        ctx.save_for_backward(*weights)
+        return W.view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors
+        made = ctx.operator.share(weights, grad)
+        return (grad, None, *made, *[None] * (len(weights) - len(made)))

@@ -1,0 +1,281 @@
+"""The seams of a model: cuts, and the broadcast of errors.
+
+At a cut the activity `h`, still attached to the segment that made it, is kept on the tape, and the rest of the
+network gets `h.detach()`. At a source a `Broadcast` is put in place, to which the kept activities are inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feedbackward.engine.autograd import Blank, Broadcast, Fork, Join, Share
+from feedbackward.engine.hooks import Hooked, PassOverError, Sweep, Tape
+from feedbackward.engine.target import Target
+from feedbackward.engine.upward import response
+from feedbackward.engine.weights import weights_of
+from feedbackward.errors import SiteError
+from feedbackward.graph import Edge, Graph, Local, Site, Source
+from feedbackward.rule import Rule
+
+
+class Seams(Hooked):
+    """The cuts and broadcasts of one graph under one rule."""
+
+    def __init__(self, model: nn.Module, graph: Graph, rule: Rule, feedback: nn.Module) -> None:
+        super().__init__(graph.sites, graph.sources)
+        self.model, self.rule, self.feedback, self.edges = model, rule, feedback, graph.edges
+        place = {site: i for i, site in enumerate(graph.sites)}
+        self.routes = [
+            [(place[e.site], e) for e in graph.edges if e.source == source]
+            for source in graph.sources
+        ]
+        self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
+        self.local = {place[end.site]: end for end in graph.local}
+        self.lifts = {place[lift.below]: lift for lift in graph.lifts}
+        self._place = place
+        self._sites_by_taps = {site.taps: place[site] for site in graph.sites}
+        self.recompute = (
+            False  # whether the latest forward was cut, for a checkpoint that repeats a part of it
+        )
+
+    def meet(self, index: int, h: Tensor) -> Tensor:
+        """Keep `h` and return it detached; a second consumer of the same tensor gets the same detached one."""
+        tape = self.tape
+        if tape is None:
+            return h.detach() if self._repeated() else h
+        cut, site = tape.cut[index], self.sites[index]
+        if tape.seen[index] == len(site.taps) or (cut is not None and tape.h[index] is not h):
+            raise SiteError(
+                f"site {site.name!r} met a second tensor in one forward pass: the model does not run as it did "
+                "on the example. Attach again with an example of this form, or name other sites."
+            )
+        tape.seen[index] += 1
+        if cut is None:
+            cut = h.detach()
+            if (
+                index in self.lifts and torch.is_grad_enabled()
+            ):  # what lies above is differentiated by it
+                cut.requires_grad_()
+            tape.order.append(index)
+            tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
+            if tape.sweep is not None:
+                self.flush()
+                tape.pending = (index, h, h._version)
+            elif index in self.local and h.requires_grad and tape.target is not None:
+                end = self.local[index]
+                tape.losses.setdefault(end.source.name, []).append(
+                    self.local_loss(end, h, tape.target)
+                )
+        kept = tape.sweep is None and torch.is_grad_enabled()
+        if not kept and tape.seen[index] == len(site.taps):
+            tape.h[index] = tape.cut[index] = None
+        if index == tape.hold and not torch.is_grad_enabled():
+            tape.held = h.detach()
+            torch.set_grad_enabled(True)
+        return cut
+
+    def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
+        """The loss of a site's auxiliary network, times the scale that the target was given."""
+        output = self.feedback.get_submodule(end.key)(h)
+        return self.rule.local_loss(output, target.raw) * target.scale
+
+    def site_of(self, source: Source) -> int | None:
+        """The number of the site that is the same tensor as the source, if there is one."""
+        return self._sites_by_taps.get(source.taps)
+
+    @contextmanager
+    def sweeping(self, sweep: Sweep, target: Target | None = None) -> Iterator[Tape]:
+        """A forward pass in which the sweep is told of each site when the next module begins: by then the code that
+        called the last one has let go of the tensors in between, which would otherwise live through the backward."""
+        handles = [
+            m.register_forward_pre_hook(self.flush, prepend=True) for m in self.model.modules()
+        ]
+        try:
+            with self.recording(target, sweep) as tape:
+                try:
+                    yield tape
+                    self.flush()
+                except PassOverError:
+                    tape.over = True
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def flush(self, *call: Any) -> None:
+        """Tell the sweep what it has yet to be told."""
+        if self.tape is not None and self.tape.pending is not None and self.tape.sweep is not None:
+            pending, self.tape.pending = self.tape.pending, None
+            self.tape.sweep.met(*pending)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a segment's backward runs within a forward pass: a checkpoint in it repeats modules outside the tape."""
+        tape, recompute = self.tape, self.recompute
+        self.tape, self.recompute = None, True
+        try:
+            yield
+        finally:
+            self.tape, self.recompute = tape, recompute
+
+    def broadcast(
+        self,
+        source: Tensor,
+        edges: Sequence[Edge],
+        activities: Sequence[Tensor],
+        target: Target | None,
+        learn: bool = True,
+    ) -> Tensor:
+        """The source, with the signals of the activities hung on its error, and unless not `learn` the feedback's gradients."""
+        weights: list[Tensor] = []
+        for edge in edges:
+            own = weights_of(self.feedback, edge)
+            if (
+                edge.operator.renewed
+            ):  # the next pass changes them, perhaps before this one's backward
+                own = tuple(B.clone() for B in own)
+            elif (
+                edge.operator.common
+            ):  # several edges have the same, and a compiler takes no tensor twice
+                own = tuple(B.view_as(B) for B in own)
+            learned = learn and self.rule.learns_in_pass(edge)
+            weights += own if learned else [B.detach() for B in own]
+            if edge.borrows:
+                weights.append(self.model.get_parameter(edge.borrows).detach())
+        sent = None
+        if (
+            target is not None
+            and self.rule.needs == "target"
+            and self.site_of(edges[0].source) is None
+        ):
+            sent = target.one_hot(source)
+        return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
+
+    def renew(self) -> None:
+        """At the beginning of a pass: new weights for the edges whose operator makes them anew."""
+        for edge in self.edges:
+            if edge.operator.renewed:
+                with torch.no_grad():
+                    edge.operator.renew(weights_of(self.feedback, edge))
+
+    def tied(self) -> dict[str, Tensor]:
+        """The weights of the model whose gradient a feedback weight shares, ready to take the place of the plain ones."""
+        shared = [(e, e.shares, self.model.get_parameter(e.shares)) for e in self.edges if e.shares]
+        return {
+            name: Share.apply(W, edge.operator, *weights_of(self.feedback, edge))
+            for edge, name, W in shared
+            if W.requires_grad
+        }
+
+    def fire(self, index: int, tensor: Tensor) -> Tensor:
+        """Put the broadcast of this source's error in place; every site it feeds must have been met, unchanged."""
+        tape = self.tape
+        if tape is None:
+            if self._repeated():
+                raise SiteError(
+                    f"a checkpoint repeats the module whose output's error is broadcast, {self.sources[index].name!r}, and a "
+                    "broadcast cannot be repeated. Checkpoint the parts below it, or choose another error_at."
+                )
+            return tensor
+        if self.sources[index].name in tape.sources:
+            raise SiteError(
+                f"the source {self.sources[index].name!r} was reached twice in one forward pass, so its sites would be "
+                "fed twice. Attach again with an example of the form that is used in training."
+            )
+        source = self.sources[index]
+        tape.order.append(source.name)
+        if tape.sweep is not None:
+            self.flush()
+            tape.sources[source.name] = None
+            return tape.sweep.fired(source, tensor)
+        tape.sources[source.name] = tensor
+        if source.name in tape.losses:
+            tensor = Join.apply(tensor, *tape.losses[source.name])
+        edges, activities = [], []
+        for place, edge in self.routes[index]:
+            h = tape.h[place]
+            if h is None and tape.hold is not None and tape.seen[place]:
+                continue  # below the held part
+            self.check(edge, h, tape.versions[place], tensor)
+            # a segment with nothing to train gets no signal, unless it has to pass one on
+            if h is not None and (h.requires_grad or place in self.lifts):
+                edges.append(edge)
+                activities.append(self._lifting(place, tape))
+        if edges:
+            tensor = self.broadcast(tensor, edges, activities, tape.target)
+        return tensor if tape.hold is None else self._watched(tensor, source, tape)
+
+    def _lifting(self, place: int, tape: Tape) -> Tensor:
+        """The activity of a site, hung so that what it is sent goes on to the site above, where there is a lift."""
+        h, cut, lift = tape.h[place], tape.cut[place], self.lifts.get(place)
+        assert h is not None
+        if lift is None:
+            return h
+        upper = self._place[lift.above]
+        above = tape.h[upper]
+        self._check_met(lift.above, above, tape.versions[upper])
+        assert above is not None
+        assert cut is not None
+        return Fork.apply(h, response(lift, h, cut, above, Blank.apply(self._lifting(upper, tape))))
+
+    def _watched(self, tensor: Tensor, source: Source, tape: Tape) -> Tensor:
+        """The source, whose error is put down in the backward pass."""
+        if not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_().clone()
+        tensor.register_hook(lambda d: tape.errors.__setitem__(source.name, d))
+        return tensor
+
+    def _repeated(self) -> bool:
+        """Whether this is a checkpoint that repeats, during backward, a part of a forward pass that was cut."""
+        if (
+            not self.recompute or torch.compiler.is_compiling()
+        ):  # a compiler repeats what it has recorded
+            return False
+        if torch._C._current_graph_task_id() != -1:
+            return True
+        self.recompute = (
+            not torch.is_grad_enabled()
+        )  # a plain pass of the model itself: its checkpoints are plain too
+        return False
+
+    def _check_met(self, site: Site, h: Tensor | None, version: int) -> None:
+        """Refuse a site that was not met, or was changed in place since."""
+        if h is None:
+            raise SiteError(
+                f"site {site.name!r} was not reached before the source in this forward pass, so its "
+                "layers would not be trained. The model must run the same modules in every training pass; name other sites."
+            )
+        # a compiler cannot branch on versions; attach's own eager pass has checked them
+        if not torch.compiler.is_compiling() and h._version != version:
+            raise SiteError(
+                f"the activity at site {site.name!r} was changed in place after the cut (an inplace=True activation?), so "
+                "feedback would learn from the wrong tensor. Use inplace=False there, or choose the changed tensor as site."
+            )
+
+    def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
+        """Refuse an edge whose site was not met, was changed in place, or does not fit its source in this pass."""
+        site = edge.site
+        self._check_met(site, h, version)
+        assert h is not None
+        lead = edge.leading
+        fits = h.shape[lead:] == edge.site_shape and source.shape[lead:].numel() == edge.source_size
+        if edge.operator.sized and not fits:
+            raise SiteError(
+                f"site {site.name!r} got an activity of shape {list(h.shape)} and its source {list(source.shape)}, but its dense "
+                f"feedback was made for features {list(edge.site_shape)} and {edge.source_size} source units. Dense feedback fits one "
+                "input size: resize the inputs, or attach with an example of this size."
+            )
+        if h.shape[:lead] != source.shape[:lead]:
+            raise SiteError(
+                f"site {site.name!r} has leading dimensions {list(h.shape[:lead])} and the source {edge.source.name!r} "
+                f"{list(source.shape[:lead])}: the batch must come first and be the same at both."
+            )
+        if source.shape[:lead].numel() < self.rule.least_batch:
+            raise SiteError(
+                f"{self.rule.label} with these options needs a batch of at least {self.rule.least_batch}, got "
+                f"{source.shape[0]} (center=True subtracts the batch mean). Drop the last smaller batch."
+            )

@@ -1,0 +1,222 @@
+"""What a rule sees in a phase of its own: the edges, their weights, and passes of the model with changed activities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from feedbackward.engine.hooks import Observer
+from feedbackward.errors import FeedbackError
+from feedbackward.graph import Edge, Site, Source
+from feedbackward.model.trace import preserved, run
+from feedbackward.operators.base import Weights
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
+    from feedbackward.schedules.passes import LossFn
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The activities of one plain forward pass, by site, as the layers below made them; and the sources, by name."""
+
+    sites: Mapping[Site, Tensor]
+    sources: Mapping[str, Tensor]
+    output: Any
+
+
+class Phase:
+    """One call of `learner.feedback_step(inputs, loss_fn)`. Nothing of the model changes in it, but for the gradients of its
+    weights where a rule `revises` them.
+
+    Attributes:
+        edges: the feedback graph's edges.
+        inputs: as the user gave them.
+    """
+
+    def __init__(self, learner: Learner, inputs: Any, loss_fn: LossFn | None = None) -> None:
+        self._learner, self.inputs, self._loss_fn = learner, inputs, loss_fn
+        self.edges = learner.graph.edges
+        self._sites, self._sources = learner.graph.sites, learner.graph.sources
+        self._seed = int(
+            torch.randint(2**62, ())
+        )  # here: a pass restores the generator that it is drawn from
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def part(self, edges: Sequence[Edge], samples: int | None = None) -> Phase:
+        """The phase of some edges: its passes meet their sites and sources only, and run on the first `samples` of the batch."""
+        phase = Phase(self._learner, _first(self.inputs, samples), self._loss_fn)
+        phase.edges = tuple(edges)
+        phase._sites = tuple(dict.fromkeys(edge.site for edge in edges))
+        phase._sources = tuple(dict.fromkeys(edge.source for edge in edges))
+        return phase
+
+    def weights(self, edge: Edge) -> Weights:
+        """The edge's feedback weights, Parameters where they are learned."""
+        return self._learner.weights_of(edge)
+
+    def weight(self, name: str) -> Tensor:
+        """A weight of the model (an arc's own: `arc.weight`), detached."""
+        return self._learner.model.get_parameter(name).detach()
+
+    def moved(self, rate: float) -> dict[str, Tensor]:
+        """The model's parameters that have gradients by now, by name, after a step along them: leaves of a graph of their own."""
+        found = {name: p for name, p in self._learner.model.named_parameters() if p.requires_grad}
+        moved = {n: (p - rate * p.grad).detach() for n, p in found.items() if p.grad is not None}
+        if not moved:
+            raise FeedbackError(
+                f"{self._learner.rule.label} goes on from the step of the backward pass, but no weight has a gradient: call "
+                "`learner.feedback_step(x, loss_fn)` after the backward pass and before `optimizer.step()`."
+            )
+        return {name: p.requires_grad_() for name, p in moved.items()}
+
+    def loss(self, output: Any) -> Tensor:
+        """The network's loss of the output of a pass. Raises FeedbackError where the call gave none."""
+        if self._loss_fn is None:
+            raise FeedbackError(
+                f"{self._learner.rule.label} needs the loss in its phase: call `learner.feedback_step(x, loss_fn)`, for example with "
+                "`lambda output: F.cross_entropy(output, y)`."
+            )
+        return self._loss_fn(output)
+
+    def forward(
+        self,
+        change: Callable[[Site, Tensor], Tensor] | None = None,
+        gradients: bool = False,
+        onward: Callable[[Source, Tensor], Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Pass:
+        """A plain forward pass on the inputs, without cuts, in the model's current mode.
+
+        `change(site, h)` gives what the layers above a site get in place of its activity, `onward(source, a)` the same for a
+        source. Buffers and random state are restored afterwards. With `gradients` autograd records the pass. `weights` take the
+        place of the parameters of these names.
+        """
+        learner = self._learner
+
+        def under(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(learner.model, dict(weights or {}), args, kwargs)
+
+        observer = Observer(self._sites, self._sources, change, onward)
+        with ExitStack() as stack:
+            stack.enter_context(preserved(learner.model))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            for handle in observer.install(learner.model, prepend=True):
+                stack.callback(handle.remove)
+            tape = stack.enter_context(observer.recording())
+            output = run(under if weights else learner.model, self.inputs)
+        activities = {
+            site: h for site, h in zip(observer.sites, tape.h, strict=True) if h is not None
+        }
+        return Pass(activities, {k: v for k, v in tape.sources.items() if v is not None}, output)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Standard normal noise of this shape, device and dtype, new in every call and phase.
+
+        Noise that is drawn from torch's own generators within a pass would be the same in every phase: a pass restores them.
+        """
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(self._seed)
+        generator = self._generators[like.device]
+        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    def perturbed(self) -> list[tuple[Edge, Tensor, Tensor]]:
+        """For every edge: how its source moves, `[M, *source]`, and the noise along which its site did, `[M, *site]`.
+
+        One forward-mode pass in which all sites move along standard normal noise `u` at once: the source moves by the sum
+        over the sites below of `dsource/dh u`, sample by sample. The movement ends at a source when all that moves has met the
+        sources that it feeds: with relays, a source moves by the noise of its own sites alone. Without autocast, and given in
+        the dtype of the edge's weights.
+
+        Raises FeedbackError where a layer has no forward-mode derivative.
+        """
+        noise: dict[Site, Tensor] = {}
+        moving: dict[Site, Tensor] = {}
+
+        def push(site: Site, h: Tensor) -> Tensor:
+            if site not in moving:  # a second consumer gets the same
+                still, tangent = forward_ad.unpack_dual(h)
+                noise[site] = self.noise(still)
+                total = noise[site] if tangent is None else tangent + noise[site]
+                moving[site] = forward_ad.make_dual(still, total)
+                waiting.update(feeders[site])
+            return moving[site]
+
+        waiting: set[str] = set()  # the sources that have yet to meet the noise of a site below
+        feeders = {
+            site: {e.source.name for e in self.edges if e.site == site} for site in self._sites
+        }
+
+        def end(source: Source, a: Tensor) -> Tensor:
+            waiting.discard(source.name)
+            return a if waiting else forward_ad.unpack_dual(a).primal
+
+        device = next(self._learner.model.parameters()).device.type
+        try:
+            # fused attention has no forward-mode derivative; norms under autocast give theirs in another dtype
+            with (
+                forward_ad.dual_level(),
+                sdpa_kernel(SDPBackend.MATH),
+                torch.autocast(device, enabled=False),
+            ):
+                met = self.forward(change=push, onward=end).sources
+                moves = {
+                    name: forward_ad.unpack_dual(source).tangent for name, source in met.items()
+                }
+        except NotImplementedError as error:
+            raise FeedbackError(
+                f"{self._learner.rule.label} differentiates the forward pass in forward mode, which a layer of this model does not "
+                f"support ({str(error).splitlines()[0]}). Replace that layer, or use a rule that learns from the error (DKP)."
+            ) from error
+        found = []
+        for edge in self.edges:
+            move, dtype = moves[edge.source.name], self.weights(edge)[0].dtype
+            d = torch.zeros_like(met[edge.source.name]) if move is None else move
+            pair = (t.to(dtype).flatten(0, edge.leading - 1) for t in (d, noise[edge.site]))
+            found.append((edge, *pair))
+        return found  # type: ignore[return-value]
+
+    def give(self, edge: Edge, grads: Weights) -> None:
+        """Add to the gradients of the edge's learnable weights, in their order; of several processes, their mean, as
+        DistributedDataParallel makes it in a backward pass."""
+        for weight, grad in zip(self.weights(edge), grads, strict=False):
+            _add(weight, grad)
+
+    def revise(self, grads: Mapping[str, Tensor]) -> None:
+        """For a rule that `revises`: add to the gradients of the model's parameters; of several processes, their mean."""
+        for name, grad in grads.items():
+            _add(self._learner.model.get_parameter(name), grad)
+
+
+def _first(inputs: Any, samples: int | None) -> Any:
+    """The inputs of the first samples; the batch is the first dimension of the first tensor and of all that are as long."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    if samples is None or not tensors:
+        return inputs
+    batch = len(tensors[0])
+    return tree_map_only(
+        Tensor, lambda t: t[:samples] if t.dim() and len(t) == batch else t, inputs
+    )
+
+
+def _add(weight: Tensor, grad: Tensor) -> None:
+    grad = _mean_of_ranks(grad.detach().to(weight.dtype))
+    weight.grad = grad if weight.grad is None else weight.grad + grad
+
+
+def _mean_of_ranks(grad: Tensor) -> Tensor:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return grad
+    total = grad.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -1,0 +1,214 @@
+"""What a learner will train, and how: the table that `print(learner)` shows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from feedbackward.engine.hooks import Observer
+from feedbackward.engine.weights import count_bytes
+from feedbackward.graph import Arc
+from feedbackward.model.trace import preserved, run, training_mode
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
+
+
+_SELF_EVIDENT = ("Dense", "LayerShaped")  # operators whose weights' shape says what they are
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of the network below one site and above the cuts before it (or the head, above all cuts)."""
+
+    site: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Segments in forward order, the head last, and what is irregular about them."""
+
+    segments: tuple[Segment, ...]
+    head: Segment
+    unreached: tuple[str, ...]  # trainable parameters that no segment holds
+    overlaps: tuple[
+        tuple[str, str], ...
+    ]  # pairs of segments that have some of their computation in common
+    stages: tuple[
+        Segment, ...
+    ]  # segments and head; of a network without cuts what lies between the sites
+    order: tuple[
+        int | str, ...
+    ]  # sites by number, sources by name, as the forward pass reaches them
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources' names in the order in which the forward pass reaches them."""
+        return tuple(name for name in self.order if isinstance(name, str))
+
+    @property
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """Parameters that belong to several segments and receive the sum of their gradients."""
+        holders: dict[str, list[str]] = {}
+        for segment in (*self.segments, self.head):
+            for name in segment.parameters:
+                holders.setdefault(name, []).append(segment.site)
+        return {name: tuple(sites) for name, sites in holders.items() if len(sites) > 1}
+
+
+def make_plan(learner: Learner, example: Any) -> Plan:
+    """Run the cut network once on the example and read from autograd's graph which parameters each segment trains."""
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    model = learner.model
+    with (
+        preserved(model),
+        training_mode(model),
+        torch.enable_grad(),
+        learner.seams.recording() as tape,
+    ):
+        output = run(model, example)
+    above = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    ends = [[h] if h is not None else [] for h in tape.h]
+    nodes = [_nodes(tensors) for tensors in (*ends, above)]
+    labels = [*(site.name for site in learner.seams.sites), "head"]
+    *segments, head = (
+        Segment(label, _held(found, names)) for label, found in zip(labels, nodes, strict=True)
+    )
+    held = {name for segment in (*segments, head) for name in segment.parameters}
+    unreached = tuple(
+        name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held
+    )
+    stages = (*segments, head) if learner.graph.sites else _uncut(learner, example, head, names)
+    return Plan(
+        tuple(segments), head, unreached, _overlaps(labels, nodes), stages, tuple(tape.order)
+    )
+
+
+def _uncut(
+    learner: Learner, example: Any, head: Segment, names: dict[int, str]
+) -> tuple[Segment, ...]:
+    """The parts between the sites of a network without cuts; a parameter that several parts use is the lowest one's."""
+    observer, model = Observer(learner.sites, ()), learner.model
+    handles = observer.install(model, prepend=True)
+    try:
+        with (
+            preserved(model),
+            training_mode(model),
+            torch.enable_grad(),
+            observer.recording() as tape,
+        ):
+            run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts, seen = [], set[str]()
+    for site, h in zip(learner.sites, tape.h, strict=True):
+        behind = parameters_behind([] if h is None else [h], names)
+        parts.append(Segment(site.name, tuple(name for name in behind if name not in seen)))
+        seen.update(behind)
+    return (*parts, Segment("head", tuple(name for name in head.parameters if name not in seen)))
+
+
+def _overlaps(labels: Sequence[str], nodes: Sequence[set[Any]]) -> tuple[tuple[str, str], ...]:
+    """The pairs whose graphs share a computation; a parameter that both use (a leaf) is no computation."""
+    inner = [{node for node in found if not hasattr(node, "variable")} for found in nodes]
+    pairs = itertools.combinations(range(len(labels)), 2)
+    return tuple((labels[i], labels[j]) for i, j in pairs if not inner[i].isdisjoint(inner[j]))
+
+
+def parameters_behind(tensors: Iterable[Tensor], names: dict[int, str]) -> tuple[str, ...]:
+    """The names of the parameters that these tensors' autograd graphs lead to."""
+    return _held(_nodes(tensors), names)
+
+
+def _held(nodes: set[Any], names: dict[int, str]) -> tuple[str, ...]:
+    """The names of the parameters whose gradients these autograd nodes accumulate."""
+    found = {names.get(id(getattr(node, "variable", None))) for node in nodes}
+    return tuple(name for name in names.values() if name in found)
+
+
+def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
+    """All nodes of these tensors' autograd graphs. A broadcast on the way leads on to its source only: what it feeds
+    belongs to other segments."""
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        parents = [parent for parent, _ in node.next_functions]
+        stack += parents[:1] if node.name() in ("BroadcastBackward", "JoinBackward") else parents
+    return seen
+
+
+def describe(learner: Learner) -> str:
+    """The plan as text: a row per site, then the head, then whatever is irregular."""
+    plan = learner.plan
+    edges = {edge.site: edge for edge in learner.graph.edges}
+    local = {end.site: end for end in learner.graph.local}
+    lifted = {lift.above: lift.below.name for lift in learner.graph.lifts}
+    rows = [("site", "activity", "feedback", "bytes", "trains")]
+    for site, segment in zip(learner.graph.sites, plan.segments, strict=True):
+        edge = edges.get(site)
+        form, held = "none: frozen", tuple[Tensor, ...]()
+        if edge:
+            held = learner.weights_of(edge)
+            form = (
+                " + ".join(_size(w.shape) for w in held)
+                or f"made from {edge.borrows or 'the seed'}:"
+            )
+            kind = type(edge.operator).__name__
+            form += "" if kind in _SELF_EVIDENT else f" {kind}"
+        elif site in local:
+            auxiliary = learner.feedback.get_submodule(local[site].key)
+            form, held = "a loss of its own", (*auxiliary.parameters(), *auxiliary.buffers())
+        elif site in lifted:
+            form = f"up from {lifted[site]}"
+        size = in_bytes(count_bytes(held)) if edge or site in local else ""
+        rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
+    rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in rows
+    ]
+    title = (
+        f"{learner.rule} on {type(learner.model).__name__}: {len(learner.graph.sites)} sites, "
+        f"error of {learner.source.name!r}, feedback {in_bytes(learner.feedback_bytes)}"
+    )
+    shared = (
+        {} if issubclass(learner.rule.feeds, Arc) else plan.shared
+    )  # of arcs it is the rule: skip paths stay whole
+    notes = [
+        f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in shared.items()
+    ]
+    notes += [f"not trained, no segment reaches it: {name}" for name in plan.unreached]
+    return "\n".join([title, *("  " + line for line in lines), *("  " + note for note in notes)])
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _list(names: Sequence[str]) -> str:
+    return (
+        ", ".join(names)
+        if len(names) <= 4
+        else f"{', '.join(names[:3])}, ... ({len(names)} tensors)"
+    )
+
+
+def in_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,47 @@
+"""What a rule that needs targets is told before a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feedbackward.errors import FeedbackError
+
+
+@dataclass(frozen=True)
+class Target:
+    """`raw`: class indices `[N, ...]`, or targets of the source's own shape. `scale`: a factor on all signals of the pass."""
+
+    raw: Tensor
+    scale: float = 1.0
+
+    def one_hot(self, source: Tensor) -> Tensor:
+        """The targets in the source's shape, times the scale.
+
+        Raises FeedbackError where they do not fit it.
+        """
+        y, shape = self.raw, source.shape
+        if y.is_floating_point():
+            if y.shape != shape:
+                raise FeedbackError(
+                    f"learner.target got targets of shape {list(y.shape)} for a source of shape {list(shape)}: give the same shape, "
+                    "or class indices."
+                )
+            return y.to(source.dtype) * self.scale
+        axis = self._class_axis(y, source)
+        # by comparison: no label outside the classes (an ignore_index) sends anything, and nothing waits for a device
+        classes = torch.arange(shape[axis], device=y.device)
+        return (y.unsqueeze(-1) == classes).movedim(-1, axis).to(source.dtype) * self.scale
+
+    def _class_axis(self, y: Tensor, source: Tensor) -> int:
+        """The dimension of the classes: 1 for [N, C] and maps [N, C, H, W], the last for tokens [N, T, C]."""
+        shape = list(source.shape)
+        for axis in (1, source.dim() - 1):
+            if list(y.shape) == shape[:axis] + shape[axis + 1 :]:
+                return axis
+        raise FeedbackError(
+            f"learner.target got class indices of shape {list(y.shape)} for a source of shape {shape}: they must lack its class "
+            "dimension only."
+        )

@@ -1,0 +1,96 @@
+"""Signals that go up: from a site to the next one, through the layers between them in their forward direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Lift
+from feedbackward.model.trace import PRODUCTS
+
+# autograd's nodes that give an element another place
+_MOVES = ("Permute", "Transpose", "TBackward", "Flip", "Roll")
+
+
+def response(lift: Lift, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -> Tensor:
+    r"""A tensor whose gradient `s`, shaped like `h`, gives `blank` the gradient :math:`\partial a_{above} / \partial a_{below}\, s`.
+
+    `a` is the output of the last layer with a weight below a site. `h`, `above`: the two activities, still attached to what
+    made them; `cut`: what the layers above `h` got instead; `blank`: zeros shaped like `above`. The derivative of what
+    backprop would give below, were `blank` the error above, runs in the forward direction.
+
+    Raises AttachError where the sites are no plain chain.
+    """
+    _refuse(lift, h, cut, above)
+    below_layer = _last_layer(lift, lift.below.name, h)
+    above_layer = _last_layer(lift, lift.above.name, above)
+    blank = blank.reshape(_shape(above_layer))
+    (error,) = torch.autograd.grad(above_layer, cut, blank, create_graph=True)
+    (down,) = torch.autograd.grad(h, below_layer, error, create_graph=True)
+    return down.reshape(h.shape)
+
+
+def _refuse(lift: Lift, h: Tensor, cut: Tensor, above: Tensor) -> None:
+    where = f"from site {lift.below.name!r} to {lift.above.name!r}"
+    if not h.requires_grad:
+        raise AttachError(
+            f"signals go up {where} through all layers, but those below {lift.below.name!r} are frozen: leave out its site."
+        )
+    inputs = {id(leaf) for leaf in _leaves(above) if not isinstance(leaf, torch.nn.Parameter)}
+    if inputs != {id(cut)}:
+        raise AttachError(
+            f"signals go up {where}, but {lift.above.name!r} is not made from {lift.below.name!r} alone (a skip path?). Only plain "
+            "chains of sites are supported: name such sites, or use a rule that feeds every site directly (DFA, DKP)."
+        )
+
+
+def _last_layer(lift: Lift, name: str, h: Tensor) -> GradientEdge:
+    """The output of the last Linear or convolution below an activity; it must have the activity's shape, or be a view of it."""
+    found = list[GradientEdge]()
+    astray = ""
+    stack, seen = [h.grad_fn], set[Any]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith(PRODUCTS):
+            found.append(GradientEdge(node, 0))
+        else:
+            if node.name().startswith(_MOVES):
+                astray = ", and dimensions change places"
+            if not isinstance(getattr(node, "variable", torch.nn.Parameter()), torch.nn.Parameter):
+                astray = ", and a skip path leads round them"
+            stack += [parent for parent, _ in node.next_functions]
+    if astray or [math.prod(_shape(edge)) for edge in found] != [h.numel()]:
+        shapes = " and ".join(str(list(_shape(edge))) for edge in found) or "none"
+        raise AttachError(
+            f"signals go up from site {lift.below.name!r} to {lift.above.name!r}: site {name!r} of shape {list(h.shape)} must be one "
+            f"Linear's or convolution's output after norms and activations, but the layers' outputs are {shapes}"
+            f"{astray}. A pool must lie above the site: name the activation in front of "
+            "it as the site, or use a rule that feeds every site directly (DFA, DKP)."
+        )
+    return found[0]
+
+
+def _shape(edge: GradientEdge) -> tuple[int, ...]:
+    return tuple(edge.node._input_metadata[edge.output_nr].shape)
+
+
+def _leaves(h: Tensor) -> Iterable[Tensor]:
+    """The leaves of autograd's graph of a tensor."""
+    stack, seen = [h.grad_fn], set[Any]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack += [parent for parent, _ in node.next_functions]

@@ -1,0 +1,122 @@
+"""The feedback weights of a graph: made once, the same on every rank and device, kept in one module."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Arc, Edge, Graph
+from feedbackward.operators.base import Weights, within
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.rule import Rule
+
+
+def fitted(graph: Graph, rule: Rule, seed: int) -> Graph:
+    """The graph with each edge's operator as it serves that edge.
+
+    Raises AttachError, naming the site, where an operator cannot serve an edge or cannot be learned.
+    """
+    edges = []
+    for edge in graph.edges:
+        try:
+            operator = edge.operator.fit(
+                edge.source_shape, edge.site_shape, _digest(seed, edge.key)
+            )
+        except AttachError as error:
+            raise AttachError(f"site {edge.site.name!r}: {error}") from error
+        if rule.learns(edge) and edge.shares is None and not operator.learnable:
+            raise AttachError(
+                f"{rule.label} learns its feedback, and {type(operator).__name__} feedback cannot be learned: use Dense, LowRank, "
+                "Sparse or Pooled, or a rule with fixed feedback (DFA)."
+            )
+        newly_common = operator.common and not edge.operator.common
+        edges.append(replace(edge, operator=operator, key="" if newly_common else edge.key))
+    return replace(graph, edges=tuple(edges))
+
+
+def make_feedback(
+    model: nn.Module, graph: Graph, rule: Rule, seed: int, dtype: torch.dtype | None
+) -> nn.Module:
+    """The weights of every edge and the auxiliary network of every local loss, on the model's device.
+
+    Floating-point weights are `dtype`; by default float64 for a float64 model, else float32. Parameters where the rule
+    learns them, else buffers.
+    """
+    holder = nn.Module()
+    reference = next(p for p in model.parameters() if p.is_floating_point())
+    if dtype is None:
+        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    for edge in _distinct(graph):
+        generator = torch.Generator().manual_seed(_digest(seed, edge.key))
+        with _drawn_on(reference.device):
+            made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
+        made = tuple(w.to(reference.device, dtype if w.is_floating_point() else None) for w in made)
+        made = _measured(model, edge, made, generator)
+        for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
+            if rule.learns(edge) and i < edge.operator.learnable:
+                holder.register_parameter(name, nn.Parameter(weight))
+            else:
+                holder.register_buffer(name, weight)
+    for local in graph.local:
+        with torch.random.fork_rng(devices=[]), _drawn_on(reference.device):
+            torch.manual_seed(_digest(seed, local.key))
+            auxiliary = rule.auxiliary(local.site, local.source)
+        holder.add_module(local.key, auxiliary.to(reference.device, reference.dtype))
+    return holder
+
+
+def _measured(model: nn.Module, edge: Edge, made: Weights, generator: torch.Generator) -> Weights:
+    """The initial weights of an edge, where they depend on the layer that it leads over."""
+    site, operator = edge.site, edge.operator
+    if isinstance(operator, LayerShaped) and isinstance(site, Arc) and edge.source == site.source:
+        owner, _, leaf = site.weight.rpartition(".")
+        layer = getattr(model.get_submodule(owner), leaf)
+        return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
+    if any(getattr(part, "init", None) == "mirrored" for part in within(operator)):
+        raise AttachError(
+            f"site {site.name!r}: feedback that begins mirrored must have the form of a layer's weight and lead over that layer "
+            f"alone; this is {type(operator).__name__} feedback from {edge.source.name!r}. Use another init."
+        )
+    return made
+
+
+def weights_of(feedback: nn.Module, edge: Edge) -> Weights:
+    """The tensors of an edge, in the order of its operator's parts."""
+    return tuple(getattr(feedback, name) for name in weight_names(edge))
+
+
+def weight_names(edge: Edge) -> list[str]:
+    """The names of an edge's tensors: the first is the edge's own."""
+    return [f"{edge.key}:{part}" if i else edge.key for i, part in enumerate(edge.operator.parts)]
+
+
+def count_bytes(tensors: Iterator[Tensor] | Weights) -> int:
+    """Bytes of all these tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _drawn_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Weights are drawn on the CPU, to be the same everywhere; for a meta model nothing is drawn nor allocated."""
+    return torch.device(device) if device.type == "meta" else nullcontext()
+
+
+def _distinct(graph: Graph) -> list[Edge]:
+    """One edge per set of weights: of those that share one, the edge to the largest site."""
+    largest: dict[str, Edge] = {}
+    for edge in graph.edges:
+        known = largest.get(edge.key)
+        if known is None or math.prod(edge.site_shape) > math.prod(known.site_shape):
+            largest[edge.key] = edge
+    return list(largest.values())
+
+
+def _digest(seed: int, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,96 @@
+"""Configs as files and dicts: YAML in and out, unknown keys refused with the nearest names."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from feedbackward.errors import ConfigError
+from feedbackward.experiment.config.schema import RuleEntry
+from feedbackward.experiment.config.suggest import hint
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts and lists, without unset values and what only concerns one invocation."""
+    values = dataclasses.asdict(config)
+    return _filled(
+        {key: value for key, value in values.items() if key not in ("resume", "overwrite")}
+    )
+
+
+def write_yaml(config: Any) -> str:
+    """The config as the text of a file that `--config` reads."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError where the file is missing or is no such YAML."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot read the config file {path}: {reason}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"the config file {path} must hold 'key: value' lines, not a {type(values).__name__}"
+        )
+    return values
+
+
+def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "the config") -> C:
+    """Make a config dataclass from nested mappings, refusing unknown keys."""
+    check_keys(kind, values, where)
+    hints = typing.get_type_hints(kind)
+    made = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            value = from_dict(typing.cast(type, hints[key]), value, where)
+        elif key == "rules" and isinstance(value, list):
+            value = [from_dict(RuleEntry, v, where) if isinstance(v, Mapping) else v for v in value]
+        made[key] = value
+    return kind(**made)
+
+
+def check_keys(kind: type, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Raise ConfigError for a key, at any depth, that the dataclass ``kind`` has no field for."""
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{where} has an unknown key '{prefix}{key}': {hint(str(key), hints)}"
+            )
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            check_keys(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
+        if key == "rules" and isinstance(value, list):
+            for entry in value:
+                if isinstance(entry, Mapping):
+                    check_keys(RuleEntry, entry, where, "rules.")
+
+
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """``key: value in first -> value in second`` for every leaf that differs."""
+    for key in [*first, *(k for k in second if k not in first)]:
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a} -> {b}"
+
+
+def _filled(value: Any) -> Any:
+    """Without None and empty mappings, which mean "the default"."""
+    if isinstance(value, dict):
+        pairs = ((key, _filled(item)) for key, item in value.items())
+        return {key: item for key, item in pairs if item is not None and item != {}}
+    return [_filled(item) for item in value] if isinstance(value, list) else value

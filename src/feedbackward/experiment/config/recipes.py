@@ -1,0 +1,116 @@
+"""Training recipes: everything that the rules of a comparison share, and the rates that they may not.
+
+A recipe fixes the batch, the epochs and the optimizers of the forward weights W and of learned feedback B. A
+rule may override the two rates only, so that a comparison stays one recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from feedbackward.errors import ConfigError
+from feedbackward.experiment.config.suggest import choose
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How one set of weights is updated.
+
+    Attributes:
+        name: sgd, adam or adamw.
+        lr: the learning rate; the peak of it where the schedule varies it.
+        momentum: of sgd; adam and adamw have their usual betas.
+        nesterov: of sgd.
+        weight_decay: added to the gradient as L2 by sgd and adam, decoupled by adamw.
+        schedule: of the rate: constant, one-cycle, cosine (to zero) or step (times gamma after every epoch).
+        gamma: factor of the step schedule.
+        clip: largest norm of the gradient of all these weights together; 0 does not clip.
+        keep_norms: after every update each matrix or kernel gets its initial norm back (strict normalisation).
+    """
+
+    name: str = "sgd"
+    lr: float = 0.02
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: str = "one-cycle"
+    gamma: float = 1.0
+    clip: float = 0.0
+    keep_norms: bool = False
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The rates of W and of B; None is the recipe's own, and for B then W's."""
+
+    lr: float | None = None
+    feedback_lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Batch size (images), epochs, and the optimizers of W and of B.
+
+    Attributes:
+        about: one line, for the docs.
+        feedback: None means that B is updated exactly as W is.
+        rates: per rule name, where they differ from the recipe's own.
+    """
+
+    about: str
+    batch_size: int
+    epochs: int
+    forward: Optimizer
+    feedback: Optimizer | None = None
+    rates: Mapping[str, Rates] = field(default_factory=dict)
+
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(
+        about="SGD with Nesterov momentum and a one-cycle rate for W and B; rates picked on held-out images",
+        batch_size=100,
+        epochs=10,
+        forward=Optimizer(),
+        rates={  # as configs/embedded.yaml picked them, with equal trials for every rule
+            "bp": Rates(0.025),
+            "relayed_kp": Rates(0.025),  # backprop's, for W and B
+            "dkp": Rates(0.008, 0.003),
+            "dfa": Rates(0.006),
+            "frozen": Rates(0.2),
+        },
+    ),
+    "published": Recipe(
+        about="the DKP authors' CIFAR-10 recipe: small constant rate for W, Adam with a decaying rate for B",
+        batch_size=50,
+        epochs=50,
+        forward=Optimizer(lr=5e-4, weight_decay=1e-6, schedule="constant"),
+        feedback=Optimizer(
+            name="adam",
+            lr=1e-4,
+            momentum=0.0,
+            nesterov=False,
+            weight_decay=1e-6,
+            schedule="step",
+            gamma=0.8,
+        ),
+    ),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The named recipe. Raises ConfigError, with the nearest names, where there is none."""
+    return choose("recipe", name, RECIPES)
+
+
+def check(optimizer: Optimizer, where: str) -> None:
+    """Refuse values out of range. Raises ConfigError naming ``where.field``."""
+    if not optimizer.lr > 0:
+        raise ConfigError(f"{where}.lr is {optimizer.lr}: a learning rate must be above 0")
+    for name in ("momentum", "weight_decay", "clip", "gamma"):
+        if getattr(optimizer, name) < 0:
+            raise ConfigError(f"{where}.{name} is {getattr(optimizer, name)}: it must be 0 or more")
+    if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
+        raise ConfigError(
+            f"{where}.nesterov needs {where}.momentum above 0: set one or switch off the other"
+        )

@@ -1,0 +1,180 @@
+"""Which data sets are known, and where the images of a chosen one lie."""
+
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from feedbackward.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """How a data set is laid out.
+
+    `num_classes` is None where the source itself says; `official` holds the published numbers of training
+    and test images, so that a partial copy can be named as such; `mode` is Pillow's: "L" gray, "RGB" colour.
+    """
+
+    hub_id: str | None
+    image: str = "image"
+    label: str = "label"
+    train: str = "train"
+    test: str = "test"
+    num_classes: int | None = None
+    official: tuple[int, int] | None = None
+    mode: str = "RGB"
+    note: str = ""
+
+
+DATASETS: dict[str, DatasetSpec] = {
+    "fashion-mini": DatasetSpec(
+        None,
+        num_classes=10,
+        official=(4_000, 1_000),
+        mode="L",
+        note="the embedded selection of Fashion-MNIST: 400 training and 100 test images of each class",
+    ),
+    "fashion-mnist": DatasetSpec(
+        "zalando-datasets/fashion_mnist", num_classes=10, official=(60_000, 10_000), mode="L"
+    ),
+    "cifar10": DatasetSpec(
+        "uoft-cs/cifar10", image="img", num_classes=10, official=(50_000, 10_000)
+    ),
+    "cifar100": DatasetSpec(
+        "uoft-cs/cifar100",
+        image="img",
+        label="fine_label",
+        num_classes=100,
+        official=(50_000, 10_000),
+    ),
+    "tiny-imagenet": DatasetSpec(
+        "zh-plus/tiny-imagenet",
+        test="valid",
+        num_classes=200,
+        official=(100_000, 10_000),
+        note="test is the official validation split (the official test labels are not public)",
+    ),
+}
+"""Every data set known by name; any other name is taken as the path of an image folder."""
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images of one data set come from.
+
+    `kind` is "hub" (no local folder), "parquet" (a folder in the hub's layout) or "images" (a folder of
+    image files). `splits` maps our split names to the source's.
+    """
+
+    name: str
+    kind: str
+    spec: DatasetSpec
+    splits: dict[str, str]
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"'{self.name}' in {self.folder}"
+            if self.folder
+            else f"'{self.name}' ({self.spec.hub_id})"
+        )
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The local files which the images come from, sorted; empty for the hub."""
+        if self.folder is None:
+            return []
+        if self.kind == "parquet":
+            return sorted(self.folder.rglob("*.parquet"))
+        found = [
+            path for split in self.splits.values() for path in (self.folder / split).rglob("*")
+        ]
+        visible = [path for path in found if not _hidden(path.relative_to(self.folder))]
+        return sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def find_source(name: str, root: str | None) -> Source:
+    """Find a data set of `DATASETS` (in `root`, or on the hub without it) or an image folder.
+
+    Raises ConfigError for an unknown name, DataError for a folder that is missing or laid out otherwise.
+    """
+    if name in DATASETS:
+        return _known(name, root)
+    folder = Path(name).expanduser().resolve()
+    if folder.is_dir():
+        return _image_folder(folder)
+    if len(Path(name).parts) > 1:
+        raise DataError(
+            f"There is no image folder {folder}: check the path, or choose one of {_names()}."
+        )
+    near = difflib.get_close_matches(name.lower(), DATASETS, n=2, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ConfigError(
+        f"Unknown data set '{name}'{hint}: choose one of {_names()}, or give the path of an image folder "
+        "with train/<class>/*.png."
+    )
+
+
+def _names() -> str:
+    return ", ".join(DATASETS)
+
+
+def _known(name: str, root: str | None) -> Source:
+    spec = DATASETS[name]
+    splits = {"train": spec.train, "test": spec.test}
+    if spec.hub_id is None or root is None:
+        return Source(name, "hub", spec, splits)
+    folder = Path(root).expanduser().absolute() / spec.hub_id
+    source = Source(name, "parquet", spec, splits, folder)
+    if not source.files:
+        state = "has no parquet files" if folder.is_dir() else "does not exist"
+        raise DataError(
+            f"Data set '{name}': {folder} {state}; fetch it with `hf download --repo-type dataset "
+            f"{spec.hub_id} --local-dir {folder}`, or correct the data root {root}."
+        )
+    return source
+
+
+def _image_folder(folder: Path) -> Source:
+    present = {split for split in ("train", "validation", "test") if (folder / split).is_dir()}
+    if "train" not in present:
+        raise DataError(f"Image folder {folder} has no train/: put the images in train/<class>/.")
+    if present == {"train", "validation"}:
+        splits = {"train": "train", "test": "validation"}
+    else:
+        splits = {split: split for split in sorted(present)}
+    source = Source(folder.name, "images", DatasetSpec(None), splits, folder)
+    for split in splits.values():
+        _check_layout(source, split)
+    return source
+
+
+def _check_layout(source: Source, split: str) -> None:
+    assert source.folder is not None
+    depths = [
+        (path, path.relative_to(source.folder / split))
+        for path in source.files
+        if _in(source, path, split)
+    ]
+    if not depths:
+        raise DataError(
+            f"{source.folder / split} holds no images: put them in {split}/<class>/ as PNG or JPEG files."
+        )
+    for path, relative in depths:
+        if len(relative.parts) != 2:
+            raise DataError(
+                f"{path} does not lie directly in a class folder: the layout is {split}/<class>/<image>, "
+                "one level of class folders."
+            )
+
+
+def _in(source: Source, path: Path, split: str) -> bool:
+    assert source.folder is not None
+    return path.relative_to(source.folder).parts[0] == split

@@ -1,0 +1,310 @@
+"""One run in memory: network, rule, optimizers and data, one step at a time, and its state."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feedbackward.errors import CheckpointError, ConfigError, DivergenceError
+from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.data.dataset import Data, Images, Loader
+from feedbackward.experiment.training.building import build_learner
+from feedbackward.experiment.training.checkpoint import check_same_tensors
+from feedbackward.experiment.training.diagnose import first_non_finite
+from feedbackward.experiment.training.optimizing import Weights
+from feedbackward.experiment.training.randomness import (
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
+from feedbackward.measure.probe import Probe, probe
+from feedbackward.schedules.delayed import Stale
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Position:
+    """How far a run is (finished epochs, steps of the next, rows, last epoch probed), and sums of its epoch."""
+
+    epoch: int = 0
+    batch: int = 0
+    rows: int = 0
+    probed: int = -1
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def next_epoch(self) -> None:
+        """To the start of the next epoch."""
+        self.epoch += 1
+        self.batch = self.seen = self.correct = 0
+        self.loss_sum = self.epoch_seconds = 0.0
+
+
+class Run:
+    """A network that a rule trains on a data set."""
+
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        recipe = config.training()
+        self.epochs = recipe.epochs
+        self.learner = build_learner(config, data, device)
+        self.stale = self._staleness()
+        self.loader = Loader(
+            data.train,
+            data,
+            recipe.batch_size,
+            device=device,
+            augment=config.data.augment,
+            seed=config.seed,
+        )
+        assert recipe.feedback is not None
+        settings = {"model": recipe.forward, "feedback": recipe.feedback}
+        self.weights = {
+            part: Weights(
+                getattr(self.learner, part).parameters(), chosen, self.epochs, len(self.loader)
+            )
+            for part, chosen in settings.items()
+            if any(p.requires_grad for p in getattr(self.learner, part).parameters())
+        }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.forward: nn.Module = self.learner
+        if config.compile:
+            self.forward = torch.compile(self.learner)  # type: ignore[assignment]
+        self.position = Position()
+        seed_everything(config.seed)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Images in the memory format of this run."""
+        return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Autocast, where the config asks for it."""
+        dtype = _DTYPES.get(self.config.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            yield
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """One update; returns the mean loss of the batch.
+
+        Raises:
+            DivergenceError: the loss is NaN or infinite; no weight has then been changed.
+        """
+        if frozen := self.feedback_is_frozen:
+            self.learner.feedback.requires_grad_(False)
+        with self._where_they_arrive():
+            value, hits = self._gradients(self.prepared(images), labels)
+        if self.stale is not None:
+            self.stale.exchange()
+        if frozen:
+            self.learner.feedback.zero_grad()  # of before, where gradients come late
+        for weights in self.weights.values():
+            weights.step(self.scaler)
+        self.scaler.update()
+        position = self.position
+        position.loss_sum += value * len(labels)
+        position.correct += hits
+        position.seen += len(labels)
+        position.batch += 1
+        return value
+
+    def _where_they_arrive(self) -> contextlib.AbstractContextManager[None]:
+        """For the passes of a step: late gradients are taken at predicted weights, if the config says so."""
+        if self.stale is None or not self.config.predict_weights:
+            return contextlib.nullcontext()
+        return self.stale.predicted()
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """The gradients of a batch; returns its mean loss and how many outputs were right."""
+        if self.calibrates:
+            with self.learner.exact():
+                output, loss = self._joint(images, labels)
+        else:
+            self.tell_target(labels)
+            output, loss = self._backward(images, labels)
+        rule = self.learner.rule
+        if rule.in_phase and not (
+            self.calibrates
+            if rule.revises
+            else self.feedback_is_frozen or not self._every(self.config.feedback_every)
+        ):
+            with self.precision():
+                self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
+        correct = (output.argmax(1) == labels).sum()
+        # one wait for the device, not two
+        value, hits = torch.stack([loss.detach().double(), correct]).tolist()
+        if not math.isfinite(value):
+            self._diverged(value, images)
+        return value, int(hits)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the next step is one by exact backprop."""
+        return self.config.calibrate_every > 0 and self._every(self.config.calibrate_every)
+
+    def _every(self, steps: int) -> bool:
+        """Whether the next step is one of those that come every so many steps."""
+        return (self.position.epoch * len(self.loader) + self.position.batch + 1) % steps == 0
+
+    @property
+    def calibrations(self) -> int:
+        """Steps by exact backprop so far."""
+        every, position = self.config.calibrate_every, self.position
+        return (position.epoch * len(self.loader) + position.batch) // every if every else 0
+
+    @property
+    def feedback_is_frozen(self) -> bool:
+        """Whether learned feedback has come to its last epoch."""
+        after = self.config.freeze_feedback_after
+        return after is not None and self.position.epoch >= after
+
+    def tell_target(self, labels: Tensor) -> None:
+        """Give the labels of the next pass to a rule that needs them."""
+        if self.learner.rule.needs == "target":
+            self.learner.target(labels)
+
+    def _joint(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and loss of a batch, its backward done at once."""
+        with self.precision():
+            output = self.forward(images)
+            loss = F.cross_entropy(output.float(), labels)
+        self.scaler.scale(loss).backward()
+        return output, loss
+
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and loss of a batch, its backward done by the configured schedule."""
+        if self.config.schedule == "joint":
+            return self._joint(images, labels)
+        seen: list[Tensor] = []
+
+        def loss_fn(output: Tensor) -> Tensor:
+            seen.append(output.detach())
+            return self.scaler.scale(F.cross_entropy(output.float(), labels))
+
+        with self.precision():
+            loss = self.learner.backward(images, loss_fn, schedule=self.config.schedule)
+        return seen[-1], loss / self.scaler.get_scale()
+
+    def evaluate(
+        self, images: Images, check: Callable[[], None] | None = None
+    ) -> tuple[float, float]:
+        """Mean loss and accuracy in percent; ``check()`` is called between batches and may raise."""
+        loader = Loader(
+            images, self.data, max(250, self.loader.batch_size), device=self.device, shuffle=False
+        )
+        loss, correct = 0.0, 0
+        self.learner.eval()
+        try:
+            with torch.no_grad(), self.precision():
+                for inputs, labels in loader.epoch(0):
+                    output = self.learner(self.prepared(inputs)).float()
+                    loss += F.cross_entropy(output, labels, reduction="sum").item()
+                    correct += int((output.argmax(1) == labels).sum())
+                    if check:
+                        check()
+        finally:
+            self.learner.train()
+        return loss / len(images), 100 * correct / len(images)
+
+    def probe(self) -> Probe:
+        """The alignment with backprop on the first held-out images, always the same ones."""
+        count = min(self.config.probe_images, len(self.data.validation))
+        chosen = self.data.validation.take(torch.arange(count))
+        images, labels = next(
+            Loader(chosen, self.data, count, device=self.device, shuffle=False).epoch(0)
+        )
+        self.tell_target(labels)
+        return probe(
+            self.learner,
+            lambda out: F.cross_entropy(out.float(), labels),
+            self.prepared(images),
+            jacobian=self.config.probe_jacobian,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on as if it had not stopped."""
+        return {
+            "data": self.data_identity(),
+            "position": asdict(self.position),
+            "model": self.learner.model.state_dict(),
+            "feedback": self.learner.feedback.state_dict(),
+            "weights": {part: weights.state_dict() for part, weights in self.weights.items()},
+            "scaler": self.scaler.state_dict(),
+            "stale": None if self.stale is None else self.stale.state_dict(),
+            "random": random_state(),
+        }
+
+    def data_identity(self) -> dict[str, Any]:
+        """What tells this data set from another one or a changed one; mean and std see every pixel."""
+        data = self.data
+        sizes = {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
+        return {
+            "name": data.name,
+            **sizes,
+            "classes": data.num_classes,
+            "mean": data.mean,
+            "std": data.std,
+        }
+
+    def load_weights(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
+        """Restore model and feedback. Raises CheckpointError if they belong to another model."""
+        for part in ("model", "feedback"):
+            module = getattr(self.learner, part)
+            check_same_tensors(state[part], module.state_dict(), f"the {part} in {where}")
+            module.load_state_dict(state[part])
+
+    def load(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
+        """Restore what `state` gave."""
+        self.load_weights(state, where)
+        for key, value in self.data_identity().items():
+            if state["data"][key] != value:
+                raise CheckpointError(
+                    f"{where} was trained on other data: its {key} is {state['data'][key]}, here it is {value}; "
+                    "resume it with the data it had, or start another run"
+                )
+        for part, weights in self.weights.items():
+            weights.load_state_dict(state["weights"][part])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.stale is not None:
+            self.stale.load_state_dict(state["stale"])
+        self.position = Position(**state["position"])
+        restore_random_state(state["random"])
+
+    def _staleness(self) -> Stale | None:
+        """What delays the gradients, if anything does."""
+        delays = [
+            delay + self.config.staleness
+            for delay in self.learner.rule.delays(len(self.learner.plan.stages))
+        ]
+        steps = self.config.backward_steps
+        if not any(delays) and not steps:
+            return None
+        if self.config.precision == "fp16":
+            raise ConfigError(
+                "precision is fp16, whose loss scale may change while a gradient waits: use bf16 or fp32 with staleness"
+            )
+        return Stale(self.learner, delays, steps=steps)
+
+    def _diverged(self, value: float, images: Tensor) -> None:
+        with self.precision():
+            where = first_non_finite(self.learner, images)
+        rates = f"--forward.lr (now {self.weights['model'].settings.lr:g})"
+        if "feedback" in self.weights:
+            rates += f" or --feedback.lr (now {self.weights['feedback'].settings.lr:g})"
+        position = self.position
+        raise DivergenceError(
+            f"the loss is {value} in epoch {position.epoch + 1}, batch {position.batch + 1}: {where}; "
+            f"lower {rates}, or clip gradients with --forward.clip 1"
+        )

@@ -1,0 +1,195 @@
+"""Train one network by one rule: the loop, its checkpoints and its record."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from feedbackward.errors import DivergenceError
+from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.training import checkpoint
+from feedbackward.experiment.training.building import find_device, import_from_here, shared_data
+from feedbackward.experiment.training.checkpoint import replace_file
+from feedbackward.experiment.training.environment import environment
+from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
+from feedbackward.experiment.training.progress import Progress
+from feedbackward.experiment.training.record import Record
+from feedbackward.experiment.training.run import Run
+from feedbackward.experiment.training.runfolder import RunFolder
+
+
+def train(
+    config: TrainConfig, progress: Progress, interrupts: Interrupts, test: bool = True
+) -> dict[str, Any]:
+    """Train as configured, in the run's folder, and return its result (as in result.json).
+
+    A run that is finished already is not touched; its result is returned.
+
+    Args:
+        config: it is resolved first.
+        progress: told every step and finished epoch; entered already.
+        interrupts: asked after every step; entered already.
+        test: evaluate on the test images at the end; a trial that only serves a choice must not.
+
+    Raises:
+        InterruptedRunError: a signal came; the state is saved.
+        DivergenceError: the loss became NaN or infinite; the last good checkpoint is kept.
+        FeedbackError: anything else that is wrong with the config, the data or the folder.
+    """
+    config = config.resolved()
+    import_from_here()
+    folder = RunFolder.claim(config)
+    try:
+        result = folder.result() or _train(config, folder, progress, interrupts, test)
+    finally:
+        folder.close()
+    if result["status"] == "diverged":
+        raise DivergenceError(result["message"])
+    return result
+
+
+def _train(
+    config: TrainConfig, folder: RunFolder, progress: Progress, interrupts: Interrupts, test: bool
+) -> dict[str, Any]:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = find_device(config.device)
+    folder.add_environment(environment(device))
+    run = Run(config, shared_data(config.data), device)
+    if folder.checkpoint.exists():
+        run.load(checkpoint.load(folder.checkpoint), folder.checkpoint)
+        progress.say(
+            f"resumed {folder.path} in epoch {run.position.epoch + 1}, batch {run.position.batch + 1}"
+        )
+    progress.begin_run(
+        run.epochs * len(run.loader), run.position.epoch * len(run.loader) + run.position.batch
+    )
+    with Record(folder, run.position.rows, config.tensorboard) as record:
+        loop = Loop(run, record, progress, interrupts)
+        try:
+            loop.epochs()
+            result = loop.finish(test)
+        except InterruptedRunError:
+            loop.save()
+            raise
+        except DivergenceError as error:
+            result = _diverged(run, folder, error)
+        finally:
+            progress.end_run()
+    folder.write_json(folder.result_file, result)
+    return result
+
+
+class Loop:
+    """The training loop of one run."""
+
+    def __init__(
+        self, run: Run, record: Record, progress: Progress, interrupts: Interrupts
+    ) -> None:
+        self.run, self.record, self.progress, self.interrupts = run, record, progress, interrupts
+        self.since = time.perf_counter()
+
+    def epochs(self) -> None:
+        """From the run's position to the end, with a checkpoint after every epoch."""
+        position = self.run.position
+        self.probe_if_due()
+        while position.epoch < self.run.epochs:
+            self.steps()
+            self.end_epoch()
+            self.save()
+            self.probe_if_due()
+
+    def steps(self) -> None:
+        """The rest of the running epoch."""
+        run, position = self.run, self.run.position
+        label = f"epoch {position.epoch + 1}/{run.epochs}"
+        started, carried, seen = time.perf_counter(), position.epoch_seconds, 0
+        for images, labels in run.loader.epoch(position.epoch, start=position.batch):
+            self.interrupts.check()
+            loss = run.step(images, labels)
+            seen += len(labels)
+            spent = time.perf_counter() - started
+            position.epoch_seconds = carried + spent
+            self.progress.step(label, f"loss {loss:.3f}, {seen / spent:,.0f} images/s")
+
+    def end_epoch(self) -> None:
+        """Evaluate on the held-out images, record the epoch, and move to the next."""
+        run, position = self.run, self.run.position
+        loss, accuracy = run.evaluate(run.data.validation, self.interrupts.check)
+        row = {
+            "epoch": position.epoch + 1,
+            "train_loss": position.loss_sum / position.seen,
+            "train_accuracy": 100 * position.correct / position.seen,
+            "validation_loss": loss,
+            "validation_accuracy": accuracy,
+            "seconds": position.epoch_seconds,
+            "images_per_second": position.seen / max(position.epoch_seconds, 1e-9),
+            **{f"{part}_lr": weights.lr for part, weights in run.weights.items()},
+        }
+        self.record.add("epoch", row)
+        self.progress.say(
+            "epoch {epoch}/{epochs}: train loss {train_loss:.3f}, train {train_accuracy:.1f} %, held out "
+            "{validation_accuracy:.1f} %, {images_per_second:,.0f} images/s".format(
+                epochs=run.epochs, **row
+            )
+        )
+        chance = math.log(run.data.num_classes)
+        if row["train_loss"] > 10 * chance:
+            self.progress.say(
+                f"the loss is far above that of guessing ({chance:.2f}): training diverges without becoming NaN; lower the rates"
+            )
+        position.next_epoch()
+
+    def probe_if_due(self) -> None:
+        """The alignment with backprop, into the record, unless this epoch has it already."""
+        position, every = self.run.position, self.run.config.probe_every
+        due = every and (position.epoch % every == 0 or position.epoch == self.run.epochs)
+        if due and position.batch == 0 and position.probed < position.epoch:
+            self.interrupts.check()
+            self.record.add("probe", {"epoch": position.epoch, **self.run.probe().as_dict()})
+            position.probed = position.epoch
+
+    def save(self) -> None:
+        """A checkpoint of this very moment."""
+        now = time.perf_counter()
+        self.run.position.seconds += now - self.since
+        self.run.position.rows = self.record.rows
+        self.since = now
+        checkpoint.save(self.record.folder.checkpoint, self.run.state())
+
+    def finish(self, test: bool) -> dict[str, Any]:
+        """Export the weights, and evaluate on the test images: once, and after every choice was made."""
+        run = self.run
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in run.learner.model.state_dict().items()
+        }
+        replace_file(
+            self.record.folder.model, lambda path: save_file(tensors, path, {"format": "pt"})
+        )
+        if not test:
+            return _result(run, "done")
+        test_loss, test_accuracy = run.evaluate(run.data.test, self.interrupts.check)
+        return _result(run, "done") | {"test_loss": test_loss, "test_accuracy": test_accuracy}
+
+
+def _result(run: Run, status: str, message: str = "") -> dict[str, Any]:
+    return {
+        "status": status,
+        "message": message,
+        "rule": run.config.rule,
+        "seed": run.config.seed,
+        "seconds": run.position.seconds,
+        "feedback_bytes": run.learner.feedback_bytes,
+        "calibrations": run.calibrations,
+        "test_accuracy": None,
+    }
+
+
+def _diverged(run: Run, folder: RunFolder, error: DivergenceError) -> dict[str, Any]:
+    kept = f"the last good checkpoint is {folder.checkpoint}" if folder.checkpoint.exists() else ""
+    return _result(run, "diverged", "; ".join(filter(None, [str(error), kept])))

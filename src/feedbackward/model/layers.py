@@ -1,0 +1,201 @@
+"""Finding the arcs of a chain: the input of each parametric layer, fed from that layer's own output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from feedbackward.errors import AttachError, SiteError
+from feedbackward.graph import Arc, PreActivation, Source, Tap
+from feedbackward.model.sites import Sites, known_modules, source_tensor
+from feedbackward.model.trace import (
+    ELEMENTWISE,
+    PARAMETRIC,
+    PRODUCTS,
+    Call,
+    Trace,
+    gradient_edges,
+    narrow_nodes,
+)
+from feedbackward.operators.layer import LayerForm
+
+
+def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Arc]:
+    """One arc per Linear or convolution whose input depends on parameters, in forward order.
+
+    `sites` is `"layers"`, names of such layers, or a predicate; layers that are left out pass the error on through
+    their own weights, as in backprop.
+
+    Raises AttachError where an error would silently travel through weights that no arc stands for.
+    """
+    final, end = source_tensor(trace, source)
+    above = [t for t in tree_leaves(trace.output) if isinstance(t, Tensor)]
+    if any(
+        t is final for t in above
+    ):  # the errors of the other outputs travel down the chain as well
+        end = max(call.end for call in trace.calls)
+    else:
+        above = [final]
+    calls = [
+        c for c in trace.calls if isinstance(c.module, PARAMETRIC) and c.end <= end and c.inputs
+    ]
+    fed = [c for c in calls if c.inputs[0][0].requires_grad]
+    if sites == "layers":
+        _refuse_hidden_weights(model, above, calls)
+        return _arcs(trace, fed, final)
+    wanted, chosen = _wanted(model, sites)
+    missing = [name for name in wanted if name not in {c.name for c in fed}]
+    if missing and chosen:
+        raise SiteError(
+            f"{missing[0]!r} is not a layer that a chain can feed: name Linear or convolution layers after the first and "
+            "before the source."
+        )
+    return _arcs(trace, [call for call in fed if call.name in wanted], final)
+
+
+def _arcs(trace: Trace, calls: Iterable[Call], final: Tensor) -> list[Arc]:
+    narrow = narrow_nodes(final)
+    return [_arc(trace, call, call.outputs[0][0].grad_fn in narrow) for call in calls]
+
+
+def _arc(trace: Trace, call: Call, narrow: bool) -> Arc:
+    if trace.counts[call.name] > 1:
+        raise AttachError(
+            f"layer {call.name!r} is called {trace.counts[call.name]} times in one forward pass, and a chain feeds each layer "
+            "once. Use a module of its own for each call, or a rule with direct feedback."
+        )
+    _refuse_subclass(call)
+    into, out = call.inputs[0][0], call.outputs[0][0]
+    linear = isinstance(call.module, nn.Linear)
+    taps = (Tap(call.name, "output"),)
+    source = Source(call.name, taps, tuple(out.shape[1:]), out.dim() - 2 if linear else 0)
+    return Arc(
+        f"{call.name}.input",
+        (Tap(call.name, "input", call.index),),
+        tuple(into.shape[1:]),
+        into.dim() - 2 if linear else 0,
+        source=source,
+        form=LayerForm.of(call.module),
+        weight=f"{call.name}.weight",
+        below=_below(trace, call),
+        narrow=narrow,
+    )
+
+
+def _below(trace: Trace, call: Call) -> PreActivation | str:
+    """The output of the layer before this one, or what stands between that is not a single elementwise activation."""
+    activation: nn.Module | None = None
+    before, (tensor, version) = call, call.inputs[0]
+    while True:
+        made = trace.producer(tensor, version, before.start)
+        if made is None:
+            return "an operation that is no module of its own"
+        before = made[0]
+        if isinstance(before.module, PARAMETRIC):
+            break
+        if type(before.module) in ELEMENTWISE and activation is None:
+            activation = before.module
+        elif not isinstance(before.module, nn.Flatten):
+            return f"{before.name or 'the model'!r} ({type(before.module).__name__})"
+        tensor, version = before.inputs[0]
+    tokens = tensor.dim() - 2 if isinstance(before.module, nn.Linear) else 0
+    taps = (Tap(before.name, "output"),)
+    f = (activation or nn.Identity()).forward
+    return PreActivation(before.name, taps, tuple(tensor.shape[1:]), tokens, activation=f)
+
+
+def _refuse_subclass(call: Call) -> None:
+    """A layer that does more with its weight than its class does cannot be stood in for by a plain `B`."""
+    kind = type(call.module)
+    base = next(c for c in PARAMETRIC if issubclass(kind, c))
+    if any(
+        getattr(kind, name, None) is not getattr(base, name, None)
+        for name in ("forward", "_conv_forward")
+    ):
+        raise AttachError(
+            f"layer {call.name!r} is a {kind.__name__}, which changes how {base.__name__} uses its weight, so feedback of that shape "
+            "would not stand for it. Use a rule with direct feedback, or leave the layer out with `sites=`."
+        )
+
+
+def _wanted(model: nn.Module, sites: Sites) -> tuple[list[str], bool]:
+    """The names, and whether somebody chose them one by one."""
+    if isinstance(sites, str) and (sites in ("blocks", "stages") or sites.startswith("every-")):
+        raise AttachError(
+            'a chain runs from layer to layer: use sites="layers", names of layers, or a predicate.'
+        )
+    if callable(sites):
+        return [
+            n for n, m in model.named_modules() if isinstance(m, PARAMETRIC) and sites(n, m)
+        ], False
+    return known_modules(model, [sites] if isinstance(sites, str) else sites), True
+
+
+def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: list[Call]) -> None:
+    """Every product of an activity with a parameter must be a layer's; others pass the error on through true weights."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers = {id(p) for call in calls for p in call.module.parameters(recurse=False)}
+    for node in {node for t in outputs for node, _ in gradient_edges(t)}:
+        recurrent = "Rnn" in node.name() or "Lstm" in node.name() or "Gru" in node.name()
+        if not recurrent and not node.name().startswith(PRODUCTS):
+            continue
+        operands = [_parameter(parent) for parent, _ in node.next_functions if parent is not None]
+        if all(p is not None for p in operands) and not recurrent:
+            continue  # nothing below it to pass an error to
+        own = [
+            p for p in operands if p is not None and id(p) in names
+        ]  # a tensor from outside is not the model's to refuse
+        hidden = [p for p in own if p.dim() > 1 and id(p) not in layers]
+        if hidden:
+            raise AttachError(_hidden_weight(model, names[id(hidden[0])]))
+
+
+def _hidden_weight(model: nn.Module, name: str) -> str:
+    owner = name.rpartition(".")[0]
+    attention = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention) and f"{name}.".startswith(f"{n}.")
+    ]
+    owner = attention[0] if attention else owner
+    kind = type(model.get_submodule(owner))
+    why = (
+        "nn.MultiheadAttention applies its projections without calling them as modules"
+        if attention
+        else f"its parameter {name!r} multiplies an activity outside a Linear or convolution that is called as a module"
+    )
+    return (
+        f"a chain cannot see into {owner or kind.__name__!r}: {why}, so the error would travel through true weights there. Use a "
+        'rule with direct feedback (DFA, DKP; sites="blocks"), write it with nn.Linear layers, or name the layers to feed with '
+        "`sites=`."
+    )
+
+
+_PASSING = (
+    "T",
+    "View",
+    "UnsafeView",
+    "Transpose",
+    "Permute",
+    "Expand",
+    "ToCopy",
+    "Reshape",
+    "Unsqueeze",
+    "Squeeze",
+    "Clone",
+)
+
+
+def _parameter(node: Any) -> Tensor | None:
+    """The parameter behind an operand, if nothing but views and casts lie between."""
+    while node is not None and not hasattr(node, "variable"):
+        if (
+            node.name().removesuffix("Backward0").removesuffix("Backward1") not in _PASSING
+            or len(node.next_functions) != 1
+        ):
+            return None
+        node = node.next_functions[0][0]
+    return None if node is None else node.variable

@@ -1,0 +1,269 @@
+"""Finding the sites of a model: `"layers"`, every so many of them, `"stages"`, `"blocks"`, names, or a predicate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from feedbackward.errors import AttachError, SiteError
+from feedbackward.graph import Site, Source, Tap
+from feedbackward.model.blocks import block_names
+from feedbackward.model.trace import PARAMETRIC, Call, Trace, gradient_edges
+
+Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Site]:
+    """The sites in forward order, all of them before the source and on the way to it.
+
+    Raises SiteError for names that are unknown, not called, called twice or beyond the source, and
+    AttachError where the model has no site.
+    """
+    finder = _Finder(trace, source)
+    if sites == "layers":
+        return finder.layers()
+    if sites == "stages":
+        return finder.stages()
+    if sites == "blocks":
+        return finder.named(block_names(model, trace), chosen=False)
+    if isinstance(sites, str) and sites.startswith("every-"):
+        return finder.layers()[:: -_every(sites)][::-1]
+    if isinstance(sites, str):
+        sites = [sites]
+    if not callable(sites) and not sites:
+        raise SiteError('sites is empty: name at least one module, or use "layers" or "blocks".')
+    if callable(sites):
+        picked = [name for name, module in model.named_modules() if name and sites(name, module)]
+        return finder.named(picked, chosen=False)
+    return finder.named(known_modules(model, sites))
+
+
+def find_source(
+    model: nn.Module, trace: Trace, error_at: str | None, output: Callable[[Any], Tensor] | None
+) -> Source:
+    """The tensor whose error is broadcast: the model's output, or the output of the module `error_at`."""
+    if error_at is not None:
+        call = _called_once(trace, known_modules(model, [error_at])[0])
+        return _output(Source, trace, call, _float_leaf(call))
+    tensor = _output_tensor(trace, output)
+    if tensor.dim() == 0:
+        raise AttachError(
+            "the model's output is a single number (a loss?), which has no error per sample: name the module that makes the "
+            'predictions, for example `error_at="head"`, or return them and compute the loss outside.'
+        )
+    found = trace.producer(tensor, tensor._version, trace.by_end[-1].end + 1)
+    if found is None:
+        raise AttachError(
+            "output= must return one of the tensors that the model returns, as it is (for example "
+            "`output=lambda o: o.logits`); compute anything further in the loss."
+        )
+    return _output(Source, trace, *found)
+
+
+def source_tensor(trace: Trace, source: Source) -> tuple[Tensor, int]:
+    """The source as the trace recorded it, and when it was there."""
+    (tap,) = source.taps
+    call = next(c for c in trace.calls if c.name == tap.module)
+    return call.outputs[tap.leaf or 0][0], call.end
+
+
+class _Finder:
+    """Turns tensors and module names into sites, keeping only those whose error the source can carry."""
+
+    def __init__(self, trace: Trace, source: Source) -> None:
+        self.trace = trace
+        self.source_tensor, self.source_end = source_tensor(trace, source)
+        self.upstream = gradient_edges(self.source_tensor)
+
+    def layers(self) -> list[Site]:
+        """The activity that enters each parametric layer after the first; one site per distinct tensor."""
+        calls = [c for c in self.trace.calls if isinstance(c.module, PARAMETRIC)]
+        if not calls:
+            raise AttachError(
+                "the model has no Linear or convolution layer that runs as a module, so there is nothing to "
+                'feed; name the sites yourself with `sites=["name", ...]`.'
+            )
+        entering = [(call, *call.inputs[0]) for call in calls if call.inputs]
+        first = entering[0][1]
+        found: dict[int, Site] = {}
+        for call, tensor, version in entering:
+            if (
+                tensor is first
+                or id(tensor) in found
+                or not self._reaches_source(tensor, call.start)
+            ):
+                continue
+            consumers = [c for c, t, v in entering if t is tensor and v == version]
+            found[id(tensor)] = self._site(call, tensor, version, consumers)
+        return list(found.values())
+
+    def stages(self) -> list[Site]:
+        """Of the layers' sites the last, and those whose height and width differ from the site before (the input, for the
+        first): what a pool or a stride made."""
+        sites = self.layers()
+        images = [
+            call.inputs[0][0]
+            for call in self.trace.calls
+            if isinstance(call.module, PARAMETRIC) and call.inputs
+        ]
+        before = [tuple(images[0].shape[2:]), *(site.shape[1:] for site in sites)]
+        return [
+            s
+            for s, space in zip(sites, before, strict=False)
+            if s.shape[1:] != space or s is sites[-1]
+        ]
+
+    def named(self, names: Iterable[str], chosen: bool = True) -> list[Site]:
+        """The outputs of these modules, one site per tensor; names that somebody chose must all be usable."""
+        found: dict[tuple[int, int], tuple[int, Site]] = {}
+        for name in names:
+            if not chosen and name not in self.trace.counts:
+                continue
+            call = _called_once(self.trace, name)
+            leaves = self._leaves(call)
+            if len(leaves) > 1:
+                raise SiteError(
+                    f"module {name!r} returns {len(leaves)} tensors that lead to the source, and a cut of one would "
+                    "leave the others whole. Name a module that returns one tensor."
+                )
+            if leaves:
+                leaf, tensor, version = leaves[0]
+                other = found.get((id(tensor), version))
+                if (
+                    other is None or call.end < other[0]
+                ):  # a container returns what its last part made
+                    found[id(tensor), version] = call.end, _output(Site, self.trace, call, leaf)
+            elif chosen:
+                raise SiteError(
+                    f"site {name!r} is not on the way to the source: its output comes after the tensor whose error is "
+                    "broadcast, does not lead to it, or depends on no parameter. Choose an earlier site or a later error_at."
+                )
+        return [site for _, site in sorted(found.values(), key=lambda pair: pair[0])]
+
+    def _leaves(self, call: Call) -> list[tuple[int, Tensor, int]]:
+        """The distinct tensors that the call returned and that lead to the source: number, tensor, version."""
+        _float_leaf(call)
+        leaves: dict[int, tuple[int, Tensor, int]] = {}
+        for leaf, (tensor, version) in enumerate(call.outputs):
+            if isinstance(tensor, Tensor) and self._reaches_source(tensor, call.end):
+                leaves.setdefault(id(tensor), (leaf, tensor, version))
+        return list(leaves.values())
+
+    def _site(self, call: Call, tensor: Tensor, version: int, consumers: list[Call]) -> Site:
+        """Cut where the tensor is made, so that every consumer sees the cut; else at the layers' inputs."""
+        made = self.trace.producer(tensor, version, call.start)
+        if made is not None:
+            return _output(Site, self.trace, *made)
+        taps = tuple(Tap(c.name, "input", c.index) for c in consumers)
+        name = f"{call.name}.input" + (f"#{call.index}" if call.index else "")
+        return _activity(Site, self.trace, name, taps, tensor, call.start)
+
+    def _reaches_source(self, tensor: Tensor, when: int) -> bool:
+        if when >= self.source_end or tensor is self.source_tensor or not tensor.requires_grad:
+            return False
+        return (tensor.grad_fn, tensor.output_nr) in self.upstream
+
+
+def _every(sites: str) -> int:
+    """The k of `every-k`."""
+    number = sites.removeprefix("every-")
+    if not number.isdecimal() or int(number) < 1:
+        raise SiteError(
+            f"sites={sites!r} must end in a number: 'every-2' feeds every second layer, from the last hidden one down."
+        )
+    return int(number)
+
+
+def refuse_unrecorded(trace: Trace) -> None:
+    """A layer whose graph is not recorded would be trained by nothing, or by backprop behind the cuts."""
+    for call in trace.calls:
+        if not call.grad_enabled and any(
+            p.requires_grad for p in call.module.parameters(recurse=False)
+        ):
+            raise AttachError(
+                f"layer {call.name!r} runs without gradients (torch.no_grad, or a reentrant checkpoint), yet its "
+                "parameters are trainable. Use checkpoint(..., use_reentrant=False), or freeze them."
+            )
+
+
+def _output(kind: type, trace: Trace, call: Call, leaf: int) -> Any:
+    """One tensor of what a call returned; its name is the module's, with a number for all but the first."""
+    name = (call.name or "output") + (f"[{leaf}]" if leaf and kind is Site else "")
+    tap = Tap(call.name, "output", 0, leaf if call.structured else None)
+    return _activity(kind, trace, name, (tap,), call.outputs[leaf][0], call.end)
+
+
+def _activity(
+    kind: type, trace: Trace, name: str, taps: tuple[Tap, ...], tensor: Tensor, when: int
+) -> Any:
+    tokens = trace.tokens(tensor, when)
+    if tokens and tensor.shape[0] in tensor.shape[1 : 1 + tokens] and _sequence_first(trace):
+        raise AttachError(
+            f"{name!r} has shape {list(tensor.shape)}: with equal batch and token counts it cannot be told whether the "
+            "batch comes first. Attach with an example whose batch size differs from its sequence length."
+        )
+    return kind(name, taps, tuple(tensor.shape[1:]), tokens)
+
+
+def _sequence_first(trace: Trace) -> bool:
+    return any(getattr(call.module, "batch_first", True) is False for call in trace.calls)
+
+
+def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tensor:
+    value = trace.output if output is None else output(trace.output)
+    if isinstance(value, Tensor):
+        return value
+    fields = (
+        list(value.keys())
+        if hasattr(value, "keys")
+        else [f"[{i}]" for i in range(len(value))]
+        if isinstance(value, tuple)
+        else []
+    )
+    what = f"{type(value).__name__} with {', '.join(fields)}" if fields else type(value).__name__
+    raise AttachError(
+        f"the model returns {what}: say which tensor's error is broadcast, for example `output=lambda o: o.logits` or "
+        "`output=lambda o: o[0]`, or name its module with `error_at=`."
+    )
+
+
+def known_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The names, each checked to be a module of the model."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if not isinstance(name, str) or not name or name not in modules:
+            near = difflib.get_close_matches(str(name), [m for m in modules if m], n=3, cutoff=0.4)
+            hint = (
+                f"nearest names: {', '.join(near)}"
+                if near
+                else f"its modules are {', '.join(list(modules)[1:9])}, ..."
+            )
+            kinds = ' (or "layers", "every-2", "stages", "blocks")' if len(names) == 1 else ""
+            raise SiteError(f"the model has no module named {name!r}; {hint}{kinds}.")
+    return list(dict.fromkeys(names))
+
+
+def _called_once(trace: Trace, name: str) -> Call:
+    calls = [c for c in trace.calls if c.name == name]
+    if len(calls) != 1:
+        what = (
+            f"is called {len(calls)} times in one forward pass"
+            if calls
+            else "is not called in the forward pass"
+        )
+        raise SiteError(
+            f"module {name!r} {what}, so its output is not one site. Name a module that is called once."
+        )
+    return calls[0]
+
+
+def _float_leaf(call: Call) -> int:
+    for leaf, (tensor, _) in enumerate(call.outputs):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            return leaf
+    raise SiteError(
+        f"module {call.name!r} returns no floating-point tensor, so it cannot be a site or a source."
+    )

@@ -1,0 +1,300 @@
+"""One recorded forward pass: which module made which tensor, when, and what it depends on."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from feedbackward.errors import AttachError
+
+PARAMETRIC = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+# activations without parameters that work on each number by itself
+ELEMENTWISE = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanh,
+)
+# how autograd's nodes of matrix products and convolutions begin
+PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
+_CHANNELS_FIRST = (*PARAMETRIC[1:], nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_FEATURES_LAST = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+)
+
+
+@dataclass
+class Call:
+    """One call of one module: its tensors, with the version each had, and when it began and ended."""
+
+    name: str
+    module: nn.Module
+    index: int  # how many calls of this module came before
+    start: int
+    inputs: list[tuple[Tensor, int]]
+    end: int = -1
+    outputs: list[tuple[Tensor, int]] = field(default_factory=list)
+    structured: bool = False
+    grad_enabled: bool = True
+
+
+@dataclass
+class Trace:
+    """All module calls of one forward pass in the order in which they began, and the pass's output."""
+
+    calls: list[Call]
+    output: Any
+
+    def __post_init__(self) -> None:
+        self.counts = Counter(call.name for call in self.calls)
+        self.by_end = sorted(self.calls, key=lambda call: call.end)
+
+    def producer(self, tensor: Tensor, version: int, before: int) -> tuple[Call, int] | None:
+        """The innermost module, called once, whose output is `tensor` at that version; and which leaf.
+
+        A module that only passes its input through (Identity) did not produce it.
+        """
+        for call in self.by_end:
+            if call.end >= before or self.counts[call.name] > 1:
+                continue
+            if any(t is tensor and v == version for t, v in call.inputs):
+                continue
+            for leaf, (t, v) in enumerate(call.outputs):
+                if t is tensor and v == version:
+                    return call, leaf
+        return None
+
+    def tokens(self, tensor: Tensor, when: int) -> int:
+        """How many token dimensions follow the batch: those between it and the features of the last
+        layer that ran before, when that layer works on the last dimension only."""
+        last = None
+        for call in self.by_end:
+            if call.end > when:
+                break
+            if isinstance(call.module, _CHANNELS_FIRST + _FEATURES_LAST):
+                last = call.module
+        return tensor.dim() - 2 if isinstance(last, _FEATURES_LAST) and tensor.dim() > 2 else 0
+
+
+def run(model: Callable[..., Any], example: Any) -> Any:
+    """`model(example)` for a tensor, `model(*example)` for a tuple or list, `model(**example)` for a dict."""
+    if isinstance(example, Tensor):
+        return model(example)
+    if isinstance(example, (tuple, list)):
+        return model(*example)
+    if isinstance(example, dict) or hasattr(example, "keys"):
+        return model(**example)
+    raise AttachError(
+        f"the example must be a tensor, a tuple or a dict of the model's inputs, not {type(example).__name__}."
+    )
+
+
+class RandomState:
+    """The state of the random number generators that a forward pass of the module may draw from."""
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = (*module.parameters(), *module.buffers())
+        devices = {t.device for t in tensors if t.device.type == "cuda"}
+        self.cpu = (random.getstate(), torch.get_rng_state())
+        self.cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+    def restore(self) -> None:
+        """Put them back."""
+        random.setstate(self.cpu[0])
+        torch.set_rng_state(self.cpu[1])
+        for device, state in self.cuda:
+            torch.cuda.set_rng_state(state, device)
+
+
+class PassState:
+    """What a forward pass may change besides weights: a module's buffers, and the random number generators."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.random = RandomState(module)
+        self.slots = [
+            (m, name, b, b.detach().clone())
+            for m in module.modules()
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        self.random.restore()
+        for m, name, buffer, values in self.slots:
+            m._buffers[name] = buffer
+            buffer.data.copy_(
+                values
+            )  # .data: a backward pass that is still to come may hold this buffer
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Restore buffers and random number generators after a pass nobody asked for."""
+    state = PassState(module)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Training mode, where the model is in evaluation mode as a whole; restored module by module."""
+    modes = [(m, m.training) for m in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[None]:
+    """Every parameter requires a gradient, so that the graph shows what depends on parameters at all."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def trace(model: nn.Module, example: Any) -> Trace:
+    """Run the model once on the example and record every module call; nothing of the model changes.
+
+    Raises AttachError where the model cannot run on the example.
+    """
+    if torch.is_inference_mode_enabled():
+        raise AttachError(
+            "attach outside torch.inference_mode(), under which no graph is recorded."
+        )
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+    seen: Counter[str] = Counter()
+    clock = itertools.count()
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        call = Call(
+            name, module, seen[name], next(clock), inputs, grad_enabled=torch.is_grad_enabled()
+        )
+        seen[name] += 1
+        calls.append(call)
+        open_calls.append(call)
+
+    def leave(output: Any) -> None:
+        call = open_calls.pop()
+        call.end = next(clock)
+        call.structured = not isinstance(output, Tensor)
+        call.outputs = [
+            (t, t._version) if isinstance(t, Tensor) else (t, -1) for t in tree_leaves(output)
+        ]
+
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        stack.enter_context(training_mode(model))
+        stack.enter_context(_all_trainable(model))
+        stack.enter_context(torch.enable_grad())
+        for name, module in model.named_modules():
+            pre = module.register_forward_pre_hook(
+                lambda m, a, k, name=name: enter(name, m, a, k), prepend=True, with_kwargs=True
+            )
+            post = module.register_forward_hook(lambda m, a, out: leave(out))
+            stack.callback(pre.remove)
+            stack.callback(post.remove)
+        try:
+            output = run(model, example)
+        except AttachError:
+            raise
+        except Exception as error:
+            shapes = [tuple(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
+            advice = (
+                " Batch norm in training mode needs a batch of at least 2."
+                if "more than 1 value" in str(error)
+                else ""
+            )
+            raise AttachError(
+                f"{type(model).__name__} failed on the example (tensors {shapes}): {error}.{advice} "
+                "Pass an `example` that the model accepts, as tensor, tuple or dict."
+            ) from error
+    return Trace(calls, output)
+
+
+def narrow_nodes(tensor: Tensor) -> set[Any]:
+    """The autograd nodes through which all that was made before them reaches the tensor: no other path leads round them."""
+    order: dict[Any, int] = {}
+    stack: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.setdefault(node, len(order))
+        elif node not in order:
+            stack.append((node, True))
+            stack += [
+                (n, False)
+                for n, _ in reversed(node.next_functions)
+                if n is not None and n.next_functions
+            ]
+    rounds = [0] * (
+        len(order) + 1
+    )  # how many edges begin to lead round a place, less those that end there
+    for node, place in order.items():
+        for below, _ in node.next_functions:
+            if below in order:
+                rounds[order[below] + 1] += 1
+                rounds[place] -= 1
+    passing = list(itertools.accumulate(rounds))
+    return {node for node, place in order.items() if not passing[place]}
+
+
+def gradient_edges(tensor: Tensor) -> set[tuple[Any, int]]:
+    """Every autograd node that leads to the tensor, its own included, with the number of its output that does."""
+    seen: set[tuple[Any, int]] = set()
+    stack: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
+    while stack:
+        edge = stack.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        stack.extend(edge[0].next_functions)
+    return seen

@@ -1,0 +1,58 @@
+"""Activation alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.rule import Properties
+from feedbackward.rules.chain.layer_alignment import ActivityAlignment, Primitive, amp, sparse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationAlignment(ActivityAlignment):
+    r"""Activation alignment: each layer's feedback weights learn to answer its input as its forward weights do.
+
+    .. math::
+        \delta h_{l-1} = \delta a_l\, B_l, \qquad
+        \mathcal R_l = \alpha\,(E\|p\|^2 + E\|q\|^2) - \beta\, E\langle p, q\rangle, \quad p = x W_l^\top,\ q = x B_l^\top
+
+    .. math:: \nabla B_l = E\,(2\alpha\, q - \beta\, p)^\top x
+
+    The delta rule with the target :math:`\beta p / 2\alpha`: `B` nears `W` fastest where the inputs vary most, and hardly where they
+    do not. Those directions move with the features, so momentum destabilises it early: a rate of `B` well below :math:`1 - \mu`. It
+    is not local: `q` sends activity along the feedback weights against their direction. Like every chain whose `B`
+    follows `W` from a distance it needs a rate of `W` at which `B` can keep up.
+
+    sparse, amp: :math:`\alpha` and :math:`\beta`.
+    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
+        that one rate is stable in every layer; without it the stable rate is below :math:`1/\alpha` over the largest eigenvalue of
+        :math:`E\,x^\top x`, which may be thousands.
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+
+    Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
+    2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss that shares the
+    weights' rate, sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the
+    standardisation and the defaults, 500 times as large, are ours.
+    """
+
+    sparse: float = 0.5
+    amp: float = 1.0
+
+    name = "activation_alignment"
+    label = "Activation alignment"
+    paper = "Kunin et al. 2020"
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport="non-local",
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="W + opt.",
+        extra_compute="4 forward passes",
+    )
+
+    @property
+    def terms(self) -> Sequence[tuple[float, Primitive]]:
+        return (self.sparse, sparse), (self.amp, amp)

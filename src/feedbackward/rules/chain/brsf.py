@@ -1,0 +1,34 @@
+"""Batchwise random-magnitude sign-concordant feedback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.operators.signed import FreshSigned
+from feedbackward.rules.chain.concordant import SignConcordant
+
+
+@dataclass(frozen=True)
+class BRSF(SignConcordant):
+    r"""Batchwise random-magnitude sign-concordant feedback: new random magnitudes for every batch, with the forward signs.
+
+    .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = |M_t| \odot \mathrm{sign}(W_l),\quad M_t\ \text{drawn anew in pass}\ t
+
+    The magnitudes are a hash of the layer's key, the number t of the pass and the weight's place: the same on every rank and
+    device, continued by a loaded `state_dict`, and independent of the generators that dropout draws from. Of the state, 16 bytes
+    a layer are stored. Every forward pass under cuts counts, also each of several accumulated ones; probes do not.
+
+    init, scale: the law of :math:`M_t`, see :class:`feedbackward.LayerShaped`.
+    follow_norm: give B the norm that W has now. See uSF, also for strict normalisation.
+
+    Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,
+    Leibo & Poggio, AAAI 2016, who draw from U(0, 1) and normalise. BioTorch draws from the global generator.
+    """
+
+    name = "brsf"
+    label = "brSF"
+    properties = replace(SignConcordant.properties, extra_compute="hash of W")
+
+    def signed(self, layer: LayerShaped) -> FreshSigned:
+        return FreshSigned(layer, self.follow_norm)

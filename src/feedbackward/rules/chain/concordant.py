@@ -1,0 +1,47 @@
+"""What the three sign-concordant chains of Moskovitz et al. share: they differ in where the magnitudes come from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.operators.signed import Signed
+from feedbackward.rule import Properties, Rule, refuse_zeros
+
+
+@dataclass(frozen=True)
+class SignConcordant(Rule):
+    """A chain whose feedback has the signs of the forward weights. Abstract: uSF, brSF and frSF say what the magnitudes are."""
+
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+    follow_norm: bool = False
+
+    paper = "Moskovitz et al. 2019"
+    feeds = Arc
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport="signs",
+        learned_feedback=False,
+        backward_steps="L - 1",
+        extra_memory="0",
+        extra_compute="0",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        def signed(arc: Arc) -> Signed:
+            return self.signed(LayerShaped(arc.form, self.init, self.scale))
+
+        return chain(sites, signed, borrowed=True)
+
+    @abstractmethod
+    def signed(self, layer: LayerShaped) -> Signed:
+        """The operator of one layer."""

@@ -1,0 +1,53 @@
+"""Feedback alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.rule import Properties, Rule, refuse_zeros
+
+
+@dataclass(frozen=True)
+class FA(Rule):
+    r"""Feedback alignment: backprop's chain with fixed random weights in place of the transposed forward ones.
+
+    .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l\ \text{fixed, of the shape of}\ W_l
+
+    For a convolution, :math:`\delta h_{l-1}` is the transposed convolution of :math:`\delta a_l: [N, c_l, H, W]` with
+    :math:`B_l: [c_l, c_{l-1}, k, k]`, same stride, padding, dilation and groups. Norms, activations, pooling and skip
+    paths are differentiated exactly; so with `B = W` it is backprop.
+
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`. Their standard deviation should match
+        that of the forward weights, or the signals vanish or explode with depth.
+
+    Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep
+    learning", Nature Communications 7:13276, 2016 (arXiv:1411.0247). For convolutions it follows what published
+    implementations do (xavier-uniform as in BioTorch).
+    """
+
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    name = "fa"
+    label = "FA"
+    paper = "Lillicrap et al. 2016"
+    feeds = Arc
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=False,
+        backward_steps="L - 1",
+        extra_memory="W",
+        extra_compute="0",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale))

@@ -1,0 +1,58 @@
+"""Information alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.rule import Properties
+from feedbackward.rules.chain.layer_alignment import ActivityAlignment, Primitive, amp, decay, null
+
+
+@dataclass(frozen=True, kw_only=True)
+class InformationAlignment(ActivityAlignment):
+    r"""Information alignment: each layer's feedback weights are drawn to reconstruct the layer's input from its output.
+
+    .. math::
+        \delta h_{l-1} = \delta a_l\, B_l, \qquad
+        \mathcal R_l = -\alpha\, E\langle p, x B_l^\top\rangle + \beta\, E\|p B_l\|^2 + \gamma\,(\|W_l\|^2 + \|B_l\|^2), \quad
+        p = x W_l^\top
+
+    .. math:: \nabla B_l = E\, p^\top(2\beta\, p B_l - \alpha\, x) + 2\gamma B_l
+
+    Local: the output, the input, and what the feedback weights make of the output. The first term alone is the weight mirror's
+    Hebbian one, on the activities; the second keeps it from growing. For white inputs `B` moves to
+    :math:`\tfrac\alpha2 (\gamma + \beta\, W W^\top)^{-1} W`: every direction of `W`, the strong ones less than their share.
+
+    amp, null, decay: :math:`\alpha`, :math:`\beta` and :math:`\gamma`.
+    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
+        that one rate is stable in every layer.
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+
+    Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
+    2020 (arXiv:2003.01513). The authors' code has 2e-3, 1e-3 and 1e-3 in a loss that shares the weights' rate,
+    sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the standardisation here and
+    the defaults, 500 times as large, are ours.
+    """
+
+    amp: float = 1.0
+    null: float = 0.5
+    decay: float = 0.5
+
+    name = "information_alignment"
+    label = "Information alignment"
+    paper = "Kunin et al. 2020"
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="W + opt.",
+        extra_compute="4 forward passes",
+    )
+
+    @property
+    def terms(self) -> Sequence[tuple[float, Primitive]]:
+        return (self.amp, amp), (self.null, null), (self.decay, decay)

@@ -1,0 +1,49 @@
+"""Kolen-Pollack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class KolenPollack(Rule):
+    r"""Kolen-Pollack: feedback alignment whose feedback weights get the forward weights' own gradient.
+
+    .. math::
+        \delta h_{l-1} = \delta a_l\, B_l, \qquad \nabla B_l = \nabla W_l = \delta a_l^\top h_{l-1}
+
+    With the same optimizer, rate and weight decay for both, :math:`W_l - B_l` shrinks as :math:`(1 - \eta\lambda)^t` under
+    plain SGD, whatever the data. The product :math:`\delta a_l^\top h_{l-1}` is computed once and given to both.
+
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+
+    Kolen & Pollack, "Backpropagation without weight transport", ICNN 1994; Akrout, Wilson, Humphreys, Lillicrap & Tweed,
+    "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The authors' code has no weight decay by
+    default, so there the difference stays and alignment grows only as the weights do.
+    """
+
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    name = "kp"
+    label = "KP"
+    paper = "Kolen & Pollack 1994; Akrout et al. 2019"
+    feeds = Arc
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="W + opt.",
+        extra_compute="0",
+    )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale), shared=True)

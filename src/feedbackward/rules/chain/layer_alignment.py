@@ -1,0 +1,155 @@
+r"""The primitives of Kunin et al. 2020: regularisers of one layer's feedback weights, and the rules that are sums of them.
+
+For a layer with input `x`, forward weight `W` and feedback weight `B` of the same shape,
+
+.. math:: p = x W^\top, \qquad q = x B^\top, \qquad r = p\,B
+
+(for a convolution its own forward product, and its adjoint for `r`). A primitive `P(W, B, x)` is a number; each function here
+gives its gradient for `B` alone, `W` and `x` being held. Means, written E, are over the batch, and the tokens or positions of the
+output; the authors' code sums over positions.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from feedbackward.graph import Arc, Edge, Graph, Site, Source, chain
+from feedbackward.operators.base import Weights
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.rule import Rule
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known at one layer. `x: [M, *site]`."""
+
+    layer: LayerShaped
+    W: Tensor
+    B: Tensor
+    x: Tensor
+    _kept: list[Tensor] = field(
+        default_factory=list
+    )  # a cached_property holds a lock, which no compiler can see through
+
+    @property
+    def p(self) -> Tensor:
+        if not self._kept:
+            self._kept.append(self.layer.project(self.W, self.x))
+        return self._kept[0]
+
+    @property
+    def q(self) -> Tensor:
+        return self.layer.project(self.B, self.x)
+
+    @property
+    def r(self) -> Tensor:
+        return self.layer.send((self.B,), self.p, tuple(self.x.shape[1:]))
+
+    def mean(self, d: Tensor, h: Tensor) -> Tensor:
+        """E of the products of an output-shaped `d` and an input-shaped `h`, in the form of the weights."""
+        (total,) = self.layer.correlate((self.B,), d, h, center=False)
+        return total * (d.shape[1] / d.numel())
+
+
+Primitive = Callable[[Seen], Tensor]
+
+
+def decay(seen: Seen) -> Tensor:
+    r""":math:`\|W\|^2 + \|B\|^2`."""
+    return 2 * seen.B
+
+
+def sparse(seen: Seen) -> Tensor:
+    r""":math:`E\|p\|^2 + E\|q\|^2`."""
+    return 2 * seen.mean(seen.q, seen.x)
+
+
+def self_product(seen: Seen) -> Tensor:
+    r"""The paper's "self": :math:`-\mathrm{tr}(B^\top W) = -\sum W \odot B`."""
+    return -seen.W
+
+
+def amp(seen: Seen) -> Tensor:
+    r""":math:`-E\,\langle p, q\rangle`."""
+    return -seen.mean(seen.p, seen.x)
+
+
+def null(seen: Seen) -> Tensor:
+    r""":math:`E\|r\|^2`."""
+    return 2 * seen.mean(seen.p, seen.r)
+
+
+def standardized(x: Tensor) -> Tensor:
+    """`x: [M, features, ...]` without its mean over all but the features, and with a mean square of 1."""
+    centred = x - x.mean([i for i in range(x.dim()) if i != 1], keepdim=True)
+    return centred * centred.square().mean().clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAlignment(Rule):
+    """A chain whose `B` descends a sum of primitives, in every backward pass.
+
+    The regulariser does not come from the loss: what multiplies the loss does not scale it, and with k accumulated batches it
+    counts k times.
+
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    """
+
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    feeds = Arc
+    linear = False
+
+    @property
+    @abstractmethod
+    def terms(self) -> Sequence[tuple[float, Primitive]]:
+        """The primitives and their factors."""
+
+    def prepared(self, x: Tensor, layer: LayerShaped) -> tuple[Tensor, float]:
+        """The `x` that the primitives are given, and a factor on their gradients."""
+        return x, 1.0
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale), borrowed=True)
+
+    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        B, W = (w.to(h.dtype) for w in weights)
+        assert isinstance(edge.operator, LayerShaped)
+        with torch.autocast(h.device.type, enabled=False):  # all in the activity's dtype
+            x, rate = self.prepared(h, edge.operator)
+            seen = Seen(edge.operator, W, B, x)
+            return (
+                torch.stack(
+                    [rate * factor * primitive(seen) for factor, primitive in self.terms]
+                ).sum(0),
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivityAlignment(LayerAlignment):
+    r"""Alignment by the layer's own activity.
+
+    standardize: of `x`, subtract the batch mean of every feature and divide by the root mean square of what remains, one number
+        for the layer; and divide the gradient by n, the inputs of one output unit, whose power n then is. Without it, the rate
+        that is stable differs between layers by the largest eigenvalue of :math:`E\,x^\top x`.
+    """
+
+    standardize: bool = True
+
+    @property
+    def least_batch(self) -> int:
+        return 2 if self.standardize else 1
+
+    def prepared(self, x: Tensor, layer: LayerShaped) -> tuple[Tensor, float]:
+        if not self.standardize:
+            return x, 1.0
+        form = layer.form
+        outputs = form.shape[1] * form.groups if form.transposed else form.shape[0]
+        return standardized(x), outputs / math.prod(form.shape)

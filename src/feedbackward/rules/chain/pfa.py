@@ -1,0 +1,71 @@
+"""Product feedback alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.operators.product import PRODUCT_KINDS, Product
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class PFA(Rule):
+    r"""Product feedback alignment: feedback through a fixed and a learned matrix, whose product nears the forward weights.
+
+    .. math::
+        \delta h_{l-1} = (\delta a_l\, B_l)\, R_l, \qquad
+        \nabla R_l = B_l^\top \nabla W_l = (\delta a_l B_l)^\top h_{l-1}, \qquad B_l: [n_l, m]\ \text{fixed},\ R_l: [m, n_{l-1}]
+
+    With the same optimizer, rate and weight decay for both, :math:`R_l - B_l^\top W_l` shrinks as :math:`(1 - \eta\lambda)^t` under
+    plain SGD; then :math:`B_l R_l \to B_l B_l^\top W_l`, which has nearly the direction of :math:`W_l` where
+    :math:`B_l B_l^\top` is nearly the identity: m well above :math:`n_l`. Without weight decay the start of R stays in it.
+    For a convolution `B` mixes channels at each position, within the layer's groups, and `R` is a kernel of the layer's geometry.
+
+    The gradient of R is made from that of W, without a second sum over the batch.
+
+    expand: :math:`m / n_l`, for a random B.
+    kind: `"random"`: uniform with :math:`E[B B^\top] = 1`; `"orthogonal"`; `"identity"`, which is Kolen-Pollack.
+    init, scale: of R, see :class:`feedbackward.LayerShaped`.
+
+    Li & Benna, "Deep Learning without Weight Symmetry", 2024 (arXiv:2405.20594), expand 10 in the authors' configurations. They
+    decay all weights by much more at the start (0.03 or 5e-3, a thousandth and a fiftieth of it after the first epoch), and form
+    :math:`(\delta a_l B_l)^\top h_{l-1}`; their B for grouped convolutions mixes all groups, here it respects them (inferred).
+    """
+
+    expand: int = 10
+    kind: str = "random"
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    name = "pfa"
+    label = "PFA"
+    paper = "Li & Benna 2024"
+    feeds = Arc
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="2 expand W + opt.",
+        extra_compute="expand D",
+    )
+
+    def __post_init__(self) -> None:
+        if self.expand < 1 or self.kind not in PRODUCT_KINDS:
+            raise AttachError(
+                f"PFA needs expand >= 1 and a kind out of {', '.join(PRODUCT_KINDS)}, got {self.expand} and {self.kind!r}."
+            )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        expand = self.expand if self.kind == "random" else 1
+
+        def product(arc: Arc) -> Product:
+            return Product(LayerShaped(arc.form, self.init, self.scale), expand, self.kind)
+
+        return chain(sites, product, shared=True)

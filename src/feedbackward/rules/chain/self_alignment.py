@@ -1,0 +1,50 @@
+"""Self-alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.rule import Properties
+from feedbackward.rules.chain.layer_alignment import LayerAlignment, Primitive, self_product
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAlignment(LayerAlignment):
+    r"""Self-alignment: the primitive "self" by itself, which adds the forward weights to the feedback weights.
+
+    .. math::
+        \delta h_{l-1} = \delta a_l\, B_l, \qquad
+        \mathcal R_l = -\beta \sum W_l \odot B_l, \qquad \nabla B_l = -\beta\, W_l
+
+    `B` is its start plus :math:`\eta\beta` times the sum of all `W` so far: its direction nears theirs, and its norm grows without
+    bound unless the optimizer of `B` decays it; with a decay :math:`\lambda` it moves to :math:`\beta W_l/\lambda`, and
+    :math:`\lambda = \beta` is symmetric alignment. It is not local.
+
+    self_product: :math:`\beta`; small, so that a run ends before `B` is much larger than `W`.
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+
+    Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
+    2020 (arXiv:2003.01513), who use the primitive together with a decay only (symmetric alignment): as a rule by itself it is a
+    control (inferred).
+    """
+
+    self_product: float = 0.01
+
+    name = "self_alignment"
+    label = "Self-alignment"
+    paper = "Kunin et al. 2020"
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport="non-local",
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="W + opt.",
+        extra_compute="0",
+    )
+
+    @property
+    def terms(self) -> Sequence[tuple[float, Primitive]]:
+        return ((self.self_product, self_product),)

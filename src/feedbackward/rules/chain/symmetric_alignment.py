@@ -1,0 +1,51 @@
+"""Symmetric alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.rule import Properties
+from feedbackward.rules.chain.layer_alignment import LayerAlignment, Primitive, decay, self_product
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymmetricAlignment(LayerAlignment):
+    r"""Symmetric alignment: the feedback weights of each layer are drawn to the forward weights.
+
+    .. math::
+        \delta h_{l-1} = \delta a_l\, B_l, \qquad
+        \mathcal R_l = \alpha\,(\|W_l\|^2 + \|B_l\|^2) - \beta \sum W_l \odot B_l, \qquad \nabla B_l = 2\alpha B_l - \beta W_l
+
+    `B` moves to :math:`\beta W_l / 2\alpha`, at the defaults by :math:`-\eta\,(B_l - W_l)`: an instantaneous transport becomes an
+    estimate that takes time, but it is not local.
+
+    decay, self_product: :math:`\alpha` and :math:`\beta`.
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+
+    Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
+    2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss
+    that shares the weights' rate; only their products with `B`'s rate matter here, and the defaults are 500 times as large. Only
+    `B` descends the regulariser, the default there.
+    """
+
+    decay: float = 0.5
+    self_product: float = 1.0
+
+    name = "symmetric_alignment"
+    label = "Symmetric alignment"
+    paper = "Kunin et al. 2020"
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport="non-local",
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="W + opt.",
+        extra_compute="0",
+    )
+
+    @property
+    def terms(self) -> Sequence[tuple[float, Primitive]]:
+        return (self.decay, decay), (self.self_product, self_product)

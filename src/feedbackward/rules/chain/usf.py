@@ -1,0 +1,36 @@
+"""Uniform sign-concordant feedback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.operators.signed import UniformSigned
+from feedbackward.rules.chain.concordant import SignConcordant
+
+
+@dataclass(frozen=True)
+class USF(SignConcordant):
+    r"""Uniform sign-concordant feedback: a chain that uses the signs of the forward weights, and one magnitude per layer.
+
+    .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = \sigma_l\,\mathrm{sign}(W_l)\ \text{in every pass}
+
+    One bit per weight is transported; nothing is stored. :math:`\sigma_l` is the standard deviation of the initial law. A weight
+    that is exactly zero feeds nothing back: a layer that starts at zero has no feedback until it has moved.
+
+    init, scale: the law, see :class:`feedbackward.LayerShaped`. `"xavier_uniform"` gives
+        :math:`\sigma_l = \sqrt{2/(\mathrm{fan_{in}} + \mathrm{fan_{out}})}`, `"like_layer"` :math:`1/\sqrt{3\,\mathrm{fan_{in}}}`.
+    follow_norm: give B the norm that W has now, instead of that of its initial law.
+
+    Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488); the name and
+    the rule are older: Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016. The magnitude is
+    that of BioTorch, whose gradients these equal (its benchmarks name this rule); Liao et al. leave it out and normalise.
+    The strict normalisation :math:`W \leftarrow W \|W_0\|/\|W\|` is :func:`feedbackward.keep_norms`; it is known to us from BioTorch,
+    whose weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
+    """
+
+    name = "usf"
+    label = "uSF"
+
+    def signed(self, layer: LayerShaped) -> UniformSigned:
+        return UniformSigned(layer, self.follow_norm)

@@ -1,0 +1,95 @@
+"""Weight mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Arc, Edge, Graph, Site, Source, chain
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.rule import Properties, Rule
+
+if TYPE_CHECKING:
+    from feedbackward.engine.phase import Phase
+
+
+@dataclass(frozen=True)
+class WeightMirror(Rule):
+    r"""Weight mirror: feedback alignment whose feedback learns the forward weights from the layers' response to noise.
+
+    .. math::
+        \delta h_{l-1} = \delta a_l\, B_l, \qquad
+        \nabla B_l = \lambda B_l - \tfrac1M\, y^\top \xi,\quad y = \xi W_l^\top,\quad \xi: [M, n_{l-1}] \sim \mathcal N(0, 1)
+
+    Call `learner.feedback_step(x)` for a mirror phase, before the optimizer of the feedback steps; the inputs are not looked at. A few
+    hundred phases before training let it begin aligned, as the authors do.
+    Each layer alone is fed centred noise, and its response is taken without bias, norm or activation: then
+    :math:`E[y^\top\xi]/M = W_l`, and `B` moves to :math:`W_l/\lambda`. For a convolution the sum of products over all positions is
+    divided by how many positions each weight of the kernel takes part in. Whatever else decays `B` (the optimizer) adds to
+    :math:`\lambda`.
+
+    samples: M, noise samples per phase; the noise in :math:`\nabla B` is about :math:`\sqrt{n_{l-1}/M}` times the weights (for
+        convolutions less, by the root of the positions): where it matters, lower B's rate.
+    decay: :math:`\lambda`.
+    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+
+    Akrout, Wilson, Humphreys, Lillicrap & Tweed, "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The
+    authors' code has Linear layers only, passes the noise (uniform, of width 0.1) through bias and sigmoid, adds
+    :math:`0.01\, y^\top\xi` without decay after every batch and after a first pass of the length of the data, and its normaliser
+    of `B` has no effect. Scaling by the noise's variance and by M is ours: the rate of `B` then means the same in every layer.
+    """
+
+    samples: int = 128
+    decay: float = 1.0
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    name = "weight_mirror"
+    label = "Weight mirror"
+    paper = "Akrout et al. 2019"
+    feeds = Arc
+    in_phase = True
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="W + opt.",
+        extra_compute="2 forward passes",
+    )
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.decay < 0:
+            raise AttachError(
+                f"{self.label} needs samples >= 1 and decay >= 0, got {self.samples} and {self.decay}."
+            )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale))
+
+    def feedback_step(self, phase: Phase) -> None:
+        for edge in phase.edges:
+            (B,) = phase.weights(edge)
+            phase.give(edge, (self.decay * B - mirrored(phase, edge, self.samples),))
+
+
+@torch.no_grad()
+def mirrored(phase: Phase, edge: Edge, samples: int) -> Tensor:
+    """What a layer's response to centred noise says of its weight: an estimate without bias, of the weight's shape.
+
+    The noise in it is about sqrt(fan-in / (samples * places)) times the weights.
+    """
+    layer, arc = edge.operator, edge.site
+    assert isinstance(layer, LayerShaped)
+    assert isinstance(arc, Arc)
+    (B,) = phase.weights(edge)
+    with torch.autocast(B.device.type, enabled=False):
+        noise = phase.noise(B.new_zeros(1).expand(layer.noise_shape(samples, edge.site_shape)))
+        return layer.mirrored(phase.weight(arc.weight).to(B.dtype), noise)

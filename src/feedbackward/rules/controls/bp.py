@@ -1,0 +1,34 @@
+"""Backpropagation: the control that every rule is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.graph import Graph, Site, Source
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class BP(Rule):
+    r"""Backpropagation, :math:`\delta h_{l-1} = \delta a_l W_l`: no cut, no hook, autograd as it is.
+
+    Rumelhart, Hinton & Williams, "Learning representations by back-propagating errors", Nature 1986.
+    """
+
+    name = "bp"
+    label = "BP"
+    paper = "Rumelhart et al. 1986"
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=True,
+        learned_feedback=False,
+        backward_steps="L - 1",
+        extra_memory="0",
+        extra_compute="0",
+    )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return Graph()

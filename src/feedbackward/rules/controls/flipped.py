@@ -1,0 +1,92 @@
+"""Another rule with the sign of every signal reversed: the control that says whether the direction of feedback matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Arc, Edge, Graph, Site, Source
+from feedbackward.operators.base import Weights
+from feedbackward.rule import Rule
+from feedbackward.rules.direct.dkp import DKP
+
+if TYPE_CHECKING:
+    from feedbackward.engine.phase import Phase
+
+
+@dataclass(frozen=True)
+class Flipped(Rule):
+    r"""A direct rule whose signals are negated: :math:`\delta h_l = -e\, B_l` in place of :math:`e\, B_l`.
+
+    The feedback itself learns as the rule says, by the gradients that it would have got; what lies above the last site
+    learns by its true gradient, as ever. A rule whose feedback carries a direction must do worse flipped than frozen
+    features do. Fixed random feedback is as likely as its negative, so it trains flipped as well as it does unflipped.
+
+    rule: the rule to flip, one with direct feedback.
+
+    No paper: a control.
+    """
+
+    rule: Rule = field(default_factory=DKP)
+
+    name = "flipped"
+    paper = "control"
+    receives = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            raise AttachError(
+                f"Flipped needs an instance of a Rule, for example fb.DKP(), not {self.rule!r}."
+            )
+        for key in (
+            "feeds",
+            "sends_activity",
+            "in_phase",
+            "revises",
+            "needs",
+            "linear",
+            "properties",
+        ):
+            object.__setattr__(self, key, getattr(self.rule, key))
+        object.__setattr__(self, "label", f"{self.rule.label} flipped")
+
+    @property
+    def needs_error(self) -> bool:
+        return self.rule.needs_error
+
+    @property
+    def least_batch(self) -> int:
+        return self.rule.least_batch
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        graph = self.rule.graph(sites, source)
+        if issubclass(self.feeds, Arc) or {edge.source for edge in graph.edges} != {source}:
+            raise AttachError(
+                f"{self.rule.label} cannot be flipped: a sign is reversed once for every site, so each must be fed straight from "
+                f"the source {source.name!r}. Flip a direct rule (DKP, DFA, FDFA)."
+            )
+        return graph
+
+    def learns(self, edge: Edge) -> bool:
+        return self.rule.learns(edge)
+
+    def learns_in_pass(self, edge: Edge) -> bool:
+        return self.rule.learns_in_pass(edge)
+
+    def message(
+        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
+    ) -> Tensor:
+        return self.rule.message(edge, d, target, activity)
+
+    def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
+        return -self.rule.receive(edge, sent, h)
+
+    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        return self.rule.feedback_grad(edge, weights, d, h)
+
+    def feedback_step(self, phase: Phase) -> None:
+        self.rule.feedback_step(phase)

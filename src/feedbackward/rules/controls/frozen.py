@@ -1,0 +1,38 @@
+"""Frozen features: the control that says whether hidden layers were trained at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.graph import Graph, Site, Source
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class Frozen(Rule):
+    r"""Hidden layers stay as they were initialised; only what lies above the last site learns.
+
+    The network is cut at every site and nothing is sent: :math:`\delta h_l` does not exist, so no hidden
+    parameter (weights, biases, affine parameters of norms) gets a gradient, and `grad` stays None.
+    Running statistics of norms still update. A rule that does not beat this control has not trained its
+    hidden layers (Launay et al. 2019 found DFA's convolutions equal to it).
+    """
+
+    name = "frozen"
+    label = "Frozen"
+    paper = "control"
+    needs = "nothing"
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=True,
+        forward_unlocked=True,
+        weight_transport=False,
+        learned_feedback=False,
+        backward_steps="0",
+        extra_memory="0",
+        extra_compute="0",
+    )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return Graph(tuple(sites))

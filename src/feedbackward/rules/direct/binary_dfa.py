@@ -1,0 +1,41 @@
+"""Binary direct feedback alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.operators import Binary
+from feedbackward.rule import Rule, refuse_zeros
+from feedbackward.rules.direct.dfa import DFA
+
+
+@dataclass(frozen=True)
+class BinaryDFA(Rule):
+    r"""BDFA: the feedback weights are random signs, so that a signal is made by additions alone.
+
+    .. math:: \delta h_l = s_l\, e\, B_l, \qquad B_l \in \{-1, 1\}^{C \times n_l},\quad s_l = \sqrt{2 / n_l}
+
+    scale: a factor on `s_l`, which is a shift in hardware where it is a power of two.
+
+    Han & Yoo, "Efficient convolutional neural network training with direct feedback alignment", 2019 (arXiv:1901.01986; ICCV
+    workshops 2019). There binary feedback serves the fully connected layers while backprop trains the convolutions:
+    `CDFA(operator=Binary())`, :class:`CDFA`; here it is the whole of DFA. `s_l` gives signals of DFA's norm; the paper's own choice,
+    from statistics of the matrices, we have not read.
+    """
+
+    scale: float = 1.0
+
+    name = "binary_dfa"
+    label = "BDFA"
+    paper = "Han & Yoo 2019"
+    properties = replace(
+        DFA.properties, extra_memory="C n bits", extra_compute="N C n additions - D"
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, Binary(self.scale))

@@ -1,0 +1,48 @@
+"""Direct feedback alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.operators import Dense, Operator
+from feedbackward.rule import Properties, Rule, refuse_zeros
+
+
+@dataclass(frozen=True)
+class DFA(Rule):
+    r"""Direct feedback alignment: the output error reaches every site through a fixed random matrix.
+
+    .. math:: \delta h_l = e\, B_l, \qquad B_l\ \text{fixed},\quad e: [N, C],\ B_l: [C, n_l]
+
+    in place of backprop's :math:`e\, \partial a_L / \partial h_l`. All sites get their signal at once.
+
+    operator: the form of the feedback weights and how they start.
+
+    Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016
+    (arXiv:1609.01596). The paper draws B from a uniform distribution of width 1/sqrt(fan); the DKP
+    authors' code, whose comparison is reproduced here, uses `kaiming_uniform` on CIFAR-10, the default.
+    """
+
+    operator: Operator = Dense()
+
+    name = "dfa"
+    label = "DFA"
+    paper = "Nokland 2016"
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=False,
+        backward_steps="1",
+        extra_memory="C n",
+        extra_compute="N C n - D",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self.operator)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, self.operator)

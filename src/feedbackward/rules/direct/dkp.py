@@ -1,0 +1,65 @@
+"""Direct Kolen-Pollack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.operators import Dense, Operator, Weights
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class DKP(Rule):
+    r"""Direct Kolen-Pollack: DFA whose feedback is learned from the error and the site's own activity.
+
+    .. math::
+        \delta h_l = e\, B_l, \qquad \nabla B_l = e^\top h_l \quad [C, n_l], \qquad
+        B_l \leftarrow B_l - \eta\,(\nabla B_l + \lambda B_l)
+
+    `e = dLoss/da_L` carries the 1/N of a mean loss, so the gradient is a batch mean; the signal uses `B`
+    before its update. At the last hidden layer :math:`\nabla B_{L-1} = \nabla W_L`: under equal plain SGD
+    `W_L - B_{L-1}` shrinks as :math:`(1 - \eta\lambda)^t` (Kolen & Pollack 1994). Below it, `B_l` is the
+    gradient-trained linear readout of `h_l` that shares the network's error.
+
+    center: subtract the batch mean of each feature, :math:`\nabla B_l = e^\top (h_l - \bar h_l)`. Activities
+        after a ReLU are positive, so their mean dominates :math:`e^\top h_l`. Needs a batch of at least 2.
+    operator: the form of the feedback weights and how they start; one that can be learned.
+
+    Webster, Choi & Ahn, "Learning the Connections in Direct Feedback Alignment", 2020 (OpenReview
+    zgGmAx9ZcY). The authors' code starts B with `kaiming_uniform` in its CIFAR-10 net and with zeros in its
+    AlexNet, and trains B by Adam with its own rate, decay and schedule (the recipe `published`), so the
+    Kolen-Pollack condition of equal optimizers is not met there. An earlier variant of the authors, FB-DKP,
+    used :math:`\nabla B_l = \tfrac12 e^\top h_l + \tfrac12 a_L^\top (e B_l)`; they dropped it, and it is
+    not offered here. With a second update by predictive coding: :class:`DKPPC`. Feedback of fixed norm: :class:`GrAPE`.
+    """
+
+    center: bool = False
+    operator: Operator = Dense()
+
+    name = "dkp"
+    label = "DKP"
+    paper = "Webster et al. 2020"
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="1",
+        extra_memory="C n + opt.",
+        extra_compute="2 N C n - D",
+    )
+
+    @property
+    def least_batch(self) -> int:
+        return 2 if self.center else 1
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, self.operator)
+
+    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        return edge.operator.correlate(weights, d, h, self.center)

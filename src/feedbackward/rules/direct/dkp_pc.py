@@ -1,0 +1,125 @@
+"""Direct Kolen-Pollack predictive coding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.operators import Dense, Operator
+from feedbackward.rule import Properties, Rule
+from feedbackward.rules.targets.decoding import learning, rows
+
+if TYPE_CHECKING:
+    from feedbackward.engine.phase import Phase
+
+
+@dataclass(frozen=True)
+class DKPPC(Rule):
+    r"""Direct Kolen-Pollack predictive coding: DKP moves the weights; predictive coding, which then finds errors at every site at
+    once, moves them again.
+
+    .. math::
+        &\text{1. DKP:} && W' = W - \eta_1\, \nabla_1, \quad \nabla_1\ \text{from}\ \delta h_l = e\, B_l \\
+        &\text{2. beliefs:} && z_l \leftarrow h_l - \gamma N\, \partial E / \partial z_l, \quad
+            E = \mathrm{loss}(f_L(z_{L-1})) + \tfrac{1}{2N} \textstyle\sum_l \| z_l - f_l(z_{l-1}) \|^2\ \text{under}\ W' \\
+        &\text{3. both:} && \nabla W = \nabla_1 + \rho\, \partial E / \partial W', \qquad \nabla B_l = e^\top h_l
+
+    `h_l` and `e` are those of W, :math:`f_l` is the segment below site l, N counts samples (times the output's tokens). On linear
+    layers, with :math:`\epsilon_l = z_l - z_{l-1} W_l'^\top`, step 2 is :math:`z_l \leftarrow z_l + \gamma (\epsilon_{l+1} W'_{l+1} -
+    \epsilon_l)`: one layer down, through transposed weights. Step 3 then descends :math:`-\rho\, \epsilon_l^\top z_{l-1} / N`.
+
+    Call `learner.feedback_step(x, loss_fn)` once after the backward pass of a batch (gradients of several batches cannot be
+    accumulated), before the optimizers step. W' is never stored: with plain SGD at the rate :math:`\eta_1` for W the one step on
+    :math:`\nabla W` is the paper's two, the second at the rate :math:`\rho\,\eta_1`. With any other optimizer or rate, beliefs
+    meet a W' at which the weights do not arrive (inferred).
+
+    rate: :math:`\eta_1`. gamma, steps: size and number of the steps of inference. ratio: :math:`\rho`, of the second update.
+    operator: the form of the feedback weights and how they start; one that can be learned.
+
+    Casnici, Lefebvre, Dauwels & Frenkel, "Direct Kolen-Pollack predictive coding", 2026 (arXiv:2602.15571), known to us through
+    another implementation, whose beliefs are pre-activations and whose first update has no f': name the layers as `sites` for
+    that. Its :math:`\rho` and gamma are the defaults. Below the last site the second update mostly takes back some of the
+    first, the more the larger :math:`\eta_1` and the more positions a kernel has: with a large :math:`\rho` it overshoots.
+    """
+
+    rate: float = 0.02
+    gamma: float = 0.1
+    steps: int = 1
+    ratio: float = 0.01
+    operator: Operator = Dense()
+
+    name = "dkp_pc"
+    label = "DKP-PC"
+    paper = "Casnici et al. 2026"
+    in_phase = True
+    revises = True
+    linear = False
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=True,
+        learned_feedback=True,
+        backward_steps="1 + 1",
+        extra_memory="2 W + 3 N n + C n + opt.",
+        extra_compute="4 forward passes + 2 N C n",
+    )
+
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and self.gamma > 0 and self.ratio > 0 and self.steps >= 1):
+            raise AttachError(
+                f"{self.label} needs rate, gamma, ratio above 0 and one step, got {self}."
+            )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, self.operator)
+
+    def feedback_step(self, phase: Phase) -> None:
+        with learning(phase):
+            beliefs, error = _first(phase)
+            for edge in phase.edges:
+                sides = rows(edge, error), rows(edge, beliefs[edge.site].detach())
+                phase.give(edge, edge.operator.correlate(phase.weights(edge), *sides, center=False))
+            moved = phase.moved(self.rate)
+            n = error.shape[: 1 + phase.edges[0].source.tokens].numel()
+            for _ in range(self.steps):
+                slopes = torch.autograd.grad(
+                    _energy(phase, beliefs, moved, n), list(beliefs.values())
+                )
+                steps = zip(beliefs.items(), slopes, strict=True)
+                beliefs = {site: _leaf(z - self.gamma * n * slope) for (site, z), slope in steps}
+            energy = self.ratio * _energy(phase, beliefs, moved, n)
+            second = torch.autograd.grad(energy, list(moved.values()), allow_unused=True)
+            phase.revise(
+                {k: grad for k, grad in zip(moved, second, strict=True) if grad is not None}
+            )
+
+
+def _first(phase: Phase) -> tuple[dict[Site, Tensor], Tensor]:
+    """The activities, as beliefs to begin with, and the error at the source, under the weights as they are."""
+    beliefs: dict[Site, Tensor] = {}
+
+    def keep(site: Site, h: Tensor) -> Tensor:
+        return beliefs.setdefault(site, _leaf(h))
+
+    made = phase.forward(keep, gradients=True)
+    return beliefs, torch.autograd.grad(phase.loss(made.output), list(made.sources.values()))[0]
+
+
+def _energy(
+    phase: Phase, beliefs: dict[Site, Tensor], weights: dict[str, Tensor], n: int
+) -> Tensor:
+    """E: every segment starts from the belief below it and is compared with the one above."""
+    made = phase.forward(lambda site, h: beliefs[site], gradients=True, weights=weights)
+    gaps = [(z - made.sites[site]).square().sum() for site, z in beliefs.items()]
+    return phase.loss(made.output) + torch.stack(gaps).sum() / (2 * n)
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_()

@@ -1,0 +1,63 @@
+"""Direct random target projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.operators import Dense, Operator
+from feedbackward.rule import Properties, Rule, refuse_zeros
+
+
+@dataclass(frozen=True)
+class DRTP(Rule):
+    r"""Direct random target projection: DFA that sends the one-hot target in place of the error.
+
+    .. math:: \delta h_l = \tfrac1N\, y\, B_l, \qquad B_l\ \text{fixed},\quad y: [N, C]\ \text{one-hot},\ B_l: [C, n_l]
+
+    The signals need no forward pass to end and no error, so a layer may be updated before the next one has run (the
+    `eager` schedule). They never vanish, whatever the loss: rates are smaller than DFA's, and decaying ones matter more.
+
+    Call `learner.target(y)` before every forward pass. The signals are not made from the loss: what multiplies the loss
+    (accumulation, a loss scale) goes into `learner.target(y, scale=...)`.
+
+    operator: the form of the feedback weights and how they start.
+
+    Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training of
+    deep neural networks", Frontiers in Neuroscience 15, 2021 (arXiv:1909.01311). The authors' code adds `+ y B`, as
+    here; the sign does not matter, for `B` is symmetric around zero. It draws `B` by `kaiming_uniform`, trains with
+    sigmoid and binary cross-entropy, and does not divide by N; we do, so that the scale is that of a mean loss.
+    """
+
+    operator: Operator = Dense()
+
+    name = "drtp"
+    label = "DRTP"
+    paper = "Frenkel et al. 2021"
+    needs = "target"
+    linear = False
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=True,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=False,
+        backward_steps="0",
+        extra_memory="C n",
+        extra_compute="N n - D",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self.operator)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, self.operator)
+
+    def message(
+        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
+    ) -> Tensor:
+        assert target is not None
+        return target / len(target)

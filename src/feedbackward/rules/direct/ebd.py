@@ -1,0 +1,64 @@
+"""Error broadcast and decorrelation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.operators import Dense, Operator, Weights
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class EBD(Rule):
+    r"""Error broadcast and decorrelation: the feedback is the running correlation of activity and error.
+
+    .. math::
+        B_l \leftarrow \lambda B_l + (1 - \lambda)\, e^\top h_l, \qquad \delta h_l = e\, B_l \qquad (B_l = R_l^\top: [C, n_l])
+
+    The signal descends :math:`\tfrac12 \lVert R_l \rVert^2`, the correlation that the error of the best estimator would not have,
+    through :math:`h_l` for a fixed error. `e` carries the 1/N of a mean loss, so :math:`e^\top h_l` is a batch mean. The moving
+    average is the gradient step :math:`\nabla B_l = B_l - e^\top h_l`: exactly the published one under plain SGD for B with the
+    rate :math:`1 - \lambda`, without momentum or decay.
+
+    The sign: in :math:`e\, e^\top h` the error counts twice, so it may be taken either way round. DKP's feedback is *minus* a sum of
+    the same :math:`e^\top h_l`, as are output weights trained by gradient descent. A `B` that is all correlation therefore sends the
+    opposite of what trains the layers below a head that descends the loss, and such networks stayed below chance here. With
+    :math:`1 - \lambda` small `B` stays near its random start and EBD is DFA with a drift; at larger rates it fails.
+    :class:`Flipped` reverses what is sent (`Flipped(EBD())`): not in the paper, but near DKP with a short memory.
+
+    operator: the form of the feedback weights and how they start; one that can be learned.
+
+    Erdogan, Pehlevan & Erdogan, "Error Broadcast and Decorrelation as a Potential Artificial and Natural Learning Mechanism",
+    2025 (arXiv:2504.11558). Neither the paper's text nor the authors' code was at hand: the equations are from descriptions, the
+    start of `B` is inferred. Here the function of the activity is the activity itself. Left out: the power and entropy
+    regularisers of the layers, which keep activities from collapsing, and the error's own dependence on the weights.
+    """
+
+    operator: Operator = Dense()
+
+    name = "ebd"
+    label = "EBD"
+    paper = "Erdogan et al. 2025"
+    linear = False
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="1",
+        extra_memory="C n + opt.",
+        extra_compute="2 N C n - D",
+    )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, self.operator)
+
+    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        correlation = edge.operator.correlate(weights, d, h, center=False)
+        own = edge.operator.decay(weights, edge.source_shape, edge.site_shape)
+        return tuple(b.to(r.dtype) - r for b, r in zip(own, correlation, strict=False))

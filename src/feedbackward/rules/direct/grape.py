@@ -1,0 +1,105 @@
+"""Gradient-aligned projected error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.operators import Dense, Operator, Shape, Weights
+from feedbackward.rule import Properties, Rule, refuse_zeros
+
+if TYPE_CHECKING:
+    from feedbackward.engine.phase import Phase
+
+
+@dataclass(frozen=True)
+class GrAPE(Rule):
+    r"""GrAPE: direct feedback that is turned towards forward-mode estimates of the Jacobians, and keeps its norm.
+
+    .. math::
+        \delta h_l = e\, B_l, \qquad L_{align} = 1 - \tfrac1C \sum_c \cos(B_{lc}, \hat J_{lc}), \qquad
+        \nabla B_{lc} = -\frac1C \Bigl(\frac{\hat J_{lc}}{\lVert \hat J_{lc} \rVert} - \cos(B_{lc}, \hat J_{lc})\, B_{lc}\Bigr)
+
+    with :math:`\lVert B_{lc} \rVert = 1` for the feedback :math:`B_{lc}: [n_l]` of each output unit, a column of the paper's
+    :math:`[n_l, C]` matrix, and :math:`\hat J_l` as in :class:`FDFA`. Only the direction is learned, so rates of `B` are of the
+    order of 1, and its weight decay does nothing.
+
+    Call `learner.feedback_step(x)` after every backward pass, before the optimizers step. What is sent is always normalised;
+    the stored `B` is put back to norm 1 when the next phase begins.
+
+    The paper adds a calibration, one mini-batch by backprop every few epochs, which is a matter of the training loop: run
+    that step within `learner.exact()` (`--calibrate_every` on the command line). It transports weights, and by itself does
+    much of what it does for GrAPE: compare with DFA and Frozen under the same calibration.
+
+    init: of the feedback weights before they are normalised, see :class:`feedbackward.Dense`.
+
+    Caillon, Fagnou, Delattre & Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees", ICLR 2026. No
+    code of the authors was at hand. Inferred: that columns belong to output units; that each sample has a perturbation of its
+    own and all layers are perturbed at once; the initial law. The paper perturbs weights where they are fewer; we never do.
+    """
+
+    init: str = "scaled_normal"
+
+    name = "grape"
+    label = "GrAPE"
+    paper = "Caillon et al. 2026"
+    in_phase = True
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="1",
+        extra_memory="C n + opt.",
+        extra_compute="2 forward passes + 2 N C n - D",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, Normalised(self.init))
+
+    def feedback_step(self, phase: Phase) -> None:
+        for edge, moves, noise in phase.perturbed():
+            with torch.no_grad(), torch.autocast(moves.device.type, enabled=False):
+                weights = phase.weights(edge)
+                (J,) = Dense().correlate(weights, moves / len(moves), noise, center=False)
+                B = weights[0].data.div_(
+                    _norms(weights[0])
+                )  # .data: what is sent does not change by it
+                J = J / _norms(J)
+                cosine = (B * J).flatten(1).sum(1)
+                phase.give(edge, ((cosine.view(-1, *[1] * (B.dim() - 1)) * B - J) / len(B),))
+
+
+@dataclass(frozen=True)
+class Normalised(Operator):
+    """Dense feedback that sends with norm 1 from every source unit, whatever the norm of its stored weights."""
+
+    init: str
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        (B,) = Dense(self.init).create(source, site, generator)
+        return (B / _norms(B),)
+
+    def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
+        return Dense().send(weights, d.reshape(len(d), -1) / _norms(weights[0]).flatten(), site)
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        return Dense().macs(source, site)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        return Dense().bytes(source, site)
+
+
+def _norms(B: Tensor) -> Tensor:
+    """The norm of what comes from each source unit, to divide by: `[C, 1, ...]`."""
+    norms = torch.linalg.vector_norm(B, dim=tuple(range(1, B.dim())), keepdim=True)
+    return norms.clamp_min(torch.finfo(B.dtype).tiny)

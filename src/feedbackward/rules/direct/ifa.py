@@ -1,0 +1,61 @@
+"""Indirect feedback alignment."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.graph import Edge, Graph, Lift, Site, Source
+from feedbackward.operators import Dense, Operator
+from feedbackward.rule import Properties, Rule, refuse_zeros
+
+
+@dataclass(frozen=True)
+class IFA(Rule):
+    r"""Indirect feedback alignment: the output error reaches the first site, and the others from there, upwards.
+
+    .. math::
+        \delta h_1 = e\, B_1, \qquad \delta h_{l+1} = \delta a_l\, W_{l+1}^\top, \quad \delta a_l = \delta h_l \odot f'(a_l), \qquad
+        B_1\ \text{fixed}: [C, n_1]
+
+    The forward weights are used in their forward direction, as the next forward pass would use them: no transport. Only
+    plain chains of sites: each made from the one below alone, by layers whose last output :math:`a_l` has the shape of the
+    site. Norms and pools on the way are differentiated as well: :math:`\delta h_{l+1} = \partial a_{l+1} / \partial a_l\, \delta h_l`,
+    which is the above for activations that work unit by unit. A pool must lie above its site: where the net pools, name
+    the activations as sites.
+
+    The derivative in forward direction is taken by differentiating twice, within the forward pass: it costs memory and time
+    that the rule itself does not, the signals wait for each other, and neither replay nor `fullgraph` compilation goes with it.
+
+    What :math:`W_{l+1}` learns is proportional to :math:`W_{l+1}` itself: it may grow along what it sends up. Bounded activations
+    (the paper's tanh) contain that; with ReLU small rates were needed here, and on convolutions it did not beat Frozen.
+
+    operator: the form of the feedback weights of the first site and how they start.
+
+    Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016 (arXiv:1609.01596), which has
+    fully connected tanh networks and draws `B` uniformly. Inferred: everything about norms, pools and convolutions.
+    """
+
+    operator: Operator = Dense()
+
+    name = "ifa"
+    label = "IFA"
+    paper = "Nokland 2016"
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=False,
+        backward_steps="L - 1",
+        extra_memory="C n_1",
+        extra_compute="about 1 backward pass",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self.operator)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        lifts = tuple(Lift(below, above) for below, above in itertools.pairwise(sites))
+        return Graph(tuple(sites), (Edge(source, sites[0], self.operator),), lifts=lifts)

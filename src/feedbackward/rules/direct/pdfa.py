@@ -1,0 +1,41 @@
+"""Direct feedback alignment with generated feedback, as pipelined on a chip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.operators import Seeded
+from feedbackward.rule import Rule, refuse_zeros
+from feedbackward.rules.direct.dfa import DFA
+
+
+@dataclass(frozen=True)
+class PDFA(Rule):
+    r"""PDFA's rule: DFA whose binary feedback is generated from a seed whenever it is needed, and stored nowhere.
+
+    .. math:: \delta h_l = s_l\, e\, B_l(\text{seed}), \qquad B_l \in \{-1, 1\}^{C \times n_l},\quad s_l = \sqrt{2 / n_l}
+
+    The pipeline (a layer's update for one sample runs beside the forward pass of the next) is no part of the rule but a
+    schedule: gradients that come a step late, `staleness` of a training run.
+
+    scale: a factor on `s_l`.
+
+    Han, Lee, Lee & Yoo, "A Low-Power Deep Neural Network Online Learning Processor for Real-Time Object Tracking Application",
+    IEEE TCAS-I 66(5), 2019; DF-LNPU, JSSC 2021. The chip draws its feedback from a shift register; ours comes from a hash of seed,
+    site and position. That it is binary and how it is scaled is inferred from the authors' BDFA (:class:`BinaryDFA`).
+    """
+
+    scale: float = 1.0
+
+    name = "pdfa"
+    label = "PDFA"
+    paper = "Han et al. 2019"
+    properties = replace(DFA.properties, extra_memory="0", extra_compute="N C n additions - D")
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, Seeded(self.scale, "binary"))

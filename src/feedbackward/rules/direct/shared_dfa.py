@@ -1,0 +1,43 @@
+"""Direct feedback alignment with one matrix for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.operators import Shared
+from feedbackward.rule import Rule, refuse_zeros
+from feedbackward.rules.direct.dfa import DFA
+
+
+@dataclass(frozen=True)
+class SharedDFA(Rule):
+    r"""DFA with one random matrix, of which every layer takes as many columns as it has features.
+
+    .. math:: R = e\, B, \qquad \delta h_l = R_{:, :n_l}, \qquad B: [C, m],\ B \sim U(-1, 1) / \sqrt{m},\ m = \max_l n_l
+
+    So one product serves all layers, and feedback takes the memory of the widest one. The scale is that of the matrix, not of
+    the layer: a layer's signal has entries of the same size whatever its own width.
+
+    scale: a factor on the initial weights.
+
+    Launay, Poli & Krzakala, "Principled Training of Neural Networks with Direct Feedback Alignment", 2019 (arXiv:1906.04554);
+    Launay, Poli, Boniface & Krzakala, "Direct Feedback Alignment Scales to Modern Deep Learning Tasks and Architectures",
+    NeurIPS 2020 (arXiv:2006.12878). As in the authors' package TinyDFA, where token dimensions are batch dimensions; sites are
+    the user's choice here (theirs: after blocks, `sites="blocks"`, or three per transformer block). They advise little dropout and,
+    for transformers, Adam with a rate ten times smaller than backprop's.
+    """
+
+    scale: float = 1.0
+
+    name = "shared_dfa"
+    label = "Shared DFA"
+    paper = "Launay et al. 2019, 2020"
+    properties = replace(DFA.properties, extra_memory="C max n", extra_compute="N C n - D")
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, Shared(scale=self.scale))

@@ -1,0 +1,61 @@
+"""Direct feedback alignment with the sign of the error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.operators import Dense, Operator
+from feedbackward.rule import Properties, Rule, refuse_zeros
+
+
+@dataclass(frozen=True)
+class SignDFA(Rule):
+    r"""sDFA: direct feedback alignment that sends the sign of the error only, one bit per output unit.
+
+    .. math:: \delta h_l = \tfrac1M\, \mathrm{sign}(e)\, B_l, \qquad B_l\ \text{fixed},\quad e: [M, C],\ B_l: [C, n_l]
+
+    M counts samples, or tokens where feedback is token-wise; an error of exactly zero (an ignored token) sends nothing.
+
+    For class probabilities and one-hot targets :math:`\mathrm{sign}(\hat y - y) = 1 - 2y` whatever the network answers: the
+    signal is a projection of the target, as in DRTP, and vanishes for no loss. So its scale is that of no loss either:
+    what multiplies the loss (a loss scale, 1/k of k accumulated batches, a sum in place of a mean) does not change it.
+    Scale the learning rate instead; fp16 autocast, which needs a loss scale, is refused.
+
+    operator: the form of the feedback weights and how they start.
+
+    Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training of
+    deep neural networks", Frontiers in Neuroscience 15, 2021 (arXiv:1909.01311), where it is the step from DFA to DRTP. The
+    authors' code draws `B` by `kaiming_uniform` and does not divide by M; we do, so that the scale is that of a mean loss.
+    """
+
+    operator: Operator = Dense()
+
+    name = "sign_dfa"
+    label = "sDFA"
+    paper = "Frenkel et al. 2021"
+    linear = False
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=False,
+        backward_steps="1",
+        extra_memory="C n",
+        extra_compute="N C n - D",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self.operator)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, self.operator)
+
+    def message(
+        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
+    ) -> Tensor:
+        return d.sign() / len(d)

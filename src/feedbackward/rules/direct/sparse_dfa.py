@@ -1,0 +1,42 @@
+"""Direct feedback alignment with sparse connections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.operators import Sparse
+from feedbackward.rule import Rule, refuse_zeros
+from feedbackward.rules.direct.dfa import DFA
+
+
+@dataclass(frozen=True)
+class SparseDFA(Rule):
+    r"""Sparse DFA: every hidden unit listens to the errors of s classes, of one by default.
+
+    .. math:: \delta h_{l,i} = \sum_{k=1}^{s} b_{l,ik}\, e_{c_k(i)}, \qquad
+        b \sim U(-\tfrac1q, \tfrac1q),\ q = \sqrt{n_l / \sqrt{C s}}
+
+    The classes `c_k(i)` are random, fixed and balanced: all have about as many listeners.
+
+    nonzeros: s. scale: a factor on the initial weights.
+
+    Crafton, Parihar, Gebhardt & Raychowdhury, "Direct Feedback Alignment With Sparse Connections for Local Learning", Frontiers in
+    Neuroscience 13:525, 2019 (arXiv:1903.02083). The scale is that of the authors' code. Their convolutions on ImageNet are
+    pre-trained and only fully connected layers learn by the rule: :class:`Mixed` with `Frozen` or `BP`; here all sites do.
+    """
+
+    nonzeros: int = 1
+    scale: float = 1.0
+
+    name = "sparse_dfa"
+    label = "Sparse DFA"
+    paper = "Crafton et al. 2019"
+    properties = replace(DFA.properties, extra_memory="s n", extra_compute="N s n - D")
+
+    def __post_init__(self) -> None:
+        refuse_zeros(self.label, self)
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return star(sites, source, Sparse(self.nonzeros, self.scale))

@@ -1,0 +1,111 @@
+"""Decoupled greedy learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Graph, Local, Site, Source
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class DGL(Rule):
+    r"""Decoupled greedy learning: every segment is trained by a loss of its own, through an auxiliary classifier.
+
+    .. math:: \delta h_l = \partial\, \mathrm{CE}(A_l(h_l), y) / \partial h_l, \qquad A_l\ \text{trained by the same loss}
+
+    No error travels between segments: the order in which they are updated changes nothing. `A_l` is the paper's
+    "MLP-SR" in small: maps are averaged down to a quarter of their side, pass `convs` 1x1 convolutions with batch norm and
+    ReLU, are averaged to 2 x 2, and go through a hidden layer with batch norm to the classes; vectors and tokens go
+    straight to the hidden layer. The part above the last site learns by the network's own loss.
+
+    Call `learner.target(y)` with class indices before every forward pass; what multiplies the loss goes into its `scale`.
+
+    hidden: width of the auxiliary hidden layer, at most the classifier's input; 0 for a linear classifier.
+    convs: 1x1 convolutions of the auxiliary classifier of maps.
+
+    Belilovsky, Eickenberg & Oyallon, "Decoupled Greedy Learning of CNNs", ICML 2020 (arXiv:1901.08164). The authors use three
+    1x1 convolutions and a three-layer MLP per block of several layers.
+    """
+
+    hidden: int = 128
+    convs: int = 1
+
+    name = "dgl"
+    label = "DGL"
+    paper = "Belilovsky et al. 2020"
+    needs = "target"
+    linear = False
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=True,
+        forward_unlocked=True,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="0",
+        extra_memory="auxiliary nets + opt.",
+        extra_compute="auxiliary nets - D",
+    )
+
+    def __post_init__(self) -> None:
+        if self.hidden < 0 or self.convs < 0:
+            raise AttachError(
+                f"DGL needs hidden >= 0 and convs >= 0, got {self.hidden} and {self.convs}."
+            )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return Graph(tuple(sites), local=tuple(Local(source, site) for site in sites))
+
+    def auxiliary(self, site: Site, source: Source) -> nn.Module:
+        per_token = bool(site.tokens) and site.tokens == source.tokens
+        if len(source.shape) != 1 + (source.tokens if per_token else 0):
+            raise AttachError(
+                f"DGL classifies at site {site.name!r}, but the source {source.name!r} of shape {list(source.shape)} holds no class "
+                "scores per sample or token: use a rule with feedback (DFA, DKP)."
+            )
+        classes = source.shape[-1]
+        if per_token:
+            return _Head(site.shape[-1], self.hidden, classes, tokens=True)
+        if len(site.shape) in (2, 3, 4) and not site.tokens:
+            return _maps(site.shape, self.convs, self.hidden, classes)
+        return nn.Sequential(nn.Flatten(), _Head(math.prod(site.shape), self.hidden, classes))
+
+    def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+class _Head(nn.Module):
+    """A hidden layer with batch norm, and the classes."""
+
+    def __init__(self, features: int, hidden: int, classes: int, tokens: bool = False) -> None:
+        super().__init__()
+        width = min(hidden, features)
+        self.hidden = nn.Linear(features, width, bias=False) if width else nn.Identity()
+        self.norm = (
+            (nn.LayerNorm(width) if tokens else nn.BatchNorm1d(width)) if width else nn.Identity()
+        )
+        self.act = nn.ReLU() if width else nn.Identity()
+        self.out = nn.Linear(width or features, classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.out(self.act(self.norm(self.hidden(h))))
+
+
+def _maps(shape: tuple[int, ...], convs: int, hidden: int, classes: int) -> nn.Module:
+    channels, *space = shape
+    dims = len(space)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
+    layers: list[nn.Module] = [pool([max(1, n // 4) for n in space])]  # type: ignore[arg-type]
+    for _ in range(convs):
+        layers += [conv(channels, channels, 1, bias=False), norm(channels), nn.ReLU()]
+    small = [min(2, n) for n in space]
+    layers += [pool(small), nn.Flatten()]  # type: ignore[arg-type]
+    return nn.Sequential(*layers, _Head(channels * math.prod(small), hidden, classes))

@@ -1,0 +1,64 @@
+"""Diversely stale parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Graph, Site, Source
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class DSP(Rule):
+    r"""Diversely stale parameters: backprop in a pipeline of blocks, the lower the block the older its gradients.
+
+    .. math:: W_k^{t+1} = W_k^t - \eta\, \nabla_{W_k} \mathcal L\,(W^{t-\tau_k};\, x^{t-\tau_k}), \qquad
+        \tau_k = \mathrm{spacing} \cdot (K - k)
+
+    for blocks k = 1..K, so that three blocks are 4, 2 and 0 steps late. A preset, of BP and of a schedule: the gradients are
+    backprop's, and :class:`feedbackward.Stale` delays them.
+
+    >>> learner = fb.attach(model, fb.DSP(), example=x)
+    >>> stale = fb.Stale(learner)  # then stale.exchange() before every optimizer.step()
+
+    The parts of the network between its sites are put into K blocks of about equally many parts; name the K - 1 sites for
+    other blocks.
+
+    blocks: K. spacing: steps between two blocks, 2 in a pipeline whose blocks take turns in going forward and backward.
+
+    Xu, Huo & Huang, "On the Acceleration of Deep Learning Model Parallelism with Staleness", CVPR 2020 (arXiv:1909.02625).
+    In the paper's pipeline the error that reaches a block has passed upper blocks of later steps' weights; here all of a
+    gradient is of one step. Nothing runs in parallel here: it shows what the staleness does to learning.
+    """
+
+    blocks: int = 3
+    spacing: int = 2
+
+    name = "dsp"
+    label = "DSP"
+    paper = "Xu et al. 2020"
+    properties = Properties(
+        backward_unlocked=True,
+        update_unlocked=True,
+        forward_unlocked=True,
+        weight_transport=True,
+        learned_feedback=False,
+        backward_steps="L / K",
+        extra_memory="sum of delays x W",
+        extra_compute="0",
+    )
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or self.spacing < 0:
+            raise AttachError(
+                f"DSP needs blocks >= 1 and spacing >= 0, got {self.blocks} and {self.spacing}."
+            )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return Graph()
+
+    def delays(self, parts: int) -> tuple[int, ...]:
+        blocks = min(self.blocks, parts)
+        return tuple(self.spacing * (blocks - 1 - i * blocks // parts) for i in range(parts))

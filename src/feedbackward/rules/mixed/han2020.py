@@ -1,0 +1,77 @@
+"""Direct feedback within the modules of a network, by dilated convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Graph, Site, Source, modules
+from feedbackward.operators import Dense, Kernel, Operator, PerShape
+from feedbackward.rule import Rule
+from feedbackward.rules.direct.dfa import DFA
+
+
+@dataclass(frozen=True)
+class Han2020(Rule):
+    r"""DFA within modules, backprop from module to module, and dilated convolutions as direct connections.
+
+    .. math:: \delta h_i = \mathrm{conv}^\top(\delta h_o,\ B_i;\ \mathrm{dilation}\ o - i), \qquad
+        B_i: [c_o, c_i / g, 3, 3]\ \text{fixed}
+
+    for the output `h_o` of a module and each of its inner layers i < o. A kernel of three weights with dilation o - i spans what
+    o - i layers of 3x3 see. The sparse kernel replaces the dense `[c_o H W, c_i H W]` of a direct connection.
+
+    A module is a stage: consecutive sites whose maps have the same size. Its output is its last site, which is not cut: its
+    error comes from the lowest inner site of the module above, by backprop through the layers between them. The last module
+    ends with the network's output, whose error reaches all its sites, the fully connected ones by dense feedback. So a stage
+    with one site is trained by backprop, and a network without maps by DFA, unless `most` cuts it into modules.
+
+    most: sites per module; larger stages are divided, from the top. 0: whole stages.
+    groups: of the kernels; must divide the channels.
+
+    Han, Park, Ryu & Yoo, "Extension of Direct Feedback Alignment to Convolutional and Recurrent Neural Network for Bio-plausible
+    Deep Learning", 2020 (arXiv:2006.12830), also on recurrent networks, which are left out here. From the abstract, which names
+    modules, dilated and group convolutions and a hybrid with backprop; inferred: what a module is, that backprop connects
+    modules, the size of kernels, their dilation and their initialisation (signals of DFA's norm).
+    """
+
+    most: int = 0
+    groups: int = 1
+
+    name = "han2020"
+    label = "Han 2020"
+    paper = "Han et al. 2020"
+    properties = replace(
+        DFA.properties,
+        backward_unlocked=False,
+        weight_transport="between modules",
+        backward_steps="modules",
+        extra_memory="W/groups + C n of fc",
+        extra_compute="D/groups - D",
+    )
+
+    def __post_init__(self) -> None:
+        if self.most < 0:
+            raise AttachError(
+                f"{self.label} needs most >= 0 sites per module (0: whole stages), got {self.most}."
+            )
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        stages = [list(stage) for _, stage in groupby(sites, _space)]
+        most = self.most or len(sites)
+        divided = [
+            stage[max(end - most, 0) : end]
+            for stage in stages
+            for end in sorted(range(len(stage), 0, -most))
+        ]
+        return modules(divided, source, self._form)
+
+    def _form(self, skipped: int) -> Operator:
+        return PerShape(maps=Kernel(3, dilation=skipped, groups=self.groups), vectors=Dense())
+
+
+def _space(site: Site) -> tuple[int, ...]:
+    """The size of a map; of vectors and tokens, nothing."""
+    return () if site.tokens else site.shape[1:]

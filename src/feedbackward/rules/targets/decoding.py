@@ -1,0 +1,108 @@
+"""What the rules of target propagation share: the ladder of decoders, how these learn from noise, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Edge, Graph, Site, Source, ladder
+from feedbackward.operators.decoder import Decoder, Decoding
+from feedbackward.rule import Properties, Rule
+
+if TYPE_CHECKING:
+    from feedbackward.engine.phase import Phase
+
+
+@dataclass(frozen=True)
+class Laddered(Rule):
+    """A rule whose targets come down from site to site through decoders that learn from noise. Abstract: DTP and SDTP."""
+
+    sigma: float = 0.25
+    activation: str = "linear"
+
+    sends_activity = True
+    in_phase = True
+    linear = False
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="decoders + opt.",
+        extra_compute="2 forward passes + 4 N decoders - D",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_noise(self.label, self.sigma)
+
+    def ladder(self, sites: Sequence[Site], source: Source, beta: float) -> Graph:
+        """The graph, with a decoder on every edge."""
+        graph = ladder(sites, source, Decoder(self.activation, beta))
+        refuse_mixed_tokens(self.label, graph)
+        return graph
+
+
+def reconstruct(
+    phase: Phase, sigma: float, seen: Callable[[Edge, Tensor], Tensor] = lambda edge, s: s
+) -> None:
+    """Let each decoder reconstruct its noisy site from what the segment above makes of it. `seen(edge, s)`: the decoder's input."""
+    with learning(phase):
+        clean = phase.forward()
+        noisy = {site: h + sigma * phase.noise(h) for site, h in clean.sites.items()}
+        # every segment starts from its own noisy site, whatever the ones below have made
+        made = phase.forward(change=lambda site, h: noisy[site])
+        for edge in phase.edges:
+            s, h = rows(edge, made.sources[edge.source.name]), rows(edge, noisy[edge.site])
+            difference = decoder(phase, edge)(seen(edge, s)) - h
+            descend(phase, edge, difference.square().sum() / (len(h) * sigma**2))
+
+
+@contextmanager
+def learning(phase: Phase) -> Iterator[None]:
+    """Gradients, and full precision: what noise changes is small."""
+    device = phase.weights(phase.edges[0])[0].device
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def decoder(phase: Phase, edge: Edge) -> Callable[[Tensor], Tensor]:
+    """`g(s): [M, *site]` of `s: [M, *source]`."""
+    assert isinstance(edge.operator, Decoding)
+    return partial(edge.operator.decode, phase.weights(edge), site=edge.site_shape)
+
+
+def descend(phase: Phase, edge: Edge, loss: Tensor) -> None:
+    """Give an edge's decoder the gradient of the loss."""
+    phase.give(edge, torch.autograd.grad(loss, phase.weights(edge)[: edge.operator.learnable]))
+
+
+def rows(edge: Edge, activity: Tensor) -> Tensor:
+    """`[M, ...]`."""
+    return activity.flatten(0, edge.leading - 1)
+
+
+def refuse_noise(label: str, sigma: float) -> None:
+    if not sigma > 0:
+        raise AttachError(
+            f"{label}'s decoders learn from noise: sigma is {sigma}, it must be above 0."
+        )
+
+
+def refuse_mixed_tokens(label: str, graph: Graph) -> None:
+    """A target's distance is in units of M, which must be the same all the way down."""
+    kept = {edge.leading: edge.site.name for edge in graph.edges}
+    if len(kept) > 1:
+        names = " and ".join(repr(name) for name in kept.values())
+        raise AttachError(
+            f"{label}: some sites keep their token dimensions and others do not ({names}), so a target would change its distance on "
+            "the way. Name sites of one kind with `sites=`, or use DDTP."
+        )

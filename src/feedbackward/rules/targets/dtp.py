@@ -1,0 +1,72 @@
+"""Difference target propagation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.operators.decoder import pair
+from feedbackward.rules.targets.decoding import Laddered, reconstruct
+
+if TYPE_CHECKING:
+    from feedbackward.engine.phase import Phase
+
+
+@dataclass(frozen=True)
+class DTP(Laddered):
+    r"""Difference target propagation: every site gets a target from the one above, through a learned decoder.
+
+    .. math::
+        t_L = a_L - \beta N e, \qquad t_l = h_l - \big(g_l(h_{l+1}) - g_l(t_{l+1})\big), \qquad
+        \delta h_l = (h_l - t_l) / (\beta N)
+
+    :math:`\delta h_l` is the gradient of the local loss :math:`\|h_l - t_l\|^2 / (2 \beta N)` with the target fixed; so
+    :math:`t_l = h_l - \beta N\, \delta h_l` at every site as at the output, and for small beta
+    :math:`\delta h_l \to \delta h_{l+1}\, \partial g_l / \partial h_{l+1}`. N is the batch (times the tokens, where these are
+    kept). Published is :math:`\|h_l - t_l\|^2`, the same but for a factor :math:`2 \beta`. With exact inverses as
+    decoders the targets are those of a Gauss-Newton step.
+
+    The decoders :math:`g_l(s) = f(s B_l + b_l)`, `B_l: [n_{l+1}, n_l]`, learn in `learner.feedback_step(x)`, from noise at each site:
+
+    .. math::
+        \nabla\, \tfrac{1}{N \sigma^2} \big\| g_l(f_{l+1}(h_l + \epsilon)) - (h_l + \epsilon) \big\|^2, \qquad
+        \epsilon \sim \mathcal N(0, \sigma^2)
+
+    where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay random.
+    The published training has some epochs of it first. Its scale is far from that of the network's loss: give the
+    feedback an optimizer of its own. Through inverses the signals come out much larger than the output's error: use Adam for the
+    network as well, as the authors of the 2020 paper do.
+
+    Where a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian but leans
+    towards the data (Meulemans et al. 2020); :class:`feedbackward.DDTP` mends that.
+
+    beta: how far the target of the output goes along its error. sigma: the noise.
+    activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
+
+    Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's
+    normalisation as in the code of Meulemans et al. 2020. The paper sets the target of the last hidden layer by the
+    gradient; here the output's, whose decoder is learned as all others are. Inferred: decoders of maps are dense, which
+    only a few small sites can afford.
+    """
+
+    beta: float = 0.16
+
+    name = "dtp"
+    label = "DTP"
+    paper = "Lee et al. 2015"
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        return self.ladder(sites, source, self.beta)
+
+    def message(
+        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
+    ) -> Tensor:
+        assert activity is not None
+        return pair(activity, self.beta * len(d) * d)
+
+    def feedback_step(self, phase: Phase) -> None:
+        reconstruct(phase, self.sigma)

@@ -1,0 +1,97 @@
+"""Local representation alignment, error-driven."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Arc, Edge, Graph, PreActivation, Site, Source
+from feedbackward.operators.layer import LayerShaped
+from feedbackward.rule import Properties, Rule
+
+
+@dataclass(frozen=True)
+class LRA(Rule):
+    r"""LRA-E: error synapses move each layer's pre-activation, and the activation's change is the layer's error.
+
+    .. math::
+        d_{l-1} = \beta\, e_l E_l, \qquad t_{l-1} = f(a_{l-1} - d_{l-1}), \qquad e_{l-1} = f(a_{l-1}) - t_{l-1}, \qquad
+        \nabla W_l = \tfrac1N e_l^\top h_{l-1}, \qquad \nabla E_l = \gamma\, \nabla W_l
+
+    from :math:`e_L = \partial \mathrm{Loss} / \partial a_L` of each sample. There is no :math:`f'`: the difference of the
+    activations takes its place, to which :math:`f'(a) \odot d` is the first-order term. `E_l` has the shape of `W_l` and is
+    given its gradient; :math:`\gamma` is the ratio of the two learning rates. Convolutions are fed in their own form.
+
+    The network must be a plain chain of layers with one elementwise activation module (or none) between two of them, as
+    the published ones are; norms, pools, dropout and skip paths are refused.
+
+    beta: how far a target goes. init, scale: of `E`, see :class:`feedbackward.LayerShaped`. The authors' code has `beta=0.1` and
+        `init="normal"`, N(0, 1), which suits narrow tanh layers: the error grows with the square root of the width, and blows up in
+        layers of 1000 ReLU units. The default keeps its size.
+
+    Ororbia & Mali, "Biologically Motivated Algorithms for Propagating Local Target Representations", AAAI 2019
+    (arXiv:1805.11703). The gradient of `E` is that of the authors' code, where :math:`\gamma = 1`; the paper gives `E` a
+    transposed delta rule of its own. Their option to normalise updates is not offered.
+    """
+
+    beta: float = 1.0
+    init: str = "xavier_uniform"
+    scale: float = 1.0
+
+    name = "lra"
+    label = "LRA-E"
+    paper = "Ororbia & Mali 2019"
+    feeds = Arc
+    receives = True
+    linear = False
+    properties = Properties(
+        backward_unlocked=False,
+        update_unlocked=False,
+        forward_unlocked=False,
+        weight_transport=False,
+        learned_feedback=True,
+        backward_steps="L - 1",
+        extra_memory="W + opt.",
+        extra_compute="0",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise AttachError(f"LRA-E's targets need a beta above 0, got {self.beta}.")
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        below: dict[PreActivation, Arc] = {}
+        edges = []
+        for arc in sites:
+            assert isinstance(arc, Arc)
+            layer = arc.source.name
+            if isinstance(arc.below, str):
+                raise AttachError(
+                    f"{self.label} needs one elementwise activation module, and nothing else, between two layers: before layer "
+                    f"{layer!r} stands {arc.below}. Take it out, or use KP, which differentiates what lies between."
+                )
+            if arc.below in below:
+                raise AttachError(
+                    f"{self.label} goes from layer to layer, but the output of {arc.below.name!r} enters both "
+                    f"{below[arc.below].source.name!r} and {layer!r}. Use KP."
+                )
+            below[arc.below] = arc
+            operator = LayerShaped(arc.form, self.init, self.scale)
+            edges.append(Edge(arc.source, arc.below, operator, shares=arc.weight))
+        return Graph(tuple(below), tuple(edges))
+
+    def message(
+        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
+    ) -> Tensor:
+        return self.beta * d
+
+    def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
+        assert isinstance(edge.site, PreActivation)
+        f = edge.site.activation
+        a, d = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (h, sent))
+        n = len(d)  # the error of a mean loss carries 1/N
+        return (f(a) - f(a - n * d)) / n

@@ -1,0 +1,73 @@
+"""Simplified difference target propagation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.operators.decoder import pair
+from feedbackward.rules.targets.decoding import Laddered, reconstruct
+
+if TYPE_CHECKING:
+    from feedbackward.engine.phase import Phase
+
+
+@dataclass(frozen=True)
+class SDTP(Laddered):
+    r"""Simplified difference target propagation: no gradient at all, the output's target is the one-hot target itself.
+
+    .. math::
+        t_{L-1} = h_{L-1} - \big(g(p) - g(y)\big), \quad p = \mathrm{softmax}(a_L), \qquad
+        t_l = h_l - \big(g_l(h_{l+1}) - g_l(t_{l+1})\big), \qquad \delta h_l = (h_l - t_l) / N
+
+    :math:`\delta h_l` is the gradient of :math:`\|h_l - t_l\|^2 / (2N)`; the output layer learns by the network's own loss. The
+    topmost decoder sees the softmax, here and while it learns; decoders and their learning are those of
+    :class:`feedbackward.DTP`, of whose targets these are the ones with beta = 1 under cross-entropy.
+
+    Call `learner.target(y)` with class indices (or class probabilities) before every forward pass, and
+    `learner.feedback_step(x)` before every optimizer step. Whatever multiplies the loss goes into `target(y, scale=...)`; a
+    scale below one sets the output's target at that part of the way from p to y.
+
+    sigma: noise of the decoders' phase. activation: of the decoders.
+
+    Bartunov, Santoro, Richards, Marris, Hinton & Lillicrap, "Assessing the Scalability of Biologically-Motivated Deep
+    Learning Algorithms and Architectures", NeurIPS 2018 (arXiv:1807.04587). A class says little about the activity below:
+    the paper also adds auxiliary outputs to the network ("AO-SDTP"), which would change the model and are not offered.
+    Inferred: that the decoder sees the softmax, and the decoders' noise, which are DTP's.
+    """
+
+    name = "sdtp"
+    label = "SDTP"
+    paper = "Bartunov et al. 2018"
+    needs = "target"
+
+    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
+        graph = self.ladder(sites, source, beta=1.0)
+        if len(graph.edges[-1].source_shape) != 1:
+            raise AttachError(
+                f"{self.label} compares class probabilities, but the source {source.name!r} of shape {list(source.shape)} holds no "
+                "class scores per sample or token: use DTP."
+            )
+        return graph
+
+    def message(
+        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
+    ) -> Tensor:
+        assert activity is not None
+        if target is None:  # a hidden source
+            return pair(activity, len(d) * d)
+        p = activity.softmax(1)
+        return pair(
+            p, target.sum(1, keepdim=True) * p - target
+        )  # a label outside the classes sends nothing
+
+    def feedback_step(self, phase: Phase) -> None:
+        hidden = {edge.site.taps for edge in phase.edges}
+        reconstruct(
+            phase, self.sigma, lambda edge, s: s if edge.source.taps in hidden else s.softmax(1)
+        )

@@ -1,0 +1,206 @@
+"""Staleness: a schedule in which the gradients of each part of the network arrive some steps late."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feedbackward.engine.weights import weight_names
+from feedbackward.errors import AttachError, CheckpointError
+from feedbackward.learner import Learner
+
+
+class Stale:
+    r"""Gradients that arrive late: a part that is k steps stale is updated at step t with its gradient of step t - k.
+
+    .. math:: W_l^{t+1} = W_l^t - \eta\, \nabla_{W_l} \mathcal L\,(W^{t-k_l};\, x^{t-k_l})
+
+    What a pipeline gives, where every stage works on another batch, on one device and step by step. It goes with any rule:
+
+    >>> stale = fb.Stale(learner, 1)
+    >>> loss.backward()
+    >>> stale.exchange()  # the gradients of this step for those of the step before
+    >>> optimizer.step()
+
+    The parts are the segments of `learner.plan.stages`, the lowest first and the head last. The feedback weights of a
+    site, and its auxiliary network, belong to the part that they train; feedback that shares a weight's gradient is as late
+    as the weight. In its first k steps a part has no gradient (None), and the optimizer leaves it as it is. A part that
+    is not stale keeps its gradients untouched.
+
+    Args:
+        learner: as `attach` returned it.
+        staleness: steps for all parts alike (1: pipelined DFA), or one number per part. Default: what the rule says
+            (:class:`feedbackward.DSP`).
+        steps: the most products in sequence that an update waits for, 0 for no bound. A part whose signal takes p of them is
+            ceil(p / steps) - 1 steps late, besides `staleness`: a chain of any length then works like a pipeline in which every update
+            takes `steps` products, each batch going on from where the last step left it.
+
+    Call `exchange` once before every optimizer step, after the gradients of all accumulated batches and of
+    `feedback_step` are there; clip afterwards. It holds k gradients of each part. Not with a GradScaler that changes its
+    scale, unless gradients are unscaled before, and not with `step_in_backward`, which leaves no gradients to exchange.
+
+    Raises AttachError where a parameter belongs to parts of different staleness, for their sum has no one age, and with
+    `steps` where signals go on upwards, through the layers (IFA): it counts products along edges.
+    """
+
+    def __init__(
+        self, learner: Learner, staleness: int | Sequence[int] | None = None, *, steps: int = 0
+    ) -> None:
+        parts = learner.plan.stages
+        if staleness is None:
+            staleness = learner.rule.delays(len(parts))
+        delays = (staleness,) * len(parts) if isinstance(staleness, int) else tuple(staleness)
+        if steps < 0:
+            raise AttachError(f"steps must be >= 0 (0: no bound), got {steps}.")
+        if len(delays) != len(parts) or any(delay < 0 for delay in delays):
+            raise AttachError(
+                f"staleness must be one number >= 0, or {len(parts)} of them, for the parts that end at "
+                f"{', '.join(part.site for part in parts)}: got {staleness}."
+            )
+        self.delays = tuple(map(sum, zip(delays, _waits(learner, steps), strict=True)))
+        self._learner = learner
+        ages = _ages(learner, self.delays)
+        self._parameters = {
+            name: p
+            for name, p in learner.named_parameters()
+            if p.requires_grad and ages.get(name, 0)
+        }
+        self._queues: dict[str, deque[Tensor | None]] = {
+            name: deque([None] * ages[name]) for name in self._parameters
+        }
+        self._before: dict[str, Tensor] = {}
+        learner.stale = True
+
+    def exchange(self) -> None:
+        """Put in place of each stale part's gradients those of so many steps ago, and keep the present ones."""
+        for name, p in self._parameters.items():
+            queue, grad = self._queues[name], p.grad
+            # a view of somebody's buffer (DDP) will be written over
+            queue.append(grad.clone() if grad is not None and grad._is_view() else grad)
+            p.grad = queue.popleft()
+
+    @contextmanager
+    def predicted(self) -> Iterator[None]:
+        r"""Weights where they will be when the gradients taken here arrive; on leaving they are what they were.
+
+        .. math:: \hat W_l^t = W_l^t + k_l\,(W_l^t - W_l^{t-1})
+
+        Linear weight prediction by the last step's movement, so it goes with any optimizer. Without it a late gradient belongs to
+        weights that have moved on, which costs the more the more momentum there is.
+
+        >>> with stale.predicted():
+        ...     loss_fn(learner(x), y).backward()
+        >>> stale.exchange()
+        >>> optimizer.step()
+
+        Enter it once for every optimizer step, around all accumulated batches and `feedback_step`. It holds a copy of each
+        stale parameter, two while it is entered.
+
+        Source: Kosson et al., "Pipelined Backpropagation at Scale", MLSys 2021 (there LWP in its form for weights).
+        """
+        now = {name: p.detach().clone() for name, p in self._parameters.items()}
+        with torch.no_grad():
+            for name, before in self._before.items():
+                p = self._parameters[name]
+                p.add_(p - before, alpha=len(self._queues[name]))
+        self._before = now
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self._parameters.items():
+                    p.copy_(now[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gradients that have yet to arrive, by parameter, the oldest first; of `predicted` the weights before the last step."""
+        return {
+            "delays": list(self.delays),
+            "waiting": {name: list(queue) for name, queue in self._queues.items()},
+            "before": self._before,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave. Raises CheckpointError where it belongs to another network or staleness."""
+        waiting = state["waiting"]
+        if list(state["delays"]) != list(self.delays) or waiting.keys() != self._queues.keys():
+            raise CheckpointError(
+                f"the waiting gradients belong to another network or staleness: they are for delays {list(state['delays'])} and "
+                f"{len(waiting)} parameters, here it is {list(self.delays)} and {len(self._queues)}."
+            )
+        before, self._before = state.get("before", {}), {}
+        for name, p in self._parameters.items():
+            kept = [*waiting[name], before.get(name)]
+            if any(tensor is not None and tensor.shape != p.shape for tensor in kept):
+                raise CheckpointError(
+                    f"what is kept for late gradients of {name!r} is not of its shape {list(p.shape)}."
+                )
+            *grads, last = (None if t is None else t.to(p.device, p.dtype, copy=True) for t in kept)
+            self._queues[name] = deque(grads)
+            if last is not None:
+                self._before[name] = last
+
+
+def _waits(learner: Learner, steps: int) -> tuple[int, ...]:
+    """How many steps of at most so many products the signal of each part takes besides the first."""
+    if not steps:
+        return (0,) * len(learner.plan.stages)
+    return tuple(max(0, -(-p // steps) - 1) for p in products(learner))
+
+
+def products(learner: Learner) -> tuple[int, ...]:
+    """How many products in sequence it takes from the output's error to the signal of each part, the lowest first and the head last.
+
+    Of backprop, one for every part above. Where several sites lie above a relay the deepest of them counts.
+    Raises AttachError where signals go on upwards, through layers.
+    """
+    graph, parts = learner.graph, len(learner.plan.stages)
+    if graph.lifts:
+        raise AttachError(
+            f"products in sequence are counted along feedback edges, and what {learner.rule.label} sends to a site goes on upwards "
+            "through the layers: leave steps at 0, or give `staleness` a number per part."
+        )
+    if not graph.sites:
+        return tuple(reversed(range(parts)))
+    sites: dict[int, int] = {}
+    sources: dict[str, int] = {}
+    for met in reversed(learner.plan.order):
+        deepest = max(sites.values(), default=0)
+        if isinstance(met, str):
+            sources[met] = deepest
+        else:
+            fed = [sources[e.source.name] for e in graph.edges if e.site == graph.sites[met]]
+            sites[met] = 1 + max(fed) if fed else 0
+    return (*(sites[i] for i in range(len(graph.sites))), 0)
+
+
+def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, int]:
+    """The delay of every parameter of the learner that is in some part."""
+    found: dict[str, dict[int, str]] = {}
+    for part, delay in zip(learner.plan.stages, delays, strict=True):
+        for name in part.parameters:
+            found.setdefault(f"model.{name}", {})[delay] = part.site
+    places = {site.taps: i for i, site in enumerate(learner.graph.sites)}
+    auxiliary = dict(learner.feedback.named_parameters())
+    for edge in learner.graph.edges:
+        i = places[edge.site.taps]
+        own = found.get(f"model.{edge.shares}", {delays[i]: edge.site.name})
+        for name in weight_names(edge):
+            found.setdefault(f"feedback.{name}", {}).update(own)
+    for end in learner.graph.local:
+        i = places[end.site.taps]
+        for name in auxiliary:
+            if name.startswith(f"{end.key}."):
+                found.setdefault(f"feedback.{name}", {})[delays[i]] = end.site.name
+    for name, ages in found.items():
+        if len(ages) > 1:
+            where = " and ".join(f"{site!r} ({delay} steps)" for delay, site in ages.items())
+            raise AttachError(
+                f"{name} is in several parts of different staleness, {where}, and its gradient is their sum: give these parts the "
+                "same staleness, or choose sites that do not overlap."
+            )
+    return {name: next(iter(ages)) for name, ages in found.items()}

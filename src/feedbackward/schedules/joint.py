@@ -1,0 +1,90 @@
+r"""Schedules: when the backward of each segment runs. A schedule is not a rule; it changes no gradient.
+
+F is the work of the forward pass, G of the weight gradients, D of the input gradients; backprop does F + G + D.
+
+joint: one backward over all segments after the forward pass. Holds every segment's activities. F + G.
+eager: a segment's backward runs within the forward pass, as soon as its site is met. Holds one segment. F + G. For rules
+    whose signals need no error (DRTP, DGL, Frozen).
+replay: a forward pass gives the error, and the lower part of it is repeated, segment by segment. Holds as much as the largest
+    segment. At most 2F + G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from feedbackward.errors import AttachError
+from feedbackward.model.trace import run
+from feedbackward.schedules.passes import Deliver, LossFn, finish, refuse_overlaps
+from feedbackward.schedules.replay import replay
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
+
+Schedule = Literal["joint", "replay", "eager"]
+
+
+def backward(
+    learner: Learner, inputs: Any, loss_fn: LossFn, schedule: Schedule, keep_inputs: bool = False
+) -> Tensor:
+    """Forward and backward by a schedule; see `Learner.backward`."""
+    ways: dict[str, Callable[[Learner, Any, LossFn], Tensor]] = {
+        "joint": _joint,
+        "replay": partial(replay, keep_inputs=keep_inputs),
+        "eager": _eager,
+    }
+    if schedule not in ways:
+        raise AttachError(f"unknown schedule {schedule!r}: choose one of {', '.join(ways)}.")
+    if keep_inputs and schedule != "replay":
+        raise AttachError(f'keep_inputs is an option of schedule="replay", not of {schedule!r}.')
+    if not torch.is_grad_enabled():
+        raise AttachError("learner.backward computes gradients: call it outside torch.no_grad().")
+    return ways[schedule](learner, inputs, loss_fn)
+
+
+def step_in_backward(
+    parameters: Iterable[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> list[RemovableHandle]:
+    """Update each parameter as soon as its gradient is there, and drop the gradient: they are never all held.
+
+    `make` builds the optimizer of one parameter, for example `lambda p: torch.optim.SGD(p, lr=0.1)`. Under `eager` and
+    `replay` a segment is then updated before the next one runs. Call `zero_grad` and `step` nowhere else; gradients cannot
+    be accumulated or clipped together. A parameter of several segments (tied weights, `Shared` feedback) is updated once
+    for each. Remove the returned handles to end it.
+    """
+
+    def hook(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        def update(parameter: Tensor) -> None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return update
+
+    return [
+        p.register_post_accumulate_grad_hook(hook(make([p]))) for p in parameters if p.requires_grad
+    ]
+
+
+def _joint(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
+    loss = loss_fn(run(learner, inputs))
+    loss.backward()
+    return loss.detach()
+
+
+def _eager(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
+    if learner.rule.needs_error:
+        raise AttachError(
+            f"{learner.rule.label}'s signals are made from the output's error, which is known after the forward pass only: use "
+            'schedule="replay", or a rule that needs no error (DRTP, DGL).'
+        )
+    refuse_overlaps(learner, "eager")
+    target = learner.begin_pass(inputs)
+    with learner.seams.sweeping(Deliver(learner.seams, target, {}), target):
+        output = run(learner.model, inputs)
+    return finish(loss_fn(output))

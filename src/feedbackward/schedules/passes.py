@@ -1,0 +1,145 @@
+"""What the schedules other than `joint` share: a pass that runs the backward of each segment at its site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from feedbackward.engine.cuts import Seams
+from feedbackward.engine.hooks import PassOverError
+from feedbackward.engine.target import Target
+from feedbackward.errors import AttachError, SiteError
+from feedbackward.graph import Source
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
+
+LossFn = Callable[[Any], Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A few numbers that tell one activity from another: its shape, its mean magnitude, and a weighted mean."""
+
+    shape: tuple[int, ...]
+    magnitude: float
+    weighted: float
+
+    @staticmethod
+    def of(h: Tensor) -> Mark:
+        """The mark of an activity; one wait for the device."""
+        if h.untyped_storage().device.type == "meta":  # a fake tensor has a shape only
+            return Mark(tuple(h.shape), 0.0, 0.0)
+        h = h.detach()
+        last = h.shape[-1] if h.dim() else 1
+        weights = torch.linspace(0.5, 1.5, last, device=h.device, dtype=h.dtype)
+        numbers = torch.stack(
+            [h.abs().mean(dtype=torch.float32), (h * weights).mean(dtype=torch.float32)]
+        )
+        magnitude, weighted = numbers.tolist()
+        return Mark(tuple(h.shape), magnitude, weighted)
+
+    def like(self, other: Mark | None) -> bool:
+        """Whether both are of the same activity, up to the rounding of kernels that add in any order."""
+        if other is None or self.shape != other.shape:
+            return False
+        pairs = ((self.magnitude, other.magnitude), (self.weighted, other.weighted))
+        room = 1e-4 * max(1e-6, abs(self.magnitude))
+        return all(abs(a - b) <= room or a != a for a, b in pairs)
+
+
+class Deliver:
+    """Runs the backward of each segment as soon as its site is met. `errors`: of the sources, empty where none is needed.
+
+    `expected`: what the activity or source of that name must look like again. `until`: the number of the last site that is
+    wanted; the pass ends there.
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        target: Target | None,
+        errors: dict[str, Tensor],
+        expected: tuple[str, Mark] | None = None,
+        until: int | None = None,
+    ) -> None:
+        self.seams, self.target, self.errors = seams, target, errors
+        self.expected, self.until = expected, until
+
+    def met(self, index: int, h: Tensor, version: int) -> None:
+        self._compare(self.seams.sites[index].name, h)
+        if h.requires_grad:  # a segment with nothing to train gets no signal
+            self._send(index, h, version)
+        if index == self.until:
+            raise PassOverError
+
+    def _send(self, index: int, h: Tensor, version: int) -> None:
+        outputs, grads = [], []
+        # not the hooks of a checkpoint, where the site lies in one
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            for edge in self.seams.edges_to[index]:
+                d = self._error(edge.source, h)
+                self.seams.check(edge, h, version, d)
+                outputs.append(self.seams.broadcast(torch.zeros_like(d), [edge], [h], self.target))
+                grads.append(d)
+            if index in self.seams.local and self.target is not None:
+                loss = self.seams.local_loss(self.seams.local[index], h, self.target)
+                outputs.append(loss)
+                grads.append(torch.ones_like(loss))
+        if outputs:
+            with self.seams.paused(), torch.autocast(h.device.type, enabled=False):
+                torch.autograd.backward(outputs, grads)
+
+    def fired(self, source: Source, tensor: Tensor) -> Tensor:
+        self._compare(source.name, tensor)
+        return tensor  # its own error comes from above, as in any backward pass
+
+    def _compare(self, name: str, now: Tensor) -> None:
+        if self.expected is None or self.expected[0] != name or self.expected[1].like(Mark.of(now)):
+            return
+        raise SiteError(
+            f"the repeated forward pass gave another {name!r} than the first, so the gradients of this step mix two networks: "
+            "zero them. Randomness must come from torch's generators and a forward must not depend on what earlier ones did; or "
+            'use schedule="joint".'
+        )
+
+    def _error(self, source: Source, h: Tensor) -> Tensor:
+        if source.name in self.errors:
+            return self.errors[source.name]
+        if self.target is None:
+            raise no_error(source.name)
+        return h.new_zeros(1).expand(len(self.target.raw), *source.shape)
+
+
+def no_error(name: str) -> SiteError:
+    """What to say where a source gets no error."""
+    return SiteError(
+        f"the loss does not depend on the source {name!r}, so there is no error to send: return the model's "
+        "predictions from it, or choose another error_at."
+    )
+
+
+def finish(loss: Tensor) -> Tensor:
+    """Train what lies above the last cuts, unless it is frozen."""
+    if loss.requires_grad:
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
+    return loss.detach()
+
+
+def refuse_overlaps(learner: Learner, schedule: str) -> None:
+    if learner.plan.overlaps:
+        first, second = learner.plan.overlaps[0]
+        raise AttachError(
+            f'schedule="{schedule}" runs each segment\'s backward by itself, but the segments of {first!r} and {second!r} overlap: '
+            "an activity leads to both round the cuts between them. Cut the trunk that they share "
+            '(sites="blocks", or name its module as a site), or use schedule="joint", where signals add up.'
+        )

@@ -1,0 +1,141 @@
+"""Before the first replay: can the forward pass be repeated, and which part of it needs no repeating?"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from feedbackward.engine.plan import parameters_behind
+from feedbackward.errors import AttachError
+from feedbackward.graph import Source
+from feedbackward.model.trace import preserved, run
+from feedbackward.schedules.passes import Mark
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """`hold`: the number of the site above which everything is trained in the first pass; None to repeat the whole pass."""
+
+    hold: int | None
+
+
+def rehearse(learner: Learner, inputs: Any) -> Rehearsal:
+    """Run the forward pass a few times, compare every site's activity, and weigh the segments.
+
+    Raises AttachError, naming the first site that differs or the attribute that a pass changed, before any gradient is
+    computed.
+    """
+    before = _attributes(learner.model)
+    first, second = _listen(learner, inputs), _listen(learner, inputs)
+    changed = [
+        key for key, value in _attributes(learner.model).items() if before.get(key, value) != value
+    ]
+    if changed:
+        module, name = changed[0]
+        raise AttachError(
+            f"the forward pass changes {name!r} of {module or 'the model'!r}, so a replayed step would change it twice: keep such "
+            'state in buffers, which are restored, or use schedule="joint".'
+        )
+    for name, mark in first.marks.items():
+        if not mark.like(second.marks.get(name)):
+            raise AttachError(
+                f"two forward passes with the same inputs and the same random state differ at {name!r}: some randomness does not "
+                "come from torch's generators (NumPy, Python objects of its own), or the forward pass depends on what earlier ones "
+                'did. Draw it with torch, keep state in buffers, or use schedule="joint".'
+            )
+    hold = _hold(learner, first.bytes)
+    if hold is not None and not _holds(learner, inputs, hold):
+        hold = None
+    return Rehearsal(hold)
+
+
+class _Listener:
+    """A sweep that marks every activity and weighs what autograd saves for each segment; it trains nothing."""
+
+    def __init__(self, names: list[str], known: set[int]) -> None:
+        self.names, self.known = names, known
+        self.marks: dict[str, Mark] = {}
+        self.bytes: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
+
+    def met(self, index: int, h: Tensor, version: int) -> None:
+        self.marks[self.names[index]] = Mark.of(h)
+        self.bytes[index] = sum(self._seen.values()) + h.nbytes
+        self._seen = {}
+
+    def fired(self, source: Source, tensor: Tensor) -> Tensor:
+        self.marks[source.name] = Mark.of(tensor)
+        return tensor
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Called for every tensor that autograd saves."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self._seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+
+def _listen(learner: Learner, inputs: Any) -> _Listener:
+    tensors = (*learner.model.parameters(), *learner.model.buffers())
+    known = {t.untyped_storage()._cdata for t in tensors}
+    listener = _Listener([site.name for site in learner.seams.sites], known)
+    saving = torch.autograd.graph.saved_tensors_hooks(listener.save, lambda tensor: tensor)
+    with preserved(learner.model), saving, learner.seams.sweeping(listener):
+        run(learner.model, inputs)
+    return listener
+
+
+def _hold(learner: Learner, weights: dict[int, int]) -> int | None:
+    """The lowest site above which all segments together weigh no more than the largest below, all sources included."""
+    below = list(itertools.takewhile(lambda item: isinstance(item, int), learner.plan.order))
+    met = [index for index in below if isinstance(index, int)]
+    rest = [index for index in learner.plan.order if isinstance(index, int) and index not in met]
+    above = sum(weights[index] for index in rest)
+    largest = max(weights.values())
+    hold = None
+    for index in reversed(met):
+        if above > largest:
+            break
+        hold, above = index, above + weights[index]
+    return hold
+
+
+def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
+    """Whether a pass that records gradients from this site on reaches all that is to be trained above it."""
+    seams, plan = learner.seams, learner.plan
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    with preserved(learner.model), torch.no_grad(), seams.recording(hold=hold) as tape:
+        output = run(learner.model, inputs)
+    torch.clear_autocast_cache()
+    ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    lower = plan.order[: plan.order.index(hold) + 1]
+    segments = [
+        ([h] if h is not None and h.requires_grad else [], segment)
+        for i, (h, segment) in enumerate(zip(tape.h, plan.segments, strict=True))
+        if i not in lower
+    ]
+    trainable = {name for name, p in learner.model.named_parameters() if p.requires_grad}
+    return all(
+        set(parameters_behind(tensors, names)) >= set(segment.parameters) & trainable
+        for tensors, segment in [*segments, (ends, plan.head)]
+    )
+
+
+def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """The plain values that modules hold."""
+    return {
+        (name, key): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, _PLAIN)
+    }

@@ -1,0 +1,269 @@
+"""Replay with kept segment inputs: each segment runs by itself, from the last to the first.
+
+A forward pass without gradients keeps the activity of every site. Then each segment is the model's own forward pass in which
+every module that had ended before the segment began is left out, the kept activities stand in for the sites, and the pass
+ends at the segment's own site. The segments need each other only for the errors of relays, which come from above.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from feedbackward.engine.hooks import Director, PassOverError
+from feedbackward.engine.plan import parameters_behind
+from feedbackward.engine.target import Target
+from feedbackward.errors import AttachError, SiteError
+from feedbackward.model.trace import RandomState, preserved, run
+from feedbackward.schedules.passes import Deliver, LossFn, finish
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+@dataclass
+class _Call:
+    """One module call of the first pass: when it ended, within which other call, and what stands in for its output."""
+
+    name: str
+    parent: _Call | None
+    end: int = -1
+    output: Any = None
+    left_out: bool = False
+
+
+@dataclass(frozen=True)
+class _Site:
+    """In a call's output: the activity of the site of this number."""
+
+    index: int
+
+
+@dataclass
+class _Kept:
+    """What the first pass left: activities and random states by site, when each was met, and the calls."""
+
+    beginning: RandomState
+    activities: dict[int, Tensor] = field(default_factory=dict)
+    random: dict[int, RandomState] = field(default_factory=dict)
+    clock: dict[int, int] = field(default_factory=dict)
+    calls: list[_Call] = field(default_factory=list)
+
+
+def replay_kept(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None) -> Tensor:
+    """Forward and backward of a batch; returns the loss."""
+    director = Director(learner.graph.sites, learner.graph.sources)
+    order = [index for index in learner.plan.order if isinstance(index, int)]
+    deliver = Deliver(learner.seams, target, {})
+    with ExitStack() as stack:
+        for handle in director.install(learner.model):
+            stack.callback(handle.remove)
+        kept = _keep(learner, inputs, director)
+        loss, after = _head(learner, inputs, loss_fn, director, kept, order, deliver)
+        for place in reversed(range(len(order))):
+            _segment(learner, inputs, director, kept, order, place, deliver)
+    after.restore()
+    learner.separable = True
+    return loss
+
+
+def _keep(learner: Learner, inputs: Any, director: Director) -> _Kept:
+    kept, clock = _Kept(RandomState(learner.model)), iter(range(1 << 62))
+
+    def met(index: int, h: Tensor) -> Tensor:
+        kept.clock[index] = next(clock)
+        kept.activities[index] = h
+        kept.random[index] = RandomState(learner.model)
+        return h
+
+    recorded = _calls(learner.model, kept, clock)
+    directed = director.directing(met, lambda source, tensor: tensor)
+    with preserved(learner.model), torch.no_grad(), recorded, directed:
+        run(learner.model, inputs)
+    torch.clear_autocast_cache()  # of weights that were cast without gradients
+    return kept
+
+
+@contextmanager
+def _calls(model: nn.Module, kept: _Kept, clock: Iterator[int]) -> Iterator[None]:
+    """Record the calls of the model's parts, outermost first."""
+    running: list[_Call] = []
+
+    def enter(name: str) -> None:
+        call = _Call(name, running[-1] if running else None)
+        kept.calls.append(call)
+        running.append(call)
+
+    def leave(output: Any) -> None:
+        call = running.pop()
+        call.end = next(clock)
+        leaves = tree_leaves(output)
+        if all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+            call.output = tree_map(
+                lambda t: _skeleton(t, kept) if isinstance(t, Tensor) else t, output
+            )
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+                pre = module.register_forward_pre_hook(lambda m, a, name=name: enter(name))
+                stack.callback(pre.remove)
+                post = module.register_forward_hook(lambda m, a, out: leave(out), prepend=True)
+                stack.callback(
+                    post.remove
+                )  # prepended: the module has ended before its output is met as a site
+        yield
+
+
+def _skeleton(t: Tensor, kept: _Kept) -> Any:
+    """What stands for a tensor of a call's output until the call is left out."""
+    for index in reversed(kept.activities):
+        if kept.activities[index] is t:
+            return _Site(index)
+    return t.to("meta")
+
+
+def _head(
+    learner: Learner,
+    inputs: Any,
+    loss_fn: LossFn,
+    director: Director,
+    kept: _Kept,
+    order: Sequence[int],
+    deliver: Deliver,
+) -> tuple[Tensor, RandomState]:
+    with _from(learner, director, kept, order, len(order), deliver):
+        output = run(learner.model, inputs)
+    _refuse_interleaved(learner, tree_leaves(output), learner.plan.head)
+    loss = finish(loss_fn(output))
+    return loss, RandomState(learner.model)
+
+
+def _segment(
+    learner: Learner,
+    inputs: Any,
+    director: Director,
+    kept: _Kept,
+    order: Sequence[int],
+    place: int,
+    deliver: Deliver,
+) -> None:
+    index, found = order[place], list[Tensor]()
+    with _from(learner, director, kept, order, place, deliver, found.append):
+        run(learner.model, inputs)
+    (h,) = found
+    found.clear()
+    _refuse_interleaved(learner, [h], learner.plan.segments[index])
+    if not torch.allclose(h.detach(), kept.activities[index], rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise SiteError(
+            f"the repeated segment gave another {learner.graph.sites[index].name!r} than the first pass, so the gradients of this "
+            "step mix two networks: zero them. Randomness must come from torch's generators, and what crosses the cuts must be sites; "
+            "or use keep_inputs=False."
+        )
+    deliver.met(index, h, h._version)
+
+
+@contextmanager
+def _from(
+    learner: Learner,
+    director: Director,
+    kept: _Kept,
+    order: Sequence[int],
+    place: int,
+    deliver: Deliver,
+    end: Callable[[Tensor], None] | None = None,
+) -> Iterator[None]:
+    """The model's next pass begins at the site before `place` in `order`, and ends at the one there, if there is one."""
+    lower = set(order[:place])
+    start = order[place - 1] if place else None
+
+    def met(index: int, h: Tensor) -> Tensor:
+        if index not in lower:
+            assert end is not None
+            end(h)
+            raise PassOverError
+        if index == start:
+            kept.random[index].restore()
+            torch.set_grad_enabled(True)
+        return kept.activities[index]
+
+    def fired(source: Any, tensor: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return tensor
+        tensor = (
+            tensor.view_as(tensor)
+            if tensor.requires_grad
+            else tensor.detach().requires_grad_().clone()
+        )
+        tensor.register_hook(lambda d: deliver.errors.__setitem__(source.name, d))
+        return tensor
+
+    if start is None:
+        kept.beginning.restore()
+    left_out = _left_out(learner, kept, start)
+    with (
+        torch.set_grad_enabled(start is None),
+        left_out,
+        director.directing(met, fired, whole=False),
+    ):
+        yield
+
+
+@contextmanager
+def _left_out(learner: Learner, kept: _Kept, start: int | None) -> Iterator[None]:
+    """Modules whose only call had ended when the site was met return what they returned where that is a kept activity, else
+    zeros, which nothing reads but other such modules."""
+    if start is None:
+        yield
+        return
+    model, now = learner.model, kept.clock[start]
+    counts = Counter(call.name for call in kept.calls)
+    chosen = list[_Call]()
+    for call in kept.calls:
+        call.left_out = call.parent is not None and call.parent.left_out
+        if call.left_out or call.end > now or call.output is None or counts[call.name] > 1:
+            continue
+        call.left_out = True
+        chosen.append(call)
+    modules = [model.get_submodule(call.name) for call in chosen]
+    device = next(model.parameters()).device
+    try:
+        for module, call in zip(modules, chosen, strict=True):
+            module.forward = _stand_in(call.output, kept, device)
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+def _stand_in(skeleton: Any, kept: _Kept, device: torch.device) -> Callable[..., Any]:
+    def fill(t: Any) -> Any:
+        if isinstance(t, _Site):
+            return kept.activities[t.index]
+        return torch.zeros(t.shape, dtype=t.dtype, device=device) if isinstance(t, Tensor) else t
+
+    return lambda *args, **kwargs: tree_map(fill, skeleton)
+
+
+def _refuse_interleaved(learner: Learner, ends: Sequence[Any], segment: Any) -> None:
+    """Once in a learner's life: what a segment trains by itself must be what the plan says."""
+    if learner.separable:
+        return
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    tensors = [t for t in ends if isinstance(t, Tensor) and t.requires_grad]
+    trainable = {name for name, p in learner.model.named_parameters() if p.requires_grad}
+    missing = (set(segment.parameters) & trainable) - set(parameters_behind(tensors, names))
+    if missing:
+        raise AttachError(
+            f"the segment of {segment.site!r} cannot run by itself: {min(missing)!r} runs before the segment below has ended "
+            "(branches that interleave). Use keep_inputs=False, which repeats the pass as a whole."
+        )

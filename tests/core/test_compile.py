@@ -1,0 +1,70 @@
+"""`torch.compile` of a whole learner: one graph per form of a pass, and the gradients of the plain one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import feedbackward as fb
+
+RULES = [fb.DFA(), fb.DKP(), fb.DKP(center=True)]
+slow = pytest.mark.slow
+
+
+def check(name: str, rule: fb.Rule, backend: str, rtol: float) -> None:
+    """Two steps, a smaller batch and an evaluation of the compiled learner beside the plain one."""
+    torch._dynamo.reset()
+    case = zoo.case(name)
+    model, example = zoo.build(case)
+    plain = fb.attach(model, rule, example=example, **case.options)
+    learner = copy.deepcopy(plain)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(learner, fullgraph=True, backend=counter)
+    for size in (5, 5, 3, 2):
+        for call in (plain, compiled):
+            torch.manual_seed(1)
+            zoo.loss_of(case, call(example[:size])).backward()
+    compare(plain, learner, rtol, case.silent)
+    plain.eval()
+    learner.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(example), plain(example), rtol=rtol, atol=rtol)
+    assert counter.frame_count <= 3, (
+        "one graph for training, one for other batch sizes, one for evaluation"
+    )
+
+
+def compare(plain: fb.Learner, learner: fb.Learner, rtol: float, silent: tuple[str, ...]) -> None:
+    other: dict[str, Any] = dict(learner.named_parameters())
+    for key, p in plain.named_parameters():
+        scale = (
+            1e-3 if key.removeprefix("model.") not in silent else 1.0
+        )  # a gradient of zero, rounded
+        atol = rtol * (p.grad.abs().max().item() + scale)
+        torch.testing.assert_close(other[key].grad, p.grad, rtol=rtol, atol=atol, msg=key)
+    for key, buffer in plain.named_buffers():
+        torch.testing.assert_close(dict(learner.named_buffers())[key], buffer, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
+def test_whole_learner(name: str, rule: fb.Rule) -> None:
+    check(name, rule, "eager", 0)
+
+
+@slow
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
+def test_ahead_of_time_backward(name: str, rule: fb.Rule) -> None:
+    check(name, rule, "aot_eager", 1e-6)
+
+
+@slow
+@pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
+def test_inductor(name: str) -> None:
+    check(name, fb.DKP(center=True), "inductor", 1e-4)

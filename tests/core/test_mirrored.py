@@ -1,0 +1,91 @@
+"""Feedback that begins as what a layer's response to noise says of its weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import F64
+from test_relays import attached, linear_net
+from torch import nn
+
+import feedbackward as fb
+from feedbackward.operators import layer as layers
+from feedbackward.operators.layer import LayerForm, LayerShaped
+
+LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Linear(40, 30), (40,)),
+    (nn.Conv2d(6, 20, 3, padding=1), (6, 4, 4)),
+    (nn.Conv2d(8, 20, 3, stride=2, padding=2, dilation=2, groups=2), (8, 9, 9)),
+    (nn.Conv1d(8, 20, 3, padding=1, padding_mode="circular"), (8, 6)),
+    (nn.ConvTranspose2d(12, 8, 3, stride=2), (12, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__)
+def test_feedback_that_begins_mirrored_is_near_the_weight(
+    layer: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round of the delta rule with as many samples as inputs halves the expected square of the error: 1/8 after three.
+
+    (I - a S) of S = xi^T xi / M has the expected square 1 - 2a + a^2 (1 + n/M) = 1/2 for M = n, a = 1/2.
+    """
+    monkeypatch.setattr(layers, "MIRROR_ROUNDS", 3)
+    torch.manual_seed(0)
+    layer.to(F64)
+    form = LayerForm.of(layer)
+    x = torch.randn(1, *shape, dtype=F64)
+    source = tuple(layer(x).shape[1:])
+    left = []
+    for seed in range(20):
+        operator, generator = LayerShaped(form, "mirrored"), torch.Generator().manual_seed(seed)
+        made = tuple(w.to(F64) for w in operator.create(source, shape, generator))
+        W = layer.weight.detach()  # type: ignore[union-attr, operator]
+        (B,) = operator.measure(made, W, source, shape, generator)
+        left.append(((B - W).norm() / W.norm()).square().item())
+    assert sum(left) / len(left) == pytest.approx(1 / 8, rel=0.35)
+
+
+def test_another_init_is_left_as_it_was_made() -> None:
+    operator, generator = (
+        LayerShaped(LayerForm((3, 4)), "like_layer"),
+        torch.Generator().manual_seed(0),
+    )
+    made = operator.create((3,), (4,), generator)
+    assert operator.measure(made, torch.ones(3, 4), (3,), (4,), generator) is made
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_any_chain_can_begin_mirrored(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 50), nn.ReLU(), nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 3)
+    )
+    learner = fb.attach(
+        model, fb.KolenPollack(init="mirrored"), example=torch.randn(4, 5), feedback_dtype=dtype
+    )
+    for edge in learner.graph.edges:
+        W, B = model.get_parameter(edge.shares), learner.feedback_of(edge)
+        assert B.dtype == (dtype or torch.float32)
+        assert torch.cosine_similarity(W.flatten(), B.flatten().float(), 0) > 0.85, edge.site.name
+
+
+def test_feedback_begins_the_same_whatever_was_drawn_before() -> None:
+    """So it is the same on every rank."""
+    first = dict(attached(*linear_net()).feedback.named_parameters())
+    model, x = linear_net()
+    torch.manual_seed(5)
+    second = attached(model, x).feedback
+    assert all(torch.equal(B, first[name]) for name, B in second.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "rule", [fb.LRA, fb.PFA, fb.FRSF, fb.BRSF, fb.USF], ids=lambda rule: rule.name
+)
+def test_other_feedback_cannot_begin_mirrored(rule: type[fb.Rule]) -> None:
+    """It would be zero."""
+    model, x = linear_net()
+    with pytest.raises(
+        fb.AttachError,
+        match=r"begins mirrored must have the form of a layer's weight.*Use another init",
+    ):
+        fb.attach(model, rule(init="mirrored"), example=x)  # type: ignore[call-arg]

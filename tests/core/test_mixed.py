@@ -1,0 +1,259 @@
+"""Mixtures: each part is its rule's, a mixture of one rule is that rule, and what does not go together is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import isfunction
+
+import oracles
+import pytest
+import torch
+from pairs import CONV, MLP, TOKENS, Pair, assert_close, exact_grads, grads, loss_fn, signals
+from rows import ROWS, Equations
+from torch import Tensor, nn
+from zoo import build, case
+
+import feedbackward as fb
+
+NAMES = {row.name: row for row in ROWS}
+
+
+def step(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
+    if learner.rule.needs == "target":
+        learner.target(y)
+    loss_fn(y)(learner(x)).backward()
+    return grads(learner)
+
+
+@pytest.mark.parametrize("pair", [MLP, CONV, TOKENS], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        fb.BP(),
+        fb.Frozen(),
+        fb.DFA(),
+        fb.DKP(center=True),
+        fb.DRTP(),
+        fb.DGL(),
+        fb.FA(),
+        fb.KolenPollack(),
+    ],
+    ids=lambda r: r.name,
+)
+def test_one_rule_everywhere_is_that_rule(rule: fb.Rule, pair: Pair) -> None:
+    x, y = pair.batch()
+    mixture = fb.Mixed({"*": rule})
+    assert (mixture.label, mixture.properties, mixture.needs, mixture.feeds) == (
+        rule.label,
+        rule.properties,
+        rule.needs,
+        rule.feeds,
+    )
+    assert (mixture.learned, mixture.least_batch, mixture.in_phase) == (
+        rule.learned,
+        rule.least_batch,
+        rule.in_phase,
+    )
+    expected, got = (step(pair.attach(r), x, y) for r in (rule, mixture))
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        assert_close(gradient, expected[name], name, tolerance=0.0)
+
+
+@pytest.mark.parametrize("pair", [CONV, MLP, TOKENS], ids=str)
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [
+        ("dfa", "dkp"),
+        ("frozen", "dkp-centred"),
+        ("bp", "dfa"),
+        ("dkp", "frozen"),
+        ("dkp-centred", "bp"),
+    ],
+)
+def test_each_site_gets_its_own_rules_signal(pair: Pair, lower: str, upper: str) -> None:
+    """The last site by one rule, the others by another, against the oracle's layers."""
+    model = pair.model()
+    x, y = pair.batch()
+    last = pair.cuts[-1]
+    learner = pair.attach(fb.Mixed({last: NAMES[upper].rule, "*": NAMES[lower].rule}), model)
+    arrays = {e.site.name: learner.feedback_of(e).detach().numpy() for e in learner.graph.edges}
+    equations = Equations({site: NAMES[upper if site == last else lower] for site in pair.cuts})
+    expected = oracles.step(pair.mirror(model), x.numpy(), y.numpy(), equations, arrays)
+    got = signals(learner, x, y)
+    for site in pair.cuts:
+        assert_close(got.get(site), expected.signals[site], site)
+    for name, gradient in grads(model).items():
+        assert_close(gradient, expected.parameters[name], name)
+    for edge in learner.graph.edges:
+        B = learner.feedback_of(edge)
+        assert isinstance(B, nn.Parameter) == (edge.site.name in equations.learned)
+        assert_close(B.grad, equations.learned.get(edge.site.name), edge.key)
+
+
+def test_targets_and_errors_in_one_network() -> None:
+    """The lower part by local losses, the upper part by learned feedback: each as if it were alone."""
+    x, y = CONV.batch()
+    mixture = fb.Mixed({"pool1": fb.DGL(hidden=4), "*": fb.DKP()})
+    alone = step(CONV.attach(fb.DGL(hidden=4)), x, y), step(CONV.attach(fb.DKP()), x, y)
+    learner = CONV.attach(mixture)
+    assert (mixture.needs, mixture.needs_error) == ("target", True)
+    for name, gradient in step(learner, x, y).items():
+        local = name.startswith(("model.conv1", "model.bn1", "feedback.pool1"))
+        assert_close(gradient, alone[0 if local else 1][name], name)
+    with pytest.raises(fb.AttachError, match="known after the forward pass only"):
+        learner.backward(x, loss_fn(y), schedule="eager")
+    with pytest.raises(fb.FeedbackError, match="call `learner"):
+        learner(x)
+
+
+def test_schedules_of_a_mixture() -> None:
+    """Replay gives what joint gives, with targets and errors at once; eager where no part needs an error."""
+    for rules, schedule in (
+        ({"pool1": fb.DGL(hidden=4), "flat": fb.DRTP(), "*": fb.DKP()}, "replay"),
+        ({"pool1": fb.DGL(hidden=4), "flat": fb.BP(), "*": fb.DRTP()}, "eager"),
+    ):
+        found = []
+        for run in ("joint", schedule):
+            x, y = CONV.batch()
+            learner = CONV.attach(fb.Mixed(rules))
+            learner.target(y)
+            learner.backward(x, loss_fn(y), schedule=run)
+            found.append(grads(learner))
+        for name, gradient in found[0].items():
+            assert_close(found[1][name], gradient, name, tolerance=1e-12)
+
+
+def test_chains_with_backprop() -> None:
+    """Feedback of the layers' own shapes in the classifier, backprop in the convolutions: with B = W it is backprop."""
+    model, (x, y) = CONV.model(), CONV.batch()
+    truth = exact_grads(model, x, y)
+    learner = CONV.attach(fb.Mixed({"conv*": fb.BP(), "*": fb.KolenPollack()}), model)
+    assert [edge.site.weight for edge in learner.graph.edges] == ["fc1.weight", "head.weight"]
+    with torch.no_grad():
+        for edge in learner.graph.edges:
+            learner.feedback_of(edge).copy_(model.get_parameter(edge.site.weight))
+    for name, gradient in step(learner, x, y).items():
+        name = (
+            name.removeprefix("model.")
+            .replace("feedback.", "")
+            .replace(".input", "")
+            .replace("/input", ".weight")
+        )
+        assert_close(gradient, truth[name], name)
+
+
+def test_a_pattern_may_be_a_module_or_a_predicate() -> None:
+    model, example = build(case("plain"))
+    maps = {lambda site: len(site.shape) == 3: fb.BP(), "fc1": fb.DFA(), "*": fb.Frozen()}
+    learner = fb.attach(model, fb.Mixed(maps), example=example)
+    assert [site.name for site in learner.graph.sites] == ["fc1.input", "fc2.input"]
+    assert [edge.site.name for edge in learner.graph.edges] == ["fc1.input"]
+    assert isinstance(learner.rule.rules["fc1"], fb.DFA)
+
+
+def test_what_it_needs_and_costs() -> None:
+    mixture = fb.Mixed({"features.*": fb.BP(), "classifier.*": fb.DRTP()})
+    assert mixture.label == "BP + DRTP"
+    assert mixture.properties == fb.Properties(
+        backward_unlocked=False, update_unlocked=False, forward_unlocked=False, weight_transport=True, learned_feedback=False,
+        backward_steps="L - 1 + 0", extra_memory="0 + C n", extra_compute="0 + N n - D",
+    )  # fmt: skip
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).properties.learned_feedback
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).least_batch == 2
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.Frozen()}).properties.backward_unlocked
+    assert fb.Mixed({"a": fb.FA(), "b": fb.USF()}).properties.weight_transport == "signs"
+    assert fb.Mixed({"a": fb.BP(), "b": fb.USF()}).properties.weight_transport is True
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP()}).linear
+    assert not fb.Mixed({"a": fb.DKP(), "b": fb.DRTP()}).linear
+
+
+def test_nothing_that_a_rule_can_say_is_forgotten() -> None:
+    """Whatever the contract gets, a mixture has to ask its parts for."""
+    said = {
+        name for name in fb.Rule.__annotations__ if name not in ("name", "paper", "revises")
+    }  # refused
+    assert said <= vars(fb.Mixed({"*": fb.DFA()})).keys()
+    methods = {
+        name
+        for name, value in vars(fb.Rule).items()
+        if isfunction(value) and not name.startswith("_")
+    }
+    assert methods - {"delays"} <= vars(fb.Mixed).keys()  # rules with delays are refused
+
+
+@dataclass(frozen=True)
+class Phased(fb.DKP):
+    """Learns in a phase: the gradient says which edges it was asked for."""
+
+    value: float = 1.0
+    in_phase = True
+
+    def feedback_step(self, phase: fb.Phase) -> None:
+        met: list[str] = []
+        phase.forward(change=lambda site, h: met.append(site.name) or h)
+        assert met == [edge.site.name for edge in phase.edges]
+        for edge in phase.edges:
+            phase.give(edge, (torch.full_like(phase.weights(edge)[0], self.value),))
+
+
+def test_phases_are_each_rules_own() -> None:
+    x, y = CONV.batch()
+    rules = {"pool1": Phased(value=2.0), "flat": fb.DKP(), "act3": Phased(value=3.0)}
+    learner = CONV.attach(fb.Mixed(rules))
+    loss_fn(y)(learner(x)).backward()
+    assert [name for name, B in learner.feedback.named_parameters() if B.grad is not None] == [
+        "flat"
+    ]
+    learner.feedback_step(x)
+    found = {name: B.grad for name, B in learner.feedback.named_parameters()}
+    assert (found["pool1"] == 2).all()
+    assert (found["act3"] == 3).all()
+    assert_close(found["flat"], step(CONV.attach(fb.DKP()), x, y)["feedback.flat"])
+
+
+@dataclass(frozen=True)
+class OtherLosses(fb.DGL):
+    def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.square().mean()
+
+
+@dataclass(frozen=True)
+class Common(fb.Dense):
+    common = True
+
+
+REFUSED: Sequence[tuple[Callable[[], object], str]] = (
+    (lambda: fb.Mixed({}), "at least one pattern"),
+    (lambda: fb.Mixed({"a": fb.DFA}), "the rule for 'a' must be an instance of a Rule"),  # type: ignore[dict-item]
+    (lambda: fb.Mixed({"a": fb.Mixed({"b": fb.DFA()})}), "not Mixed itself"),
+    (lambda: fb.Mixed({"a": fb.DFA(), "b": fb.DSP()}), "DSP is a schedule of the whole network"),
+    (
+        lambda: fb.Mixed({"a": fb.DFA(), "b": fb.FA()}),
+        "DFA and FA cannot be mixed: one feeds activities",
+    ),
+    (lambda: fb.Mixed({"a": fb.Frozen(), "b": fb.FA()}), "Frozen and FA cannot be mixed"),
+    (lambda: fb.Mixed({"a": fb.DGL(), "b": OtherLosses()}), "local losses of its own kind"),
+    (
+        lambda: CONV.attach(fb.Mixed({"pool1": fb.DFA()})),
+        "no pattern fits the site 'flat'. Add one, or \"\\*\"",
+    ),
+    (
+        lambda: CONV.attach(fb.Mixed({"*": fb.DFA(), "fc": fb.DKP()})),
+        "no site is left for 'fc'. The sites are pool1, flat, act3",
+    ),
+    (lambda: CONV.attach(fb.Mixed({"*": fb.DFA(), len: fb.DKP()})), "no site is left for len"),
+    (
+        lambda: CONV.attach(
+            fb.Mixed({"pool1": fb.DFA(operator=Common()), "*": fb.DKP(operator=Common())})
+        ),
+        "DKP and DFA would use the same feedback weights",
+    ),
+)
+
+
+@pytest.mark.parametrize(("make", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_what_does_not_go_together_is_refused(make: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(fb.AttachError, match=sentence):
+        make()

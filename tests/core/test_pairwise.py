@@ -1,0 +1,95 @@
+"""No two rules are the same by accident: after two steps their hidden gradients differ, for every pair of `RULES`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import OrderedDict
+
+import pytest
+import torch
+from steps import train
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import feedbackward as fb
+
+# pairs of rules whose gradients are the same by theory, and why
+EQUAL: dict[frozenset[str], str] = {}
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(2, 4, 3, padding=1), act1=nn.ReLU(), conv2=nn.Conv2d(4, 4, 3, padding=1), act2=nn.ReLU(),
+            conv3=nn.Conv2d(4, 4, 3, padding=1), act3=nn.ReLU(), flat=nn.Flatten(), fc1=nn.Linear(64, 8), act4=nn.ReLU(),
+            fc2=nn.Linear(8, 7), act5=nn.ReLU(), head=nn.Linear(7, 3),
+        )
+    )  # fmt: skip
+
+
+def mlp() -> nn.Module:
+    """For rules that want nothing but an activation between two layers."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(32, 9),
+        nn.Tanh(),
+        nn.Linear(9, 8),
+        nn.Tanh(),
+        nn.Linear(8, 7),
+        nn.Tanh(),
+        nn.Linear(7, 3),
+    )
+
+
+NETS = {"conv": conv, "mlp": mlp}
+
+
+@functools.cache
+def hidden_gradients(rule: str, net: str, steps: int = 3) -> Tensor | str:
+    """Of the last step, all but the last layer's, as one vector; or why the net is refused."""
+    torch.manual_seed(0)
+    model = NETS[net]().double()
+    x, y = torch.randn(8, 2, 4, 4, dtype=torch.float64), torch.arange(8) % 3
+    try:
+        learner = fb.attach(model, fb.RULES[rule](), example=x)
+    except fb.AttachError as error:
+        return str(error)
+    last = [f"{name}." for name, _ in model.named_children()][-1]
+    found = train(learner, x, y, F.cross_entropy, steps)
+    return torch.cat(
+        [
+            (torch.zeros_like(model.get_parameter(n)) if g is None else g).flatten()
+            for n, g in found.items()
+            if not n.startswith(last)
+        ]
+    )
+
+
+@pytest.mark.parametrize("rule", fb.RULES)
+def test_every_rule_takes_one_of_the_nets(rule: str) -> None:
+    found = [hidden_gradients(rule, net) for net in NETS]
+    assert any(isinstance(gradient, Tensor) for gradient in found), found
+    assert all(gradient.isfinite().all() for gradient in found if isinstance(gradient, Tensor))
+
+
+@pytest.mark.parametrize("rule", fb.RULES)
+def test_it_differs_from_every_other(rule: str) -> None:
+    names = list(fb.RULES)
+    for other in names[names.index(rule) + 1 :]:
+        pairs = [(hidden_gradients(rule, net), hidden_gradients(other, net)) for net in NETS]
+        a, b = next(
+            pair for pair in pairs if all(isinstance(gradient, Tensor) for gradient in pair)
+        )
+        scale = max(a.abs().max(), b.abs().max())
+        same = bool((a - b).abs().max() <= 1e-6 * scale)
+        assert same == (frozenset((rule, other)) in EQUAL), f"{rule} and {other}"
+
+
+def test_why_after_some_steps() -> None:
+    """Before any update DKP is DFA: feedback starts from the same seed."""
+    assert torch.equal(hidden_gradients("dkp", "conv", 1), hidden_gradients("dfa", "conv", 1))
+
+
+def test_pairs_that_are_equal_are_rules() -> None:
+    assert set(itertools.chain(*EQUAL)) <= set(fb.RULES)

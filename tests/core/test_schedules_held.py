@@ -1,0 +1,48 @@
+"""What replay keeps: the part that is held, and the stand-ins of relays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pairs import F64
+from test_schedules import Relayed, deep, outcome
+from torch import Tensor, nn
+
+import feedbackward as fb
+from feedbackward.schedules.joint import replay
+
+
+@pytest.mark.parametrize(
+    ("widths", "places"),
+    [([32] * 12, range(8, 11)), ([1024, 64, 32, 16, 8], range(1))],
+    ids=["even", "tapering"],
+)
+def test_what_is_held_weighs_no_more_than_the_largest_segment(
+    widths: list[int], places: range
+) -> None:
+    """Of equal segments only the top can be held; where the lowest outweighs the rest, all of the rest."""
+    layers: list[nn.Module] = []
+    for before, width in zip([8, *widths], widths, strict=False):
+        layers += [nn.Linear(before, width), nn.Tanh()]
+    learner = fb.attach(
+        nn.Sequential(*layers, nn.Linear(widths[-1], 2)), fb.DFA(), example=torch.randn(3, 8)
+    )
+    learner.backward(torch.randn(64, 8), lambda out: out.square().mean(), schedule="replay")
+    assert learner.rehearsed.hold in places
+
+
+def test_stand_ins_of_relays_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every part is repeated, the lower relay's activity is known by its shape alone."""
+    sizes = []
+
+    def watched(seams: Any, index: int, like: Tensor, *rest: Any) -> Tensor:
+        sizes.append((tuple(like.shape), like.untyped_storage().nbytes()))
+        return sent(seams, index, like, *rest)
+
+    sent = replay._sent
+    monkeypatch.setattr(replay, "_sent", watched)
+    batch = (torch.randn(5, 7, dtype=F64), torch.randint(3, (5,)))
+    outcome(deep(), Relayed(relay=2), batch, "replay", hold=False)
+    assert sizes == [((5, 6), 8)]

@@ -1,0 +1,60 @@
+"""Every Python block of the README and the docs runs, page by page; every command line of them parses."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "sh")], ids=lambda p: p.name)
+def test_commands_parse(page: Path) -> None:
+    from feedbackward.cli import COMMANDS
+    from feedbackward.experiment.config.arguments import parse
+    from feedbackward.experiment.config.schema import CompareConfig, TrainConfig
+
+    configs = {"train": TrainConfig, "compare": CompareConfig}
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if not words or words[0] != "feedbackward":
+                continue
+            assert words[1] in COMMANDS, line
+            if words[1] == "study":
+                from feedbackward.experiment.grid.command import parser
+
+                parser().parse_args(words[2:])
+            if words[1] in configs:
+                parse(configs[words[1]], words[2:], f"feedbackward {words[1]}", "").resolved()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_rules_tables_are_up_to_date() -> None:
+    script = [sys.executable, str(ROOT / "tools" / "rules_table.py"), "--check"]
+    assert subprocess.run(script, capture_output=True).returncode == 0, (
+        "run: python tools/rules_table.py"
+    )

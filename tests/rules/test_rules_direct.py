@@ -1,0 +1,142 @@
+"""EBD, sDFA and flipped feedback: what defines each, from the papers' equations (signals of one step: the rows)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pairs import F64, MLP, TOKENS, assert_close, grads, loss_fn, signals, step
+from torch import nn
+
+import feedbackward as fb
+
+# --- EBD -------------------------------------------------------------------------------------------------------
+
+
+def test_ebd_feedback_is_the_moving_average_of_the_correlation() -> None:
+    """R <- lambda R + (1 - lambda) / N sum_n g(h_n) eps_n^T while the network trains, with eps = softmax - onehot."""
+    memory, learner = 0.8, MLP.attach(fb.EBD())
+    B = learner.feedback_of(learner.graph.edges[1])
+    model = learner.model
+    groups = fb.param_groups(learner, model={"lr": 0.3}, feedback={"lr": 1 - memory})
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    R = B.detach().numpy().T.copy()
+    for t in range(6):
+        x, y = MLP.batch(seed=t)
+        with torch.no_grad():
+            h = model[:4](x).numpy()
+            p = torch.softmax(model(x), 1).numpy()
+        eps = p - np.eye(3)[y.numpy()]
+        R = memory * R + (1 - memory) / len(h) * sum(np.outer(h[n], eps[n]) for n in range(len(h)))
+        optimizer.zero_grad()
+        step(learner, x, y)
+        optimizer.step()
+    assert_close(B.detach(), R.T)
+
+
+def test_ebd_signal_descends_the_correlation() -> None:
+    """For B = e^T h the signal is the gradient of half of |e^T h|^2 by h; DKP's feedback is minus a sum of the same."""
+    x, y = MLP.batch()
+    after = {}
+    for rule in (fb.EBD(operator=fb.Dense("zeros")), fb.DKP(operator=fb.Dense("zeros"))):
+        learner = MLP.attach(rule)
+        optimizer = torch.optim.SGD(learner.feedback.parameters(), lr=1.0)
+        step(learner, x, y)
+        optimizer.step()
+        after[rule.name] = signals(learner, x, y)["act2"]
+    model = MLP.model()
+    e = ((torch.softmax(model(x), 1) - nn.functional.one_hot(y, 3)) / len(x)).detach()
+    h = model[:4](x).detach().requires_grad_()
+    (truth,) = torch.autograd.grad((e.T @ h).square().sum() / 2, h)
+    assert_close(after["ebd"], truth)
+    assert_close(after["dkp"], -truth)
+
+
+# --- sDFA ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sign_of_the_error_is_a_projection_of_the_target() -> None:
+    """For softmax and cross-entropy sign(e) = 1 - 2y; the scale of the loss is not seen."""
+    learner = MLP.attach(fb.SignDFA())
+    x, y = MLP.batch()
+    for factor in (1.0, 1e-3):
+        got = signals(learner, x, y, lambda output, f=factor: f * loss_fn(y)(output))
+        for edge in learner.graph.edges:
+            B = learner.feedback_of(edge)
+            expected = (1 - 2 * nn.functional.one_hot(y, 3).to(F64)) @ B / len(x)
+            assert_close(got[edge.site.name], expected, edge.site.name)
+
+
+def test_zero_signs_are_refused() -> None:
+    with pytest.raises(fb.AttachError, match="zero feedback"):
+        fb.SignDFA(operator=fb.Dense("zeros"))
+
+
+def test_an_error_of_zero_has_no_sign() -> None:
+    learner = TOKENS.attach(fb.SignDFA())
+    x, y = TOKENS.batch()
+    y[:, 2] = -100
+    got = signals(learner, x, y)
+    assert not got["act1"][:, 2].any()
+    assert got["act1"][:, 1].all(1).any()
+
+
+# --- the sign of the feedback ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule", [fb.DKP(), fb.DFA(), fb.DRTP(), fb.FDFA(operator=fb.Dense())], ids=lambda r: r.name
+)
+def test_flipped_negates_hidden_gradients_and_nothing_else(rule: fb.Rule) -> None:
+    x, y = MLP.batch()
+    found = []
+    for used in (rule, fb.Flipped(rule)):
+        learner = MLP.attach(used)
+        torch.manual_seed(5)
+        if used.needs == "target":
+            learner.target(y)
+        step(learner, x, y)
+        found.append((grads(learner.model), grads(learner.feedback)))
+    (plain, feedback), (flipped, same) = found
+    for name, gradient in plain.items():
+        assert_close(
+            flipped[name], gradient if name in MLP.head() else -gradient, name, tolerance=0.0
+        )
+    assert feedback.keys() == same.keys()
+    for name, gradient in feedback.items():
+        assert_close(same[name], gradient, name, tolerance=0.0)
+
+
+def test_flipped_refuses_what_has_no_one_sign() -> None:
+    for rule in (fb.FA(), fb.Frozen(), fb.BP(), fb.DGL()):
+        with pytest.raises(fb.AttachError, match=r"cannot be flipped.*Flip a direct rule"):
+            MLP.attach(fb.Flipped(rule))
+    with pytest.raises(
+        fb.AttachError, match=r"needs an instance of a Rule, for example fb\.DKP\(\)"
+    ):
+        fb.Flipped(fb.DKP)  # type: ignore[arg-type]
+
+
+# --- what a loss scale cannot reach ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n, rule in fb.RULES.items() if not rule.linear])
+def test_rules_that_do_not_scale_with_the_loss_refuse_fp16(name: str) -> None:
+    learner = fb.attach(MLP.model().float(), fb.RULES[name](), example=MLP.batch()[0].float())
+    x, y = MLP.batch()
+    learner.target(y)
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(fb.FeedbackError, match=r"GradScaler .* bf16"),
+    ):
+        learner(x.float())
+    learner.target(y)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner(x.float())
+
+
+def test_rules_that_send_targets_do_not_scale_with_the_loss() -> None:
+    assert {"drtp", "dgl", "sign_dfa", "ebd"} <= {
+        n for n, rule in fb.RULES.items() if not rule.linear
+    }
+    assert not [n for n, rule in fb.RULES.items() if rule.linear and rule.needs == "target"]
