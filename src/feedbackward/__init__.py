@@ -11,20 +11,20 @@ from feedbackward.errors import (
     SiteError,
 )
 from feedbackward.graph import (
-    Arc,
     Edge,
     Graph,
-    Lift,
+    LayerInput,
     Local,
     Site,
     Source,
+    UpwardEdge,
     chain,
     ladder,
     modules,
     star,
 )
 from feedbackward.learner import Learner, attach, param_groups
-from feedbackward.measure.cost import Cost, cost
+from feedbackward.measure.cost import Cost, count_cost
 from feedbackward.measure.probe import ParameterAlignment, Probe, SiteAlignment, probe
 from feedbackward.operators import (
     OPERATORS,
@@ -43,7 +43,7 @@ from feedbackward.operators import (
     Sparse,
     Weights,
 )
-from feedbackward.optim import keep_norms
+from feedbackward.optim import renormalize_weights
 from feedbackward.rules import (
     BP,
     BRSF,
@@ -89,7 +89,7 @@ from feedbackward.rules import (
     SymmetricAlignment,
     WeightMirror,
 )
-from feedbackward.schedules.delayed import Stale
+from feedbackward.schedules.delayed import Delayed
 from feedbackward.schedules.joint import step_in_backward
 
 __version__ = "0.1.0"
@@ -119,7 +119,6 @@ __all__ = [
     "SDTP",
     "USF",
     "ActivationAlignment",
-    "Arc",
     "AttachError",
     "Binary",
     "BinaryDFA",
@@ -127,6 +126,7 @@ __all__ = [
     "ConfigError",
     "Cost",
     "DataError",
+    "Delayed",
     "Dense",
     "DivergenceError",
     "Edge",
@@ -140,10 +140,10 @@ __all__ = [
     "Kernel",
     "KernelDFA",
     "KolenPollack",
+    "LayerInput",
     "LayerKernel",
     "LayerShaped",
     "Learner",
-    "Lift",
     "Local",
     "LowRank",
     "Mixed",
@@ -171,18 +171,18 @@ __all__ = [
     "Source",
     "Sparse",
     "SparseDFA",
-    "Stale",
     "SymmetricAlignment",
+    "UpwardEdge",
     "WeightMirror",
     "Weights",
     "attach",
     "chain",
-    "cost",
-    "keep_norms",
+    "count_cost",
     "ladder",
     "modules",
     "param_groups",
     "probe",
+    "renormalize_weights",
     "star",
     "step_in_backward",
 ]

@@ -20,7 +20,7 @@ from feedbackward.operators.layer import LayerForm
 
 
 @dataclass(frozen=True)
-class Tap:
+class HookPoint:
     """A place in the forward pass: the input or the output of one call of one module.
 
     `leaf` counts the tensors of a structured output (tuple, dict, ModelOutput); None for a plain tensor.
@@ -41,7 +41,7 @@ class Activity:
     """
 
     name: str
-    taps: tuple[Tap, ...]
+    points: tuple[HookPoint, ...]
     shape: tuple[int, ...]
     tokens: int = 0
 
@@ -65,12 +65,12 @@ class PreActivation(Site):
 
 
 @dataclass(frozen=True)
-class Arc(Site):
+class LayerInput(Site):
     """The input of one layer as that layer alone sees it: other users of the same tensor, such as a skip path, stay
     connected. It is fed from the layer's own output, by weights of the layer's own form.
 
     `weight` is the name of the layer's weight in the model. `below` is the output of the layer before, where nothing but
-    an elementwise activation lies between; else what does, in words. `narrow`: whether all that lies below reaches the
+    an elementwise activation lies between; else what does, in words. `dominates`: whether all that lies below reaches the
     source of the rule's error through this layer's output and no other way.
     """
 
@@ -78,14 +78,14 @@ class Arc(Site):
     form: LayerForm = field(kw_only=True)
     weight: str = field(kw_only=True)
     below: PreActivation | str = field(kw_only=True)
-    narrow: bool = field(kw_only=True)
+    dominates: bool = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class Edge:
     """A feedback connection from a source to a site, with weights `B` of the operator's form.
 
-    `shares` names a weight of the model whose gradient `B` gets as well, instead of one of its own. `borrows` names a
+    `shares` names a weight of the model whose gradient `B` gets as well, instead of one of its own. `forward_weight` names a
     weight of the model which the operator is given, as it is in the forward pass, as the last of the edge's weights
     (sign-symmetry uses its signs); it gets no gradient from the feedback.
     """
@@ -94,7 +94,7 @@ class Edge:
     site: Site
     operator: Operator
     shares: str | None = None
-    borrows: str | None = None
+    forward_weight: str | None = None
     key: str = ""
 
     def __post_init__(self) -> None:
@@ -147,8 +147,8 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Lift:
-    """What a site is sent goes on upwards, through the layers between, to the next site (see `lifts.response`)."""
+class UpwardEdge:
+    """What a site is sent goes on upwards, through the layers between, to the next site (see `upward.response`)."""
 
     below: Site
     above: Site
@@ -162,7 +162,7 @@ class Graph:
     sites: tuple[Site, ...] = ()
     edges: tuple[Edge, ...] = ()
     local: tuple[Local, ...] = ()
-    lifts: tuple[Lift, ...] = ()
+    upward: tuple[UpwardEdge, ...] = ()
 
     def __post_init__(self) -> None:
         keys = [edge.key for edge in self.edges if not edge.operator.common]
@@ -183,32 +183,37 @@ class Graph:
 
 
 def chain(
-    arcs: Sequence[Any],
-    form: Callable[[Arc], Operator],
+    layer_inputs: Sequence[Any],
+    form: Callable[[LayerInput], Operator],
     shared: bool = False,
-    borrowed: bool = False,
+    with_forward_weight: bool = False,
 ) -> Graph:
     """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`;
-    with `borrowed`, the operator is given `W`."""
-    if not all(isinstance(arc, Arc) for arc in arcs):
-        raise AttachError("a chain runs over arcs: set `feeds = Arc` in the rule's class.")
+    with `with_forward_weight`, the operator is given `W`."""
+    if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
+        raise AttachError(
+            "a chain runs over layer_inputs: set `feeds = LayerInput` in the rule's class."
+        )
     edges = (
         Edge(
-            arc.source,
-            arc,
-            form(arc),
-            shares=arc.weight if shared else None,
-            borrows=arc.weight if borrowed else None,
+            layer_input.source,
+            layer_input,
+            form(layer_input),
+            shares=layer_input.weight if shared else None,
+            forward_weight=layer_input.weight if with_forward_weight else None,
         )
-        for arc in arcs
+        for layer_input in layer_inputs
     )
-    return Graph(tuple(arcs), tuple(edges))
+    return Graph(tuple(layer_inputs), tuple(edges))
 
 
 def relays(
-    arcs: Sequence[Any], steps: int, form: Callable[[Source, Arc], Operator], shared: bool = False
+    layer_inputs: Sequence[Any],
+    steps: int,
+    form: Callable[[Source, LayerInput], Operator],
+    shared: bool = False,
 ) -> Graph:
-    """The arcs in at most `steps` runs, each fed from the output of its last layer, whose error the run above gives;
+    """The layer_inputs in at most `steps` runs, each fed from the output of its last layer, whose error the run above gives;
     with `shared`, the edge over that layer alone gets the gradient of its weight.
 
     The runs are those whose edges pass over the fewest layers in sum: what lies between a relay and a site is what a constant
@@ -217,54 +222,59 @@ def relays(
     A relay that feeds more than its own layer's input is one that no other path leads round. Raises AttachError where such
     relays do not suffice.
     """
-    if not all(isinstance(arc, Arc) for arc in arcs):
-        raise AttachError("relays run over arcs: set `feeds = Arc` in the rule's class.")
-    runs = _runs(arcs, steps)
+    if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
+        raise AttachError(
+            "relays run over layer_inputs: set `feeds = LayerInput` in the rule's class."
+        )
+    runs = _runs(layer_inputs, steps)
     if runs is None:
         raise AttachError(
             f"no {steps} layers can relay the error: a relay must be a layer that no other path (a skip connection, a branch) leads "
-            f"round, which are {[arc.source.name for arc in arcs if arc.narrow] or 'none here'}. Allow more steps, or use direct "
+            f"round, which are {[layer_input.source.name for layer_input in layer_inputs if layer_input.dominates] or 'none here'}. Allow more steps, or use direct "
             "feedback (DKP) or a rule of single layers (KolenPollack, WeightMirror)."
         )
     edges = [
         Edge(
             run[-1].source,
-            arc,
-            form(run[-1].source, arc),
-            shares=arc.weight if shared and arc is run[-1] else None,
+            layer_input,
+            form(run[-1].source, layer_input),
+            shares=layer_input.weight if shared and layer_input is run[-1] else None,
         )
         for run in runs
-        for arc in run
+        for layer_input in run
     ]
-    return Graph(tuple(arcs), tuple(edges))
+    return Graph(tuple(layer_inputs), tuple(edges))
 
 
-def _runs(arcs: Sequence[Arc], steps: int) -> list[Sequence[Arc]] | None:
-    """The cheapest partition of the arcs into at most `steps` runs, the lowest first; None where there is none."""
-    none: list[Sequence[Arc]] = []
-    best = [(0.0, none)] + [(math.inf, none)] * len(arcs)
+def _runs(layer_inputs: Sequence[LayerInput], steps: int) -> list[Sequence[LayerInput]] | None:
+    """The cheapest partition of the layer_inputs into at most `steps` runs, the lowest first; None where there is none."""
+    none: list[Sequence[LayerInput]] = []
+    best = [(0.0, none)] + [(math.inf, none)] * len(layer_inputs)
     for _ in range(steps):
         best = [
             min(
                 [best[stop]]
                 + [
-                    (best[i][0] + _passed_over(arcs[i:stop]), [*best[i][1], arcs[i:stop]])
+                    (
+                        best[i][0] + _passed_over(layer_inputs[i:stop]),
+                        [*best[i][1], layer_inputs[i:stop]],
+                    )
                     for i in range(stop)
                 ],
                 key=lambda cost_and_runs: cost_and_runs[0],
             )
-            for stop in range(len(arcs) + 1)
+            for stop in range(len(layer_inputs) + 1)
         ]
     cost, runs = best[-1]
     return runs if math.isfinite(cost) else None
 
 
-def _passed_over(run: Sequence[Arc]) -> float:
+def _passed_over(run: Sequence[LayerInput]) -> float:
     """The layers that lie between the sites of a run and its relay; none between the relay and its own input. One that is larger
     than the relay counts more, by the binary logarithm of how much larger. Infinite where other paths lead round the relay."""
-    if len(run) > 1 and not run[-1].narrow:
+    if len(run) > 1 and not run[-1].dominates:
         return math.inf
-    sizes = [math.prod(arc.source.shape) for arc in run]
+    sizes = [math.prod(layer_input.source.shape) for layer_input in run]
     counts = [1 + max(0.0, math.log2(size / sizes[-1])) for size in sizes[:-1]]
     return sum(sum(counts[i:]) for i in range(len(counts)))
 
@@ -298,4 +308,4 @@ def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
 
 
 def _as_source(site: Site) -> Source:
-    return Source(site.name, site.taps, site.shape, site.tokens)
+    return Source(site.name, site.points, site.shape, site.tokens)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from feedbackward.engine.cuts import Seams
+from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, describe, in_bytes, make_plan
 from feedbackward.engine.target import Target
 from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names, weights_of
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import Arc, Edge, Graph, Site, Source
-from feedbackward.model.layers import find_arcs
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
 from feedbackward.model.trace import trace
 from feedbackward.operators import OPERATORS
@@ -27,7 +27,7 @@ from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
 from feedbackward.schedules.joint import Schedule, backward
 from feedbackward.schedules.passes import LossFn
-from feedbackward.schedules.preparation import Rehearsal
+from feedbackward.schedules.preparation import Preparation
 
 
 def attach(
@@ -77,7 +77,7 @@ def attach(
     recorded = trace(model, example)
     refuse_unrecorded(recorded)
     source = find_source(model, recorded, error_at, output)
-    find = find_arcs if issubclass(rule.feeds, Arc) else find_sites
+    find = find_layer_inputs if issubclass(rule.feeds, LayerInput) else find_sites
     found = find(model, recorded, sites, source)
     if not found:
         raise AttachError(
@@ -114,7 +114,7 @@ class Learner(nn.Module):
         self.graph: Graph = fitted(rule.graph(sites, source), rule, seed)
         _check_graph(model, rule, self.graph)
         self.feedback = make_feedback(model, self.graph, rule, seed, feedback_dtype)
-        self.seams = Seams(model, self.graph, rule, self.feedback)
+        self.cuts = Cuts(model, self.graph, rule, self.feedback)
         # DistributedDataParallel would wait for their gradients in every backward pass
         self._ddp_params_and_buffers_to_ignore = self._learned_in_phase()
         self.plan: Plan
@@ -123,10 +123,10 @@ class Learner(nn.Module):
         self.separable = (
             False  # whether segments run by themselves, found by the first replay with kept inputs
         )
-        self.rehearsed: Rehearsal | None = None  # before the first replay
-        self.stale = False  # whether a `Stale` delays the gradients
+        self.rehearsed: Preparation | None = None  # before the first replay
+        self.stale = False  # whether a `Delayed` delays the gradients
         self._detached = False
-        self._handles = self.seams.install(model)
+        self._handles = self.cuts.install(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output; under gradients, with the rule's cuts and broadcasts in place.
@@ -136,20 +136,20 @@ class Learner(nn.Module):
         self._refuse_detached()
         cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
         if torch.is_grad_enabled():
-            self.seams.recompute = cut
+            self.cuts.recompute = cut
             if not self.stale and not self._exact and any(self.rule.delays(2)):
                 raise FeedbackError(
                     f"{self.rule.label} is a schedule as well, without which it would be plain backprop: make `stale = "
-                    "fb.Stale(learner)`, and call `stale.exchange()` before every optimizer step."
+                    "fb.Delayed(learner)`, and call `stale.exchange()` before every optimizer step."
                 )
         if not cut:
             return self.model(*args, **kwargs)
-        return self._uncompiled(args, kwargs) if self.graph.lifts else self._cut(args, kwargs)
+        return self._uncompiled(args, kwargs) if self.graph.upward else self._cut(args, kwargs)
 
     def _cut(self, args: Any, kwargs: Any) -> Any:
         """A pass under cuts."""
-        with self.seams.recording(self.begin_pass((args, kwargs))):
-            tied = self.seams.tied()
+        with self.cuts.recording(self.begin_pass((args, kwargs))):
+            tied = self.cuts.tied()
             return (
                 functional_call(self.model, tied, args, kwargs)
                 if tied
@@ -204,8 +204,8 @@ class Learner(nn.Module):
     def begin_pass(self, inputs: Any) -> Target | None:
         """Check the inputs of a pass under cuts, and take the targets that it was given."""
         _refuse_input_gradients(inputs)
-        self.seams.recompute = True
-        self.seams.renew()
+        self.cuts.recompute = True
+        self.cuts.renew()
         return self._take_target()
 
     def _learned_in_phase(self) -> list[str]:
@@ -305,7 +305,7 @@ class Learner(nn.Module):
         chosen = {
             e.key: weights_of(self.feedback, e)
             for e in self.graph.edges
-            if type(e.operator) in OPERATORS.values() and not isinstance(e.site, Arc)
+            if type(e.operator) in OPERATORS.values() and not isinstance(e.site, LayerInput)
         }
         feedback = sum(count_bytes(weights) for weights in chosen.values())
         own = count_bytes(self.model.parameters())
@@ -380,7 +380,9 @@ def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
         raise AttachError(
             f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
         )
-    made = [source for source in graph.sources if any(tap.kind == "input" for tap in source.taps)]
+    made = [
+        source for source in graph.sources if any(point.kind == "input" for point in source.points)
+    ]
     if made:
         raise AttachError(
             f"{rule.label} sends on the error that arrives at {made[0].name!r}, but no module makes that tensor (a functional "
@@ -390,7 +392,7 @@ def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
     for edge in graph.edges:
         for named, does in (
             (edge.shares, "gives B the gradient of"),
-            (edge.borrows, "makes B from"),
+            (edge.forward_weight, "makes B from"),
         ):
             if named is None:
                 continue

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-def keep_norms(
+def renormalize_weights(
     parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> RemovableHandle:
     r"""After every step of the optimizer, each matrix or kernel among `parameters` gets back the norm that it has now.

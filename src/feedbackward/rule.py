@@ -49,7 +49,9 @@ class Rule(ABC):
     label: ClassVar[str]
     paper: ClassVar[str]
     properties: ClassVar[Properties]
-    feeds: ClassVar[type[Site]] = Site  # Arc: the inputs of single layers instead of activities
+    feeds: ClassVar[type[Site]] = (
+        Site  # LayerInput: the inputs of single layers instead of activities
+    )
     sends_activity: ClassVar[bool] = False  # whether `message` is given the source's activity
     receives: ClassVar[bool] = (
         False  # whether `receive` makes a site's signal of what the operator sent
@@ -86,7 +88,7 @@ class Rule(ABC):
 
     def delays(self, parts: int) -> tuple[int, ...]:
         """For a preset of rule and schedule: how many steps late the gradients of each part of the network arrive, the lowest
-        part first and the head last. A `Stale` then delays them."""
+        part first and the head last. A `Delayed` then delays them."""
         return (0,) * parts
 
     def learns(self, edge: Edge) -> bool:

@@ -384,7 +384,7 @@ def test_the_graph_contract() -> None:
     for rule, sentence in (
         (Nothing(), "plain backprop"),
         (Twice(), "key of its own"),
-        (Unarced(), "feeds = Arc"),
+        (Unarced(), "feeds = LayerInput"),
     ):
         with pytest.raises(fb.AttachError, match=sentence):
             fb.attach(model, rule, example=X)
@@ -394,7 +394,7 @@ def test_one_pass_at_a_time() -> None:
     learner = fb.attach(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), fb.DFA(), example=X
     )
-    learner.seams.tape = object()
+    learner.cuts.tape = object()
     with pytest.raises(fb.SiteError, match="another thread"):
         learner(X)
     with pytest.raises(fb.AttachError, match="DistributedDataParallel"):

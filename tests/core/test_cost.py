@@ -147,7 +147,7 @@ class Relayed(fb.Rule):
         for _ in range(self.relays):
             top = left.pop()
             edges.append(fb.Edge(source, top, fb.Dense()))
-            source = fb.Source(top.name, top.taps, top.shape, top.tokens)
+            source = fb.Source(top.name, top.points, top.shape, top.tokens)
         return fb.Graph(
             tuple(sites), (*edges, *(fb.Edge(source, site, fb.Dense()) for site in left))
         )
@@ -173,7 +173,7 @@ def test_nothing_of_the_learner_changes() -> None:
     state = {key: value.clone() for key, value in learner.state_dict().items()}
     grads = [p.grad.clone() for p in learner.parameters() if p.grad is not None]
     random = torch.get_rng_state()
-    fb.cost(learner.eval(), x)
+    fb.count_cost(learner.eval(), x)
     assert all(torch.equal(value, state[key]) for key, value in learner.state_dict().items())
     assert all(
         map(torch.equal, (p.grad for p in learner.parameters() if p.grad is not None), grads)
@@ -187,7 +187,7 @@ def test_nothing_of_the_learner_changes() -> None:
 
 def test_a_batch_of_another_size() -> None:
     learner = fb.attach(mlp(6, 8, 5, 3), fb.DKP(), example=torch.randn(2, 6))
-    small, large = (fb.cost(learner, torch.randn(n, 6)) for n in (2, 10))
+    small, large = (fb.count_cost(learner, torch.randn(n, 6)) for n in (2, 10))
     assert large.total == 5 * small.total
     assert large.traffic_bytes == 5 * small.traffic_bytes
 
@@ -214,7 +214,7 @@ def test_a_phase_of_the_feedback_is_counted_apart(rule: fb.Rule) -> None:
     learner = fb.attach(mlp(6, 8, 5, 3), rule, example=x)
     with FlopCounterMode(display=False) as flops:
         learner.feedback_step(x)
-    assert (cost := fb.cost(learner, x)).phase == flops.get_total_flops() / 2
+    assert (cost := fb.count_cost(learner, x)).phase == flops.get_total_flops() / 2
     assert cost.total == macs_of_a_step(learner, x, lambda out: out.sum())
 
 
@@ -253,5 +253,5 @@ def test_the_dictionary_is_plain() -> None:
 
 
 def test_a_rule_that_needs_more_than_a_step_says_so() -> None:
-    with pytest.raises(fb.FeedbackError, match="Stale"):
+    with pytest.raises(fb.FeedbackError, match="Delayed"):
         counted(fb.DSP(), mlp(6, 8, 3), torch.randn(N, 6))

@@ -56,7 +56,7 @@ def test_multiply_adds_are_those_of_a_real_step(example: Example, rule: fb.Rule)
         return F.cross_entropy(out.flatten(0, -2), example.y.flatten())
 
     expected = macs_of_a_step(learner, example.x, loss_fn, example.y)
-    cost = fb.cost(learner, example.x)
+    cost = fb.count_cost(learner, example.x)
     learner.detach()
     assert cost.total == expected
     parts = (cost.forward, cost.weight_gradients, cost.input_gradients)
@@ -88,7 +88,7 @@ def saved_bytes(learner: fb.Learner, x: Any, loss_fn: Any, y: Tensor) -> int:
 def test_bytes_held_are_those_of_a_real_pass(example: Example, rule: fb.Rule) -> None:
     learner = fb.attach(example.model, rule, example=example.x)
     expected = saved_bytes(learner, example.x, lambda out: out.sum(), example.y)
-    held = fb.cost(learner, example.x).held
+    held = fb.count_cost(learner, example.x).held
     learner.detach()
     assert held["joint"] == expected
     assert all(size is None or size <= expected for size in held.values())
@@ -108,7 +108,7 @@ def test_models_of_all_kinds(case: zoo.Case, rule: fb.Rule) -> None:
     def loss_fn(out: Any) -> Tensor:
         return zoo.loss_of(case, out)
 
-    assert fb.cost(learner, x, loss_fn=loss_fn).total == macs_of_a_step(learner, x, loss_fn)
+    assert fb.count_cost(learner, x, loss_fn=loss_fn).total == macs_of_a_step(learner, x, loss_fn)
 
 
 @pytest.mark.parametrize(

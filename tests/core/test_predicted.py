@@ -19,7 +19,7 @@ def test_late_gradients_are_taken_at_predicted_weights() -> None:
     optimizer, other = (
         torch.optim.SGD(x.parameters(), lr=0.1, momentum=0.9) for x in (first, second)
     )
-    stale = fb.Stale(second, (3, 2, 1, 0))
+    stale = fb.Delayed(second, (3, 2, 1, 0))
     past, history = [], []
     for t in range(STEPS + 2):
         now = weights(first)
@@ -51,7 +51,7 @@ def test_late_gradients_are_taken_at_predicted_weights() -> None:
 def test_where_weights_move_evenly_late_gradients_are_in_time() -> None:
     """Prediction is exact then: on one batch, what arrives is the gradient of this very moment."""
     learner = MLP.attach(fb.BP())
-    stale = fb.Stale(learner, 2)
+    stale = fb.Delayed(learner, 2)
     torch.manual_seed(3)
     movement = {name: 0.01 * torch.randn_like(p) for name, p in learner.named_parameters()}
     for t in range(5):
@@ -72,7 +72,7 @@ def test_where_weights_move_evenly_late_gradients_are_in_time() -> None:
 
 def test_an_error_leaves_no_predicted_weights_behind() -> None:
     learner = MLP.attach(fb.DFA())
-    stale = fb.Stale(learner, 1)
+    stale = fb.Delayed(learner, 1)
     with stale.predicted():
         pass
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_an_error_leaves_no_predicted_weights_behind() -> None:
 
 def test_a_state_from_before_any_prediction_leaves_no_movement() -> None:
     learner = MLP.attach(fb.DFA())
-    fresh, stale = fb.Stale(learner, 1).state_dict(), fb.Stale(learner, 1)
+    fresh, stale = fb.Delayed(learner, 1).state_dict(), fb.Delayed(learner, 1)
     with stale.predicted():
         pass
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import feedbackward as fb
-from feedbackward.model.trace import narrow_nodes
+from feedbackward.model.trace import dominators
 from feedbackward.operators.layer import LayerForm, LayerShaped
 
 
@@ -64,7 +64,7 @@ def test_the_runs_pass_over_as_little_as_possible(widths: tuple[int, ...], steps
     """Against all partitions: a layer between a site and its relay counts 1, and the logarithm of how much larger it is."""
     model = nn.Sequential(*(nn.Linear(i, o) for i, o in itertools.pairwise(widths)))
     learner = attached(model, torch.randn(4, widths[0]), steps=steps)
-    outs, count = widths[1:], len(widths) - 1  # arcs: the inputs of layers 1 .. count - 1
+    outs, count = widths[1:], len(widths) - 1  # layer_inputs: the inputs of layers 1 .. count - 1
 
     def cost(ends: tuple[int, ...]) -> float:
         total, begin = 0.0, 1
@@ -190,7 +190,7 @@ def test_narrow_is_where_nothing_leads_round() -> None:
         if not any(reaches(b, without=n) for b in below(n))
         and all(m is n or m in below(n) or n in below(m) for m in nodes)
     }
-    assert narrow_nodes(end) == expected
+    assert dominators(end) == expected
 
 
 # --- what the edges learn --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from wired import Net, X, two_layers
 
 import feedbackward as fb
-from feedbackward.graph import Tap
+from feedbackward.graph import HookPoint
 from feedbackward.schedules.joint import segmentwise as segments
 
 # --- the same gradients ------------------------------------------------------------------------------------------
@@ -118,10 +118,10 @@ class Relayed(fb.DKP):
     def graph(self, sites: Sequence[fb.Site], source: fb.Source) -> fb.Graph:
         if isinstance(self.relay, int):
             place, site = self.relay, sites[self.relay]
-            relay = fb.Source(site.name, site.taps, site.shape, site.tokens)
+            relay = fb.Source(site.name, site.points, site.shape, site.tokens)
             upper, lower = sites[place:], sites[:place]
         else:
-            relay = fb.Source(self.relay, (Tap(self.relay, "output"),), (6,))
+            relay = fb.Source(self.relay, (HookPoint(self.relay, "output"),), (6,))
             upper, lower = sites[2:], sites[:2]
         edges = [fb.Edge(source, site, self.operator) for site in upper]
         edges += [fb.Edge(relay, site, self.operator) for site in lower]

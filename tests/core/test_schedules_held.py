@@ -37,9 +37,9 @@ def test_stand_ins_of_relays_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
     """Where every part is repeated, the lower relay's activity is known by its shape alone."""
     sizes = []
 
-    def watched(seams: Any, index: int, like: Tensor, *rest: Any) -> Tensor:
+    def watched(cuts: Any, index: int, like: Tensor, *rest: Any) -> Tensor:
         sizes.append((tuple(like.shape), like.untyped_storage().nbytes()))
-        return sent(seams, index, like, *rest)
+        return sent(cuts, index, like, *rest)
 
     sent = replay._sent
     monkeypatch.setattr(replay, "_sent", watched)

@@ -31,7 +31,7 @@ def gradients(learner: fb.Learner, pair: Pair, step: int) -> None:
 def trained(
     learner: fb.Learner,
     pair: Pair,
-    stale: fb.Stale | None,
+    stale: fb.Delayed | None,
     steps: int = STEPS,
     predict: bool = False,
 ) -> list[dict[str, Tensor | None]]:
@@ -87,7 +87,7 @@ def test_a_part_gets_what_so_many_steps_ago_gave(rule: fb.Rule, delays: tuple[in
     torch.manual_seed(1)
     expected = by_hand(first, MLP, delays, MLP_PARTS)
     torch.manual_seed(1)
-    trained(second, MLP, fb.Stale(second, delays))
+    trained(second, MLP, fb.Delayed(second, delays))
     for name, p in second.named_parameters():
         assert torch.equal(p, expected[name]), name
 
@@ -101,7 +101,7 @@ def test_no_staleness_is_plain_training(rule: fb.Rule) -> None:
     torch.manual_seed(1)
     expected = trained(first, MLP, None)
     torch.manual_seed(1)
-    given = trained(second, MLP, fb.Stale(second, 0))
+    given = trained(second, MLP, fb.Delayed(second, 0))
     for a, b in zip(expected, given, strict=True):
         assert a.keys() == b.keys()
         for name, gradient in a.items():
@@ -112,7 +112,7 @@ def test_no_staleness_is_plain_training(rule: fb.Rule) -> None:
 def test_before_the_first_gradient_arrives_nothing_moves() -> None:
     learner = MLP.attach(fb.DKP())
     before = weights(learner)
-    stale = fb.Stale(learner, 3)
+    stale = fb.Delayed(learner, 3)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1, weight_decay=0.1)
     for t in range(3):
         optimizer.zero_grad()
@@ -126,7 +126,7 @@ def test_before_the_first_gradient_arrives_nothing_moves() -> None:
 def test_accumulated_batches_arrive_together() -> None:
     """Gradients that were zeroed in place, and those of two batches, stay what they were while they wait."""
     learner = MLP.attach(fb.DKP())
-    stale = fb.Stale(learner, 1)
+    stale = fb.Delayed(learner, 1)
     sums: list[dict[str, Tensor | None]] = []
     for t in range(0, 6, 2):
         gradients(learner, MLP, t)
@@ -144,7 +144,7 @@ def test_accumulated_batches_arrive_together() -> None:
 def test_a_buffer_view_is_kept_by_value() -> None:
     """Gradients that are views of somebody's buffer (DDP's buckets) are written over by the next step."""
     learner = MLP.attach(fb.DFA())
-    stale = fb.Stale(learner, 1)
+    stale = fb.Delayed(learner, 1)
     p = learner.model.head.bias
     buffer = torch.ones(10, dtype=F64)
     p.grad = buffer[:3]
@@ -179,13 +179,13 @@ def test_parts_follow_the_forward_pass_and_not_the_definition() -> None:
         ("first.weight", "first.bias"),
         ("head.weight", "head.bias"),
     ]
-    assert fb.Stale(learner).delays == (2, 0)
+    assert fb.Delayed(learner).delays == (2, 0)
 
 
 def test_feedback_that_shares_a_gradient_is_as_late_as_the_weight() -> None:
     """So Kolen-Pollack's W - B sees decay alone, as without staleness."""
     learner = MLP.attach(fb.KolenPollack())
-    stale = fb.Stale(learner, (3, 2, 1, 0))
+    stale = fb.Delayed(learner, (3, 2, 1, 0))
     edges = learner.graph.edges
     before = [learner.model.get_parameter(e.shares) - learner.feedback_of(e) for e in edges]
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
@@ -201,7 +201,7 @@ def test_feedback_that_shares_a_gradient_is_as_late_as_the_weight() -> None:
 
 def test_auxiliary_networks_are_as_late_as_what_they_train() -> None:
     learner = MLP.attach(fb.DGL())
-    given = trained(learner, MLP, fb.Stale(learner, (2, 1, 0, 0)), steps=2)
+    given = trained(learner, MLP, fb.Delayed(learner, (2, 1, 0, 0)), steps=2)
     late = {name.split(".")[1] for name, gradient in given[1].items() if gradient is None}
     assert late == {"act1", "fc1"}
 
@@ -220,15 +220,15 @@ class Tied(nn.Module):
 def test_a_parameter_of_parts_of_different_staleness_is_refused() -> None:
     learner = fb.attach(Tied(), fb.DFA(), example=torch.randn(4, 7))
     with pytest.raises(fb.AttachError, match=r"a\.weight.*'act1' \(2 steps\).*'act2' \(1 steps\)"):
-        fb.Stale(learner, (2, 1, 0))
-    assert fb.Stale(learner, (1, 1, 0)).delays == (1, 1, 0)
+        fb.Delayed(learner, (2, 1, 0))
+    assert fb.Delayed(learner, (1, 1, 0)).delays == (1, 1, 0)
 
 
 def test_a_wrong_number_of_delays_is_refused() -> None:
     learner = MLP.attach(fb.DFA())
     for wrong in ((1, 0), (1, 1, -1, 0), -1):
         with pytest.raises(fb.AttachError, match="act1, act2, act3, head"):
-            fb.Stale(learner, wrong)
+            fb.Delayed(learner, wrong)
 
 
 # --- an update that waits for a few products only --------------------------------------------------------------
@@ -244,12 +244,12 @@ def test_parts_whose_signal_takes_more_products_get_it_late() -> None:
     model, x = chain_net()  # 7 layers: the signal of layer l takes 7 - l products
     learner = fb.attach(model, fb.KolenPollack(), example=x)
     assert products(learner) == (6, 5, 4, 3, 2, 1, 0)
-    assert fb.Stale(learner, steps=2).delays == (2, 2, 1, 1, 0, 0, 0)
-    assert fb.Stale(learner, steps=5).delays == (1, 0, 0, 0, 0, 0, 0)
-    assert fb.Stale(learner, steps=6).delays == (0,) * 7
-    assert fb.Stale(learner, 1, steps=3).delays == (2, 2, 2, 1, 1, 1, 1)
+    assert fb.Delayed(learner, steps=2).delays == (2, 2, 1, 1, 0, 0, 0)
+    assert fb.Delayed(learner, steps=5).delays == (1, 0, 0, 0, 0, 0, 0)
+    assert fb.Delayed(learner, steps=6).delays == (0,) * 7
+    assert fb.Delayed(learner, 1, steps=3).delays == (2, 2, 2, 1, 1, 1, 1)
     with pytest.raises(fb.AttachError, match="steps must be >= 0"):
-        fb.Stale(learner, steps=-1)
+        fb.Delayed(learner, steps=-1)
 
 
 def test_products_are_those_of_the_longest_way_down() -> None:
@@ -267,8 +267,8 @@ def test_products_of_signals_that_go_upwards_are_not_counted_but_refused() -> No
     model, x = chain_net()
     learner = fb.attach(model, fb.IFA(), example=x)
     with pytest.raises(fb.AttachError, match=r"IFA.*upwards.*steps at 0"):
-        fb.Stale(learner, steps=2)
-    fb.Stale(learner, 1)
+        fb.Delayed(learner, steps=2)
+    fb.Delayed(learner, 1)
 
 
 # --- DSP ---------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_dsp_is_backprop_with_older_gradients_further_down() -> None:
     assert fb.DSP(blocks=1).delays(5) == (0,) * 5
     learner = MLP.attach(fb.DSP())
     twin = copy.deepcopy(learner.model)
-    stale = fb.Stale(learner)
+    stale = fb.Delayed(learner)
     gradients(learner, MLP, 0)
     truth = exact_grads(twin, *MLP.batch(seed=0))
     for name, gradient in grads(learner.model).items():
@@ -295,15 +295,15 @@ def test_dsp_without_its_schedule_is_refused() -> None:
     """It would be plain backprop, under another name."""
     learner = MLP.attach(fb.DSP())
     x, y = MLP.batch()
-    with pytest.raises(fb.FeedbackError, match=r"fb\.Stale\(learner\)"):
+    with pytest.raises(fb.FeedbackError, match=r"fb\.Delayed\(learner\)"):
         learner(x)
     with torch.no_grad():
         learner(x)
     with learner.exact():
         learner(x)
-    fb.Stale(learner)
+    fb.Delayed(learner)
     loss_fn(y)(learner(x)).backward()
-    with pytest.raises(fb.AttachError, match=r"fb\.Stale"):
+    with pytest.raises(fb.AttachError, match=r"fb\.Delayed"):
         fb.Mixed({"act1": fb.DSP(), "*": fb.DFA()})
     for wrong in ({"blocks": 0}, {"spacing": -1}):
         with pytest.raises(fb.AttachError, match="blocks >= 1"):
@@ -316,12 +316,12 @@ def test_dsp_without_its_schedule_is_refused() -> None:
 @pytest.mark.parametrize("predict", [False, True])
 def test_state_goes_on_exactly(predict: bool) -> None:
     learner = MLP.attach(fb.DKP())
-    stale = fb.Stale(learner, (3, 2, 1, 0))
+    stale = fb.Delayed(learner, (3, 2, 1, 0))
     trained(learner, MLP, stale, steps=2, predict=predict)
     saved = copy.deepcopy({"stale": stale.state_dict(), "learner": learner.state_dict()})
     twin = MLP.attach(fb.DKP(), seed=9)
     twin.load_state_dict(saved["learner"])
-    again = fb.Stale(twin, (3, 2, 1, 0))
+    again = fb.Delayed(twin, (3, 2, 1, 0))
     again.load_state_dict(saved["stale"])
     given = (
         trained(*trainee, predict=predict)
@@ -335,10 +335,10 @@ def test_state_goes_on_exactly(predict: bool) -> None:
 
 def test_state_of_another_schedule_or_network_is_refused() -> None:
     learner = MLP.attach(fb.DKP())
-    stale = fb.Stale(learner, 1)
+    stale = fb.Delayed(learner, 1)
     with pytest.raises(CheckpointError, match="delays"):
-        stale.load_state_dict(fb.Stale(learner, 2).state_dict())
-    state = fb.Stale(MLP.attach(fb.DFA()), 1).state_dict()
+        stale.load_state_dict(fb.Delayed(learner, 2).state_dict())
+    state = fb.Delayed(MLP.attach(fb.DFA()), 1).state_dict()
     with pytest.raises(CheckpointError, match="parameters"):
         stale.load_state_dict(state)
     wrong = stale.state_dict()

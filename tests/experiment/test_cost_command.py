@@ -61,7 +61,7 @@ def test_tables_json_and_plot(capsys: Any, tmp_path: Path) -> None:
     assert list(macs) == list(held) == names
     x = torch.zeros(4, 3, 8, 8)
     learner = fb.attach(nets.build("small_cnn", (3, 8, 8), 10), fb.DKP(), example=x)
-    expected = fb.cost(learner, x)
+    expected = fb.count_cost(learner, x)
     results = json.loads(file.read_text())
     found = next(
         row for row in results["rows"] if (row["name"], row["operator"]) == ("dkp", "dense")

@@ -420,7 +420,9 @@ def test_steps_are_timed_in_turn():
 
 def test_norms_are_kept_where_the_recipe_says_so():
     W = nn.Parameter(torch.arange(6.0).view(2, 3))
-    weights = Weights([W], Optimizer(lr=0.1, keep_norms=True), epochs=1, steps_per_epoch=10)
+    weights = Weights(
+        [W], Optimizer(lr=0.1, renormalize_weights=True), epochs=1, steps_per_epoch=10
+    )
     for _ in range(3):
         W.grad = torch.ones_like(W)
         weights.step(torch.amp.GradScaler("cpu", enabled=False))

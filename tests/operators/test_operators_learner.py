@@ -270,7 +270,7 @@ def test_sizes_on_vgg16() -> None:
 def feedback_warnings(rule: fb.Rule, pair: Pair = BEFORE_POOL) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pair.attach(rule, sites="layers" if rule.feeds is fb.Arc else pair.sites)
+        pair.attach(rule, sites="layers" if rule.feeds is fb.LayerInput else pair.sites)
     return [str(w.message) for w in caught if "feedback weights" in str(w.message)]
 
 

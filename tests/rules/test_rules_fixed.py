@@ -97,7 +97,7 @@ def attached(rule: fb.Rule, *widths: int) -> dict[str, Array]:
 
 def test_shared_one_matrix_whose_scale_is_independent_of_width() -> None:
     """Each layer's matrix is the first columns of the widest one's, U(-1, 1) / sqrt(m); so its entries have the same
-    standard deviation in a narrow layer, where DFA's own grow as 1 / sqrt(n)."""
+    standard deviation in a dominates layer, where DFA's own grow as 1 / sqrt(n)."""
     found = attached(fb.SharedDFA(), 40, 4000, 400)
     whole = found["3"]
     for B, n in zip(found.values(), (40, 4000, 400), strict=True):
@@ -359,7 +359,7 @@ def test_han2020_dilated_kernels_reach_as_far_as_the_layers_they_skip() -> None:
 
 
 def test_han2020_signals_against_loops() -> None:
-    """delta_i(y) = sum over the taps t of B[:, :, t]^T delta_o(y - dilation (t - 1))."""
+    """delta_i(y) = sum over the points t of B[:, :, t]^T delta_o(y - dilation (t - 1))."""
     model = stages(size=3)
     learner = fb.attach(model, fb.Han2020(), example=STAGED)
     found = signals(learner, STAGED, LABELS)

@@ -262,7 +262,7 @@ def test_kept_norms_train() -> None:
     model = with_dropout().eval()
     learner = fb.attach(model, fb.USF(), example=X)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
-    handle = fb.keep_norms(learner.model.parameters(), optimizer)
+    handle = fb.renormalize_weights(learner.model.parameters(), optimizer)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
     for _ in range(30):

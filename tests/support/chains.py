@@ -30,7 +30,7 @@ def chain_step(
 
 
 def weight_of(learner: fb.Learner, edge: fb.Edge) -> Tensor:
-    """The weight of the layer that an arc leads to."""
+    """The weight of the layer that an layer_input leads to."""
     return learner.model.get_parameter(edge.site.weight)  # type: ignore[attr-defined]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = TESTS.parent / "src" / "feedbackward"
 
-SEAMS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
+CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
     "learner.py",
@@ -43,22 +43,22 @@ PREDICTIVE = "rules/test_rules_predictive.py"
 MUTATIONS = (
     # cuts and broadcasts
     (FUNCTIONS, "signal = signal.reshape(shape)", "signal = signal.neg().reshape(shape)", ORACLES),
-    (SEAMS, "cut = h.detach()", "cut = h", ORACLES),
-    (SEAMS, "tape.versions[index] = h, cut, h._version", "tape.versions[index] = cut, cut, h._version", ORACLES),
+    (CUTS, "cut = h.detach()", "cut = h", ORACLES),
+    (CUTS, "tape.versions[index] = h, cut, h._version", "tape.versions[index] = cut, cut, h._version", ORACLES),
     (FUNCTIONS, "return (d, None, None, None, *signals", "return (d * 0, None, None, None, *signals", ORACLES),
     (FUNCTIONS, "return (d, None, None, None, *signals, *grads)", "return (d, None, None, None, *signals[::-1], *grads)", ORACLES),
     (FUNCTIONS, "weights, message, activities[i]", "weights, message, activities[0]", ORACLES),
-    (SEAMS, "if h is not None and (h.requires_grad or place in self.lifts):", "if h is not None:", ORACLES),
+    (CUTS, "if h is not None and (h.requires_grad or place in self.upward):", "if h is not None:", ORACLES),
     (HOOKS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
-    (SEAMS, "if source.shape[:lead].numel() < self.rule.least_batch:", "if False:", ORACLES),
-    (SEAMS, "and h._version != version:", "and False:", STEPS),
+    (CUTS, "if source.shape[:lead].numel() < self.rule.least_batch:", "if False:", ORACLES),
+    (CUTS, "and h._version != version:", "and False:", STEPS),
     (FUNCTIONS, "return source.detach()  # not a view", "return source.view_as(source)  # not a view", STEPS),
-    (SEAMS, "if edge.operator.sized and not fits:", "if False:", STEPS),
+    (CUTS, "if edge.operator.sized and not fits:", "if False:", STEPS),
     (HOOKS, "            self.tape = None\n\n    def _complete", "            pass\n\n    def _complete", LAWS),
     # chains
     ("operators/base.py", "return (grad.clone(),)", "return (-grad,)", CHAIN),
     ("rule.py", "return self.learns(edge) and edge.shares is None and", "return self.learns(edge) and", CHAIN),
-    (SEAMS, "            if W.requires_grad\n", "", CHAIN),
+    (CUTS, "            if W.requires_grad\n", "", CHAIN),
     ("model/layers.py", "c.inputs[0][0].requires_grad]", "c.inputs[0][0].requires_grad][1:]", CHAIN),
     ("model/layers.py", "        end = max(call.end for call in trace.calls)", "        pass", CHAIN),
     ("operators/layer.py", "return d @ B", "return d @ B * 2", CHAIN),
@@ -75,7 +75,7 @@ MUTATIONS = (
     ("operators/signed.py", "W.sign() * self.magnitudes", "W.sign().abs() * self.magnitudes", SIGNS),
     ("operators/signed.py", "return self.layer.bound / 3**0.5", "return self.layer.bound", SIGNS),
     ("operators/signed.py", "weights[0][1] += 1", "pass", SIGNS),
-    (SEAMS, "own = tuple(B.clone() for B in own)", "pass", SIGNS),
+    (CUTS, "own = tuple(B.clone() for B in own)", "pass", SIGNS),
     ("optim.py", "W.mul_(torch.where(now > 0, norm / now, 1.0))", "pass", SIGNS),
     ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", ALIGNED),
     ("rules/chain/weight_mirror.py", "self.decay * B - mirrored", "self.decay * B + mirrored", ALIGNED),
@@ -94,7 +94,7 @@ MUTATIONS = (
     ("schedules/delayed.py", "sites[met] = 1 + max(fed)", "sites[met] = 1 + min(sources.values())", "core/test_staleness.py"),
     ("engine/phase.py", "return a if waiting else forward_ad.unpack_dual(a).primal", "return a", "core/test_relays.py"),
     ("graph.py", "1 + max(0.0, math.log2(size / sizes[-1]))", "1.0", "core/test_relays.py"),
-    ("graph.py", "if len(run) > 1 and not run[-1].narrow", "if False", "core/test_relays.py"),
+    ("graph.py", "if len(run) > 1 and not run[-1].dominates", "if False", "core/test_relays.py"),
     ("model/trace.py", "if not passing[place]", "", "core/test_relays.py"),
     ("operators/layer.py", "side += (side + reach) % 2", "pass", "core/test_relays.py"),
     ("rules/chain/layer_alignment.py", "return 2 * seen.mean(seen.p, seen.r)", "return 2 * seen.mean(seen.q, seen.r)", ALIGNED),
@@ -148,7 +148,7 @@ MUTATIONS = (
     ("rules/direct/dfa.py", "star(sites, source, self.operator)", "star(sites, source, Dense())", FEEDBACK),
     ("rules/controls/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),
     # targets and late gradients
-    (SEAMS, "and self.site_of(edges[0].source) is None:", ":", "rules/test_rules_targets.py"),
+    (CUTS, "and self.site_of(edges[0].source) is None:", ":", "rules/test_rules_targets.py"),
     (HOOKS, "reversed(kinds) if prepend else kinds", "kinds", "rules/test_rules_decoders.py"),
     ("rules/targets/dtp.py", "self.beta * len(d) * d", "self.beta * d", "rules/test_rules_targets.py"),
     ("rules/targets/decoding.py", "change=lambda site, h: noisy[site]", "change=lambda site, h: h + sigma * phase.noise(h)", "rules/test_rules_decoders.py"),
@@ -157,7 +157,7 @@ MUTATIONS = (
     ("rules/targets/sdtp.py", "p = activity.softmax(1)", "p = activity", "rules/test_rules_targets.py"),
     ("operators/decoder.py", "/ (self.beta * len(d))", "/ len(d)", "rules/test_rules_targets.py"),
     ("rules/targets/lra.py", "f(a) - f(a - n * d)", "f(a) - f(a - d)", "rules/test_rules_lra.py"),
-    ("rules/targets/lra.py", "shares=arc.weight", "shares=None", "rules/test_rules_lra.py"),
+    ("rules/targets/lra.py", "shares=layer_input.weight", "shares=None", "rules/test_rules_lra.py"),
     ("rules/targets/rec_lra.py", "torch.where(h > 0, torch.minimum(d, h), d)", "d", "rules/test_rules_lra.py"),
     ("model/layers.py", "in ELEMENTWISE and activation is None", "in ELEMENTWISE", "rules/test_rules_lra.py"),
     ("rules/mixed/dsp.py", "blocks - 1 - i * blocks // parts", "i * blocks // parts", "core/test_staleness.py"),
@@ -178,7 +178,7 @@ MUTATIONS = (
     ("operators/layer_kernel.py", "padding = 2 * f.padding[i] +", "padding = f.padding[i] +", FIXED),
     ("operators/layer_kernel.py", "groups=1)", "groups=self.form.groups)", FIXED),
     ("operators/layer_kernel.py", "reversed(ends) if self.form.transposed else ends", "ends", FIXED),
-    (LEARNER, "any(tap.kind == \"input\" for tap in source.taps)", "False", FIXED),
+    (LEARNER, "any(point.kind == \"input\" for point in source.points)", "False", FIXED),
     ("rules/mixed/mixed.py", "return _rule_of(edge).feedback_grad(", "return list(self.rules.values())[0].feedback_grad(", MIXED),
     ("rules/mixed/mixed.py", "return _rule_of(edge).learns_in_pass(edge)", "return self.learns(edge)", MIXED),
     ("rules/mixed/mixed.py", "for rule in self.rules.values() if not isinstance(rule, BP))", "for rule in self.rules.values())", MIXED),

@@ -174,8 +174,8 @@ def signals(
     met: dict[str, Tensor] = {}
     handles = []
     for site in learner.sites:
-        for tap in site.taps:
-            handles.append(_watch(learner.model.get_submodule(tap.module), tap, site.name, met))
+        for point in site.points:
+            handles.append(_watch(learner.model.get_submodule(point.module), point, site.name, met))
     value = (loss or loss_fn(y))(learner(x))
     for handle in handles:
         handle.remove()
@@ -190,7 +190,7 @@ def step(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
         learner.feedback_step(x, loss_fn(y))
 
 
-def _watch(module: nn.Module, tap, name: str, met: dict[str, Tensor]):  # type: ignore[no-untyped-def]
+def _watch(module: nn.Module, point, name: str, met: dict[str, Tensor]):  # type: ignore[no-untyped-def]
     calls = iter(range(1 << 20))
 
     def keep(h: Tensor) -> None:
@@ -198,10 +198,10 @@ def _watch(module: nn.Module, tap, name: str, met: dict[str, Tensor]):  # type: 
             h.retain_grad()
             met[name] = h
 
-    if tap.kind == "output":
+    if point.kind == "output":
         return module.register_forward_hook(lambda m, args, out: keep(out), prepend=True)
     return module.register_forward_pre_hook(
-        lambda m, args: keep(args[0]) if next(calls) == tap.call else None, prepend=True
+        lambda m, args: keep(args[0]) if next(calls) == point.call else None, prepend=True
     )
 
 

@@ -29,7 +29,7 @@ def mlp(*sizes: int) -> nn.Sequential:
 def counted(rule: fb.Rule, model: nn.Module, x: Any, **options: Any) -> fb.Cost:
     learner = fb.attach(model, rule, example=x, **options)
     try:
-        return fb.cost(learner, x)
+        return fb.count_cost(learner, x)
     finally:
         learner.detach()
 

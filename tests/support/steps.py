@@ -27,9 +27,9 @@ def give_gradients(
     return output.detach()
 
 
-def staleness(learner: fb.Learner) -> fb.Stale | None:
+def staleness(learner: fb.Learner) -> fb.Delayed | None:
     """The schedule without which a preset of rule and schedule trains nothing."""
-    return fb.Stale(learner) if any(learner.rule.delays(len(learner.plan.stages))) else None
+    return fb.Delayed(learner) if any(learner.rule.delays(len(learner.plan.stages))) else None
 
 
 def train(

@@ -52,7 +52,7 @@ class Broadcast(torch.autograd.Function):
         signals: list[Tensor | None] = []
         grads: list[Tensor | None] = []
         for i, (edge, (shape, dtype)) in enumerate(zip(ctx.edges, ctx.kinds, strict=True)):
-            lead, parts = edge.leading, len(edge.operator.parts) + bool(edge.borrows)
+            lead, parts = edge.leading, len(edge.operator.parts) + bool(edge.forward_weight)
             weights, rest = tuple(rest[:parts]), rest[parts:]
             error, y, s = (
                 None if t is None else t.to(dtype).flatten(0, lead - 1)

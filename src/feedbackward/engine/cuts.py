@@ -1,4 +1,4 @@
-"""The seams of a model: cuts, and the broadcast of errors.
+"""The cuts of a model: cuts, and the broadcast of errors.
 
 At a cut the activity `h`, still attached to the segment that made it, is kept on the tape, and the rest of the
 network gets `h.detach()`. At a source a `Broadcast` is put in place, to which the kept activities are inputs.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from feedbackward.engine.autograd import Blank, Broadcast, Fork, Join, Share
-from feedbackward.engine.hooks import Hooked, PassOverError, Sweep, Tape
+from feedbackward.engine.hooks import Hooked, PassOverError, SegmentVisitor, Tape
 from feedbackward.engine.target import Target
 from feedbackward.engine.upward import response
 from feedbackward.engine.weights import weights_of
@@ -23,7 +23,7 @@ from feedbackward.graph import Edge, Graph, Local, Site, Source
 from feedbackward.rule import Rule
 
 
-class Seams(Hooked):
+class Cuts(Hooked):
     """The cuts and broadcasts of one graph under one rule."""
 
     def __init__(self, model: nn.Module, graph: Graph, rule: Rule, feedback: nn.Module) -> None:
@@ -36,20 +36,20 @@ class Seams(Hooked):
         ]
         self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
         self.local = {place[end.site]: end for end in graph.local}
-        self.lifts = {place[lift.below]: lift for lift in graph.lifts}
+        self.upward = {place[upward_edge.below]: upward_edge for upward_edge in graph.upward}
         self._place = place
-        self._sites_by_taps = {site.taps: place[site] for site in graph.sites}
+        self._sites_by_points = {site.points: place[site] for site in graph.sites}
         self.recompute = (
             False  # whether the latest forward was cut, for a checkpoint that repeats a part of it
         )
 
-    def meet(self, index: int, h: Tensor) -> Tensor:
+    def on_site(self, index: int, h: Tensor) -> Tensor:
         """Keep `h` and return it detached; a second consumer of the same tensor gets the same detached one."""
         tape = self.tape
         if tape is None:
             return h.detach() if self._repeated() else h
         cut, site = tape.cut[index], self.sites[index]
-        if tape.seen[index] == len(site.taps) or (cut is not None and tape.h[index] is not h):
+        if tape.seen[index] == len(site.points) or (cut is not None and tape.h[index] is not h):
             raise SiteError(
                 f"site {site.name!r} met a second tensor in one forward pass: the model does not run as it did "
                 "on the example. Attach again with an example of this form, or name other sites."
@@ -58,12 +58,12 @@ class Seams(Hooked):
         if cut is None:
             cut = h.detach()
             if (
-                index in self.lifts and torch.is_grad_enabled()
+                index in self.upward and torch.is_grad_enabled()
             ):  # what lies above is differentiated by it
                 cut.requires_grad_()
             tape.order.append(index)
             tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
-            if tape.sweep is not None:
+            if tape.visitor is not None:
                 self.flush()
                 tape.pending = (index, h, h._version)
             elif index in self.local and h.requires_grad and tape.target is not None:
@@ -71,8 +71,8 @@ class Seams(Hooked):
                 tape.losses.setdefault(end.source.name, []).append(
                     self.local_loss(end, h, tape.target)
                 )
-        kept = tape.sweep is None and torch.is_grad_enabled()
-        if not kept and tape.seen[index] == len(site.taps):
+        kept = tape.visitor is None and torch.is_grad_enabled()
+        if not kept and tape.seen[index] == len(site.points):
             tape.h[index] = tape.cut[index] = None
         if index == tape.hold and not torch.is_grad_enabled():
             tape.held = h.detach()
@@ -86,17 +86,17 @@ class Seams(Hooked):
 
     def site_of(self, source: Source) -> int | None:
         """The number of the site that is the same tensor as the source, if there is one."""
-        return self._sites_by_taps.get(source.taps)
+        return self._sites_by_points.get(source.points)
 
     @contextmanager
-    def sweeping(self, sweep: Sweep, target: Target | None = None) -> Iterator[Tape]:
-        """A forward pass in which the sweep is told of each site when the next module begins: by then the code that
+    def visiting(self, visitor: SegmentVisitor, target: Target | None = None) -> Iterator[Tape]:
+        """A forward pass in which the visitor is told of each site when the next module begins: by then the code that
         called the last one has let go of the tensors in between, which would otherwise live through the backward."""
         handles = [
             m.register_forward_pre_hook(self.flush, prepend=True) for m in self.model.modules()
         ]
         try:
-            with self.recording(target, sweep) as tape:
+            with self.recording(target, visitor) as tape:
                 try:
                     yield tape
                     self.flush()
@@ -107,10 +107,14 @@ class Seams(Hooked):
                 handle.remove()
 
     def flush(self, *call: Any) -> None:
-        """Tell the sweep what it has yet to be told."""
-        if self.tape is not None and self.tape.pending is not None and self.tape.sweep is not None:
+        """Tell the visitor what it has yet to be told."""
+        if (
+            self.tape is not None
+            and self.tape.pending is not None
+            and self.tape.visitor is not None
+        ):
             pending, self.tape.pending = self.tape.pending, None
-            self.tape.sweep.met(*pending)
+            self.tape.visitor.at_site(*pending)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -144,8 +148,8 @@ class Seams(Hooked):
                 own = tuple(B.view_as(B) for B in own)
             learned = learn and self.rule.learns_in_pass(edge)
             weights += own if learned else [B.detach() for B in own]
-            if edge.borrows:
-                weights.append(self.model.get_parameter(edge.borrows).detach())
+            if edge.forward_weight:
+                weights.append(self.model.get_parameter(edge.forward_weight).detach())
         sent = None
         if (
             target is not None
@@ -171,7 +175,7 @@ class Seams(Hooked):
             if W.requires_grad
         }
 
-    def fire(self, index: int, tensor: Tensor) -> Tensor:
+    def on_source(self, index: int, tensor: Tensor) -> Tensor:
         """Put the broadcast of this source's error in place; every site it feeds must have been met, unchanged."""
         tape = self.tape
         if tape is None:
@@ -188,10 +192,10 @@ class Seams(Hooked):
             )
         source = self.sources[index]
         tape.order.append(source.name)
-        if tape.sweep is not None:
+        if tape.visitor is not None:
             self.flush()
             tape.sources[source.name] = None
-            return tape.sweep.fired(source, tensor)
+            return tape.visitor.at_source(source, tensor)
         tape.sources[source.name] = tensor
         if source.name in tape.losses:
             tensor = Join.apply(tensor, *tape.losses[source.name])
@@ -202,25 +206,27 @@ class Seams(Hooked):
                 continue  # below the held part
             self.check(edge, h, tape.versions[place], tensor)
             # a segment with nothing to train gets no signal, unless it has to pass one on
-            if h is not None and (h.requires_grad or place in self.lifts):
+            if h is not None and (h.requires_grad or place in self.upward):
                 edges.append(edge)
-                activities.append(self._lifting(place, tape))
+                activities.append(self._upward(place, tape))
         if edges:
             tensor = self.broadcast(tensor, edges, activities, tape.target)
         return tensor if tape.hold is None else self._watched(tensor, source, tape)
 
-    def _lifting(self, place: int, tape: Tape) -> Tensor:
-        """The activity of a site, hung so that what it is sent goes on to the site above, where there is a lift."""
-        h, cut, lift = tape.h[place], tape.cut[place], self.lifts.get(place)
+    def _upward(self, place: int, tape: Tape) -> Tensor:
+        """The activity of a site, hung so that what it is sent goes on to the site above, where there is a upward_edge."""
+        h, cut, upward_edge = tape.h[place], tape.cut[place], self.upward.get(place)
         assert h is not None
-        if lift is None:
+        if upward_edge is None:
             return h
-        upper = self._place[lift.above]
+        upper = self._place[upward_edge.above]
         above = tape.h[upper]
-        self._check_met(lift.above, above, tape.versions[upper])
+        self._check_met(upward_edge.above, above, tape.versions[upper])
         assert above is not None
         assert cut is not None
-        return Fork.apply(h, response(lift, h, cut, above, Blank.apply(self._lifting(upper, tape))))
+        return Fork.apply(
+            h, response(upward_edge, h, cut, above, Blank.apply(self._upward(upper, tape)))
+        )
 
     def _watched(self, tensor: Tensor, source: Source, tape: Tape) -> Tensor:
         """The source, whose error is put down in the backward pass."""

@@ -14,28 +14,28 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.target import Target
 from feedbackward.errors import SiteError
-from feedbackward.graph import Site, Source, Tap
+from feedbackward.graph import HookPoint, Site, Source
 
 
-class Sweep(Protocol):
+class SegmentVisitor(Protocol):
     """A schedule that runs the backward of a segment within the forward pass."""
 
-    def met(self, index: int, h: Tensor, version: int) -> None:
+    def at_site(self, index: int, h: Tensor, version: int) -> None:
         """Run the backward of the segment that ends with `h`, the activity of site `index`; nothing of it is kept.
         `version` is the one that `h` had when it was met."""
 
-    def fired(self, source: Source, tensor: Tensor) -> Tensor:
+    def at_source(self, source: Source, tensor: Tensor) -> Tensor:
         """What the rest of the network gets in place of the source."""
 
 
 class PassOverError(BaseException):
-    """A sweep has all that it wanted: the rest of the forward pass is left out. Not for a model's own handlers."""
+    """A visitor has all that it wanted: the rest of the forward pass is left out. Not for a model's own handlers."""
 
 
 class Tape:
     """What one forward pass has met so far.
 
-    `target`: what `learner.target` was given. `sweep`: None for a joint pass. `hold`: the number of the site from which on
+    `target`: what `learner.target` was given. `visitor`: None for a joint pass. `hold`: the number of the site from which on
     a pass that began without gradients records them; `errors` then gets the errors of the sources in the backward pass.
     """
 
@@ -43,24 +43,24 @@ class Tape:
         self,
         sites: int,
         target: Target | None = None,
-        sweep: Sweep | None = None,
+        visitor: SegmentVisitor | None = None,
         hold: int | None = None,
     ) -> None:
         self.h: list[Tensor | None] = [None] * sites  # attached activities
         self.cut: list[Tensor | None] = [None] * sites  # what the rest of the network got instead
         self.versions = [0] * sites
-        self.seen = [0] * sites  # how many of a site's taps have met it
+        self.seen = [0] * sites  # how many of a site's points have met it
         self.calls: dict[str, int] = {}
         self.sources: dict[str, Tensor | None] = {}
         self.losses: dict[str, list[Tensor]] = {}  # local ones, by their source's name
-        self.target, self.sweep, self.hold = target, sweep, hold
+        self.target, self.visitor, self.hold = target, visitor, hold
         self.errors: dict[str, Tensor] = {}
         self.order: list[
             int | str
         ] = []  # sites by number and sources by name, as they were first met
         self.held: Tensor | None = None  # the activity of the site `hold`
-        self.over = False  # whether the sweep ended the pass
-        self.pending: tuple[int, Tensor, int] | None = None  # what the sweep has yet to be told
+        self.over = False  # whether the visitor ended the pass
+        self.pending: tuple[int, Tensor, int] | None = None  # what the visitor has yet to be told
 
 
 class Hooked(ABC):
@@ -71,29 +71,29 @@ class Hooked(ABC):
         self.tape: Tape | None = None
 
     @abstractmethod
-    def meet(self, index: int, h: Tensor) -> Tensor:
+    def on_site(self, index: int, h: Tensor) -> Tensor:
         """What the rest of the network gets in place of the activity of site `index`."""
 
     @abstractmethod
-    def fire(self, index: int, tensor: Tensor) -> Tensor:
+    def on_source(self, index: int, tensor: Tensor) -> Tensor:
         """What the rest of the network gets in place of source `index`."""
 
     def install(self, model: nn.Module, prepend: bool = False) -> list[RemovableHandle]:
         """Register the hooks; where a tensor is both source and site, the broadcast comes before the cut."""
         handles = []
         inputs: dict[str, dict[int, int]] = {}
-        kinds = (("fire", self.sources), ("meet", self.sites))
+        kinds = (("source", self.sources), ("site", self.sites))
         for kind, activities in (
             reversed(kinds) if prepend else kinds
         ):  # of what is prepended the last comes first
             for index, activity in enumerate(activities):
-                for tap in activity.taps:
-                    if tap.kind == "input":
-                        inputs.setdefault(tap.module, {})[tap.call] = index
+                for point in activity.points:
+                    if point.kind == "input":
+                        inputs.setdefault(point.module, {})[point.call] = index
                     else:
-                        hook = _OutputHook(self, kind, index, tap)
+                        hook = _OutputHook(self, kind, index, point)
                         handles.append(
-                            model.get_submodule(tap.module).register_forward_hook(
+                            model.get_submodule(point.module).register_forward_hook(
                                 hook, prepend=prepend
                             )
                         )
@@ -108,14 +108,17 @@ class Hooked(ABC):
 
     @contextmanager
     def recording(
-        self, target: Target | None = None, sweep: Sweep | None = None, hold: int | None = None
+        self,
+        target: Target | None = None,
+        visitor: SegmentVisitor | None = None,
+        hold: int | None = None,
     ) -> Iterator[Tape]:
         """One tape per forward pass, dropped at its end. A pass that missed a site or source is refused."""
         if self.tape is not None:
             raise SiteError(
                 "a forward pass of this learner runs already (in another thread?): use one learner per thread."
             )
-        self.tape = Tape(len(self.sites), target, sweep, hold)
+        self.tape = Tape(len(self.sites), target, visitor, hold)
         try:
             yield self.tape
             if not self.tape.over:
@@ -147,7 +150,7 @@ class Observer(Hooked):
         super().__init__(sites, sources)
         self.change, self.onward = change, onward
 
-    def meet(self, index: int, h: Tensor) -> Tensor:
+    def on_site(self, index: int, h: Tensor) -> Tensor:
         if self.tape is not None:
             self.tape.h[index] = h
             self.tape.seen[index] += 1
@@ -155,7 +158,7 @@ class Observer(Hooked):
                 return self.change(self.sites[index], h)
         return h
 
-    def fire(self, index: int, tensor: Tensor) -> Tensor:
+    def on_source(self, index: int, tensor: Tensor) -> Tensor:
         if self.tape is not None:
             self.tape.sources[self.sources[index].name] = tensor
             if self.onward is not None:
@@ -170,18 +173,18 @@ class Director(Hooked):
 
     def __init__(self, sites: tuple[Site, ...], sources: tuple[Source, ...]) -> None:
         super().__init__(sites, sources)
-        self.met: Callable[[int, Tensor], Tensor] = lambda index, h: h
-        self.fired: Callable[[Source, Tensor], Tensor] = lambda source, tensor: tensor
+        self.at_site: Callable[[int, Tensor], Tensor] = lambda index, h: h
+        self.at_source: Callable[[Source, Tensor], Tensor] = lambda source, tensor: tensor
 
     @contextmanager
     def directing(
         self,
-        met: Callable[[int, Tensor], Tensor],
-        fired: Callable[[Source, Tensor], Tensor],
+        at_site: Callable[[int, Tensor], Tensor],
+        at_source: Callable[[Source, Tensor], Tensor],
         whole: bool = True,
     ) -> Iterator[None]:
         """A pass under these functions; unless `whole`, one that may leave sites out. `PassOverError` ends it."""
-        self.met, self.fired = met, fired
+        self.at_site, self.at_source = at_site, at_source
         with self.recording() as tape:
             tape.over = not whole
             try:
@@ -189,38 +192,38 @@ class Director(Hooked):
             except PassOverError:
                 tape.over = True
 
-    def meet(self, index: int, h: Tensor) -> Tensor:
+    def on_site(self, index: int, h: Tensor) -> Tensor:
         tape = self.tape
         if tape is None:  # a checkpoint that repeats a module in the backward pass
             return h.detach() if torch._C._current_graph_task_id() != -1 else h
         tape.seen[index] += 1
         if tape.cut[index] is None or tape.h[index] is not h:
-            tape.h[index], tape.cut[index] = h, self.met(index, h)
+            tape.h[index], tape.cut[index] = h, self.at_site(index, h)
         return tape.cut[index]  # type: ignore[return-value]
 
-    def fire(self, index: int, tensor: Tensor) -> Tensor:
+    def on_source(self, index: int, tensor: Tensor) -> Tensor:
         if self.tape is None:
             return tensor
         self.tape.sources[self.sources[index].name] = tensor
-        return self.fired(self.sources[index], tensor)
+        return self.at_source(self.sources[index], tensor)
 
 
 class _OutputHook:
     """Replaces a module's output tensor, or one tensor of its structured output. A class, so that a deep copy
     of the learner carries hooks of its own."""
 
-    def __init__(self, seams: Hooked, kind: str, index: int, tap: Tap) -> None:
-        self.seams, self.kind, self.index, self.tap = seams, kind, index, tap
+    def __init__(self, cuts: Hooked, kind: str, index: int, point: HookPoint) -> None:
+        self.cuts, self.kind, self.index, self.point = cuts, kind, index, point
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        replace = self.seams.fire if self.kind == "fire" else self.seams.meet
-        if self.tap.leaf is None and isinstance(output, Tensor):
+        replace = self.cuts.on_source if self.kind == "source" else self.cuts.on_site
+        if self.point.leaf is None and isinstance(output, Tensor):
             return replace(self.index, output)
         leaves, spec = tree_flatten(output)
-        leaf = self.tap.leaf or 0
+        leaf = self.point.leaf or 0
         if leaf >= len(leaves) or not isinstance(leaves[leaf], Tensor):
             raise SiteError(
-                f"module {self.tap.module!r} did not return the tensor number {leaf} that it returned on the example; "
+                f"module {self.point.module!r} did not return the tensor number {leaf} that it returned on the example; "
                 "attach again with an example of the form that is used in training."
             )
         old, new = leaves[leaf], replace(self.index, leaves[leaf])
@@ -230,11 +233,11 @@ class _OutputHook:
 class _InputHook:
     """Replaces the input of those calls of a layer that are sites; `calls` maps the call's number to the site."""
 
-    def __init__(self, seams: Hooked, name: str, calls: dict[int, int]) -> None:
-        self.seams, self.name, self.calls, self.most = seams, name, calls, max(calls)
+    def __init__(self, cuts: Hooked, name: str, calls: dict[int, int]) -> None:
+        self.cuts, self.name, self.calls, self.most = cuts, name, calls, max(calls)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        tape = self.seams.tape
+        tape = self.cuts.tape
         call = self.most
         if tape is not None:
             call = tape.calls.get(self.name, 0)
@@ -247,5 +250,5 @@ class _InputHook:
         if call not in self.calls:
             return None
         if args:
-            return (self.seams.meet(self.calls[call], args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": self.seams.meet(self.calls[call], kwargs["input"])}
+            return (self.cuts.on_site(self.calls[call], args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": self.cuts.on_site(self.calls[call], kwargs["input"])}

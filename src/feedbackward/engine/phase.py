@@ -66,7 +66,7 @@ class Phase:
         return self._learner.weights_of(edge)
 
     def weight(self, name: str) -> Tensor:
-        """A weight of the model (an arc's own: `arc.weight`), detached."""
+        """A weight of the model (an layer_input's own: `layer_input.weight`), detached."""
         return self._learner.model.get_parameter(name).detach()
 
     def moved(self, rate: float) -> dict[str, Tensor]:

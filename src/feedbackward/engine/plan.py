@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.engine.hooks import Observer
 from feedbackward.engine.weights import count_bytes
-from feedbackward.graph import Arc
+from feedbackward.graph import LayerInput
 from feedbackward.model.trace import preserved, run, training_mode
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ def make_plan(learner: Learner, example: Any) -> Plan:
         preserved(model),
         training_mode(model),
         torch.enable_grad(),
-        learner.seams.recording() as tape,
+        learner.cuts.recording() as tape,
     ):
         output = run(model, example)
     above = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
     ends = [[h] if h is not None else [] for h in tape.h]
     nodes = [_nodes(tensors) for tensors in (*ends, above)]
-    labels = [*(site.name for site in learner.seams.sites), "head"]
+    labels = [*(site.name for site in learner.cuts.sites), "head"]
     *segments, head = (
         Segment(label, _held(found, names)) for label, found in zip(labels, nodes, strict=True)
     )
@@ -154,7 +154,7 @@ def describe(learner: Learner) -> str:
     plan = learner.plan
     edges = {edge.site: edge for edge in learner.graph.edges}
     local = {end.site: end for end in learner.graph.local}
-    lifted = {lift.above: lift.below.name for lift in learner.graph.lifts}
+    lifted = {upward_edge.above: upward_edge.below.name for upward_edge in learner.graph.upward}
     rows = [("site", "activity", "feedback", "bytes", "trains")]
     for site, segment in zip(learner.graph.sites, plan.segments, strict=True):
         edge = edges.get(site)
@@ -163,7 +163,7 @@ def describe(learner: Learner) -> str:
             held = learner.weights_of(edge)
             form = (
                 " + ".join(_size(w.shape) for w in held)
-                or f"made from {edge.borrows or 'the seed'}:"
+                or f"made from {edge.forward_weight or 'the seed'}:"
             )
             kind = type(edge.operator).__name__
             form += "" if kind in _SELF_EVIDENT else f" {kind}"
@@ -185,8 +185,8 @@ def describe(learner: Learner) -> str:
         f"error of {learner.source.name!r}, feedback {in_bytes(learner.feedback_bytes)}"
     )
     shared = (
-        {} if issubclass(learner.rule.feeds, Arc) else plan.shared
-    )  # of arcs it is the rule: skip paths stay whole
+        {} if issubclass(learner.rule.feeds, LayerInput) else plan.shared
+    )  # of layer_inputs it is the rule: skip paths stay whole
     notes = [
         f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in shared.items()
     ]

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Lift
+from feedbackward.graph import UpwardEdge
 from feedbackward.model.trace import PRODUCTS
 
 # autograd's nodes that give an element another place
 _MOVES = ("Permute", "Transpose", "TBackward", "Flip", "Roll")
 
 
-def response(lift: Lift, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -> Tensor:
+def response(edge: UpwardEdge, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -> Tensor:
     r"""A tensor whose gradient `s`, shaped like `h`, gives `blank` the gradient :math:`\partial a_{above} / \partial a_{below}\, s`.
 
     `a` is the output of the last layer with a weight below a site. `h`, `above`: the two activities, still attached to what
@@ -27,30 +27,30 @@ def response(lift: Lift, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -
 
     Raises AttachError where the sites are no plain chain.
     """
-    _refuse(lift, h, cut, above)
-    below_layer = _last_layer(lift, lift.below.name, h)
-    above_layer = _last_layer(lift, lift.above.name, above)
+    _refuse(edge, h, cut, above)
+    below_layer = _last_layer(edge, edge.below.name, h)
+    above_layer = _last_layer(edge, edge.above.name, above)
     blank = blank.reshape(_shape(above_layer))
     (error,) = torch.autograd.grad(above_layer, cut, blank, create_graph=True)
     (down,) = torch.autograd.grad(h, below_layer, error, create_graph=True)
     return down.reshape(h.shape)
 
 
-def _refuse(lift: Lift, h: Tensor, cut: Tensor, above: Tensor) -> None:
-    where = f"from site {lift.below.name!r} to {lift.above.name!r}"
+def _refuse(edge: UpwardEdge, h: Tensor, cut: Tensor, above: Tensor) -> None:
+    where = f"from site {edge.below.name!r} to {edge.above.name!r}"
     if not h.requires_grad:
         raise AttachError(
-            f"signals go up {where} through all layers, but those below {lift.below.name!r} are frozen: leave out its site."
+            f"signals go up {where} through all layers, but those below {edge.below.name!r} are frozen: leave out its site."
         )
     inputs = {id(leaf) for leaf in _leaves(above) if not isinstance(leaf, torch.nn.Parameter)}
     if inputs != {id(cut)}:
         raise AttachError(
-            f"signals go up {where}, but {lift.above.name!r} is not made from {lift.below.name!r} alone (a skip path?). Only plain "
+            f"signals go up {where}, but {edge.above.name!r} is not made from {edge.below.name!r} alone (a skip path?). Only plain "
             "chains of sites are supported: name such sites, or use a rule that feeds every site directly (DFA, DKP)."
         )
 
 
-def _last_layer(lift: Lift, name: str, h: Tensor) -> GradientEdge:
+def _last_layer(edge: UpwardEdge, name: str, h: Tensor) -> GradientEdge:
     """The output of the last Linear or convolution below an activity; it must have the activity's shape, or be a view of it."""
     found = list[GradientEdge]()
     astray = ""
@@ -71,7 +71,7 @@ def _last_layer(lift: Lift, name: str, h: Tensor) -> GradientEdge:
     if astray or [math.prod(_shape(edge)) for edge in found] != [h.numel()]:
         shapes = " and ".join(str(list(_shape(edge))) for edge in found) or "none"
         raise AttachError(
-            f"signals go up from site {lift.below.name!r} to {lift.above.name!r}: site {name!r} of shape {list(h.shape)} must be one "
+            f"signals go up from site {edge.below.name!r} to {edge.above.name!r}: site {name!r} of shape {list(h.shape)} must be one "
             f"Linear's or convolution's output after norms and activations, but the layers' outputs are {shapes}"
             f"{astray}. A pool must lie above the site: name the activation in front of "
             "it as the site, or use a rule that feeds every site directly (DFA, DKP)."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Edge, Graph
+from feedbackward.graph import Edge, Graph, LayerInput
 from feedbackward.operators.base import Weights, within
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule
@@ -76,7 +76,11 @@ def make_feedback(
 def _measured(model: nn.Module, edge: Edge, made: Weights, generator: torch.Generator) -> Weights:
     """The initial weights of an edge, where they depend on the layer that it leads over."""
     site, operator = edge.site, edge.operator
-    if isinstance(operator, LayerShaped) and isinstance(site, Arc) and edge.source == site.source:
+    if (
+        isinstance(operator, LayerShaped)
+        and isinstance(site, LayerInput)
+        and edge.source == site.source
+    ):
         owner, _, leaf = site.weight.rpartition(".")
         layer = getattr(model.get_submodule(owner), leaf)
         return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)

@@ -84,7 +84,7 @@ class Cost:
         return {**asdict(self), "total": self.total}
 
 
-def cost(
+def count_cost(
     learner: Learner, example: Any, loss_fn: LossFn | None = None, target: Tensor | None = None
 ) -> Cost:
     """Count what a training step on `example` costs.
@@ -182,19 +182,19 @@ class _Count:
 
     @contextmanager
     def _watched(self, products: Products, saved: Saved) -> Iterator[None]:
-        """Follow what the seams do within a pass as well: this learner is a copy, whose methods may be replaced."""
-        seams: Any = self.learner.seams
+        """Follow what the cuts do within a pass as well: this learner is a copy, whose methods may be replaced."""
+        cuts: Any = self.learner.cuts
         methods = {
-            "broadcast": saved.within(seams.broadcast),
-            "local_loss": saved.within(seams.local_loss),
-            "_lifting": products.as_feedback(seams._lifting),
+            "broadcast": saved.within(cuts.broadcast),
+            "local_loss": saved.within(cuts.local_loss),
+            "_upward": products.as_feedback(cuts._upward),
         }
-        vars(seams).update(methods)
+        vars(cuts).update(methods)
         try:
             yield
         finally:
             for name in methods:
-                delattr(seams, name)
+                delattr(cuts, name)
 
     def _if_allowed(self, schedule: Schedule) -> tuple[Products, int] | None:
         try:
@@ -240,7 +240,11 @@ class _Count:
 
     def _weights(self, edge: Edge) -> tuple[Tensor, ...]:
         own = self.learner.weights_of(edge)
-        return (*own, self.learner.model.get_parameter(edge.borrows)) if edge.borrows else own
+        return (
+            (*own, self.learner.model.get_parameter(edge.forward_weight))
+            if edge.forward_weight
+            else own
+        )
 
     def _message(self, edge: Edge) -> Tensor:
         """What travels along an edge."""

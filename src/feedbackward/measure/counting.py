@@ -131,7 +131,7 @@ class Products(TorchDispatchMode):
         return "weight_gradients" if moving else "input_gradients"
 
 
-# nodes of the seams: what their products are for
+# nodes of the cuts: what their products are for
 _OWN = {"BroadcastBackward": "feedback", "ShareBackward": "learning"}
 
 

@@ -211,8 +211,8 @@ def _compare_feedback(
 def _dense(learner: Learner, edge: Edge) -> Tensor:
     """The edge's feedback as a matrix [C, n], whatever its operator: what it sends for each unit error."""
     held = learner.weights_of(edge)
-    if edge.borrows:
-        held = (*held, learner.model.get_parameter(edge.borrows))
+    if edge.forward_weight:
+        held = (*held, learner.model.get_parameter(edge.forward_weight))
     weights = tuple(w.detach().double() if w.is_floating_point() else w for w in held)
     device = next(learner.model.parameters()).device
     eye = torch.eye(edge.source_size, dtype=torch.float64, device=device).reshape(

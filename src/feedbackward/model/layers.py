@@ -1,4 +1,4 @@
-"""Finding the arcs of a chain: the input of each parametric layer, fed from that layer's own output."""
+"""Finding the layer_inputs of a chain: the input of each parametric layer, fed from that layer's own output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import Arc, PreActivation, Source, Tap
+from feedbackward.graph import HookPoint, LayerInput, PreActivation, Source
 from feedbackward.model.sites import Sites, known_modules, source_tensor
 from feedbackward.model.trace import (
     ELEMENTWISE,
@@ -17,19 +17,21 @@ from feedbackward.model.trace import (
     PRODUCTS,
     Call,
     Trace,
+    dominators,
     gradient_edges,
-    narrow_nodes,
 )
 from feedbackward.operators.layer import LayerForm
 
 
-def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Arc]:
-    """One arc per Linear or convolution whose input depends on parameters, in forward order.
+def find_layer_inputs(
+    model: nn.Module, trace: Trace, sites: Sites, source: Source
+) -> list[LayerInput]:
+    """One layer_input per Linear or convolution whose input depends on parameters, in forward order.
 
     `sites` is `"layers"`, names of such layers, or a predicate; layers that are left out pass the error on through
     their own weights, as in backprop.
 
-    Raises AttachError where an error would silently travel through weights that no arc stands for.
+    Raises AttachError where an error would silently travel through weights that no layer_input stands for.
     """
     final, end = source_tensor(trace, source)
     above = [t for t in tree_leaves(trace.output) if isinstance(t, Tensor)]
@@ -45,7 +47,7 @@ def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> l
     fed = [c for c in calls if c.inputs[0][0].requires_grad]
     if sites == "layers":
         _refuse_hidden_weights(model, above, calls)
-        return _arcs(trace, fed, final)
+        return _layer_inputs(trace, fed, final)
     wanted, chosen = _wanted(model, sites)
     missing = [name for name in wanted if name not in {c.name for c in fed}]
     if missing and chosen:
@@ -53,15 +55,15 @@ def find_arcs(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> l
             f"{missing[0]!r} is not a layer that a chain can feed: name Linear or convolution layers after the first and "
             "before the source."
         )
-    return _arcs(trace, [call for call in fed if call.name in wanted], final)
+    return _layer_inputs(trace, [call for call in fed if call.name in wanted], final)
 
 
-def _arcs(trace: Trace, calls: Iterable[Call], final: Tensor) -> list[Arc]:
-    narrow = narrow_nodes(final)
-    return [_arc(trace, call, call.outputs[0][0].grad_fn in narrow) for call in calls]
+def _layer_inputs(trace: Trace, calls: Iterable[Call], final: Tensor) -> list[LayerInput]:
+    dominates = dominators(final)
+    return [_layer_input(trace, call, call.outputs[0][0].grad_fn in dominates) for call in calls]
 
 
-def _arc(trace: Trace, call: Call, narrow: bool) -> Arc:
+def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
     if trace.counts[call.name] > 1:
         raise AttachError(
             f"layer {call.name!r} is called {trace.counts[call.name]} times in one forward pass, and a chain feeds each layer "
@@ -70,18 +72,18 @@ def _arc(trace: Trace, call: Call, narrow: bool) -> Arc:
     _refuse_subclass(call)
     into, out = call.inputs[0][0], call.outputs[0][0]
     linear = isinstance(call.module, nn.Linear)
-    taps = (Tap(call.name, "output"),)
-    source = Source(call.name, taps, tuple(out.shape[1:]), out.dim() - 2 if linear else 0)
-    return Arc(
+    points = (HookPoint(call.name, "output"),)
+    source = Source(call.name, points, tuple(out.shape[1:]), out.dim() - 2 if linear else 0)
+    return LayerInput(
         f"{call.name}.input",
-        (Tap(call.name, "input", call.index),),
+        (HookPoint(call.name, "input", call.index),),
         tuple(into.shape[1:]),
         into.dim() - 2 if linear else 0,
         source=source,
         form=LayerForm.of(call.module),
         weight=f"{call.name}.weight",
         below=_below(trace, call),
-        narrow=narrow,
+        dominates=dominates,
     )
 
 
@@ -102,9 +104,9 @@ def _below(trace: Trace, call: Call) -> PreActivation | str:
             return f"{before.name or 'the model'!r} ({type(before.module).__name__})"
         tensor, version = before.inputs[0]
     tokens = tensor.dim() - 2 if isinstance(before.module, nn.Linear) else 0
-    taps = (Tap(before.name, "output"),)
+    points = (HookPoint(before.name, "output"),)
     f = (activation or nn.Identity()).forward
-    return PreActivation(before.name, taps, tuple(tensor.shape[1:]), tokens, activation=f)
+    return PreActivation(before.name, points, tuple(tensor.shape[1:]), tokens, activation=f)
 
 
 def _refuse_subclass(call: Call) -> None:

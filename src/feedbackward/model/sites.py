@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import Site, Source, Tap
+from feedbackward.graph import HookPoint, Site, Source
 from feedbackward.model.blocks import block_names
 from feedbackward.model.trace import PARAMETRIC, Call, Trace, gradient_edges
 
@@ -65,9 +65,9 @@ def find_source(
 
 def source_tensor(trace: Trace, source: Source) -> tuple[Tensor, int]:
     """The source as the trace recorded it, and when it was there."""
-    (tap,) = source.taps
-    call = next(c for c in trace.calls if c.name == tap.module)
-    return call.outputs[tap.leaf or 0][0], call.end
+    (point,) = source.points
+    call = next(c for c in trace.calls if c.name == point.module)
+    return call.outputs[point.leaf or 0][0], call.end
 
 
 class _Finder:
@@ -157,9 +157,9 @@ class _Finder:
         made = self.trace.producer(tensor, version, call.start)
         if made is not None:
             return _output(Site, self.trace, *made)
-        taps = tuple(Tap(c.name, "input", c.index) for c in consumers)
+        points = tuple(HookPoint(c.name, "input", c.index) for c in consumers)
         name = f"{call.name}.input" + (f"#{call.index}" if call.index else "")
-        return _activity(Site, self.trace, name, taps, tensor, call.start)
+        return _activity(Site, self.trace, name, points, tensor, call.start)
 
     def _reaches_source(self, tensor: Tensor, when: int) -> bool:
         if when >= self.source_end or tensor is self.source_tensor or not tensor.requires_grad:
@@ -192,12 +192,12 @@ def refuse_unrecorded(trace: Trace) -> None:
 def _output(kind: type, trace: Trace, call: Call, leaf: int) -> Any:
     """One tensor of what a call returned; its name is the module's, with a number for all but the first."""
     name = (call.name or "output") + (f"[{leaf}]" if leaf and kind is Site else "")
-    tap = Tap(call.name, "output", 0, leaf if call.structured else None)
-    return _activity(kind, trace, name, (tap,), call.outputs[leaf][0], call.end)
+    point = HookPoint(call.name, "output", 0, leaf if call.structured else None)
+    return _activity(kind, trace, name, (point,), call.outputs[leaf][0], call.end)
 
 
 def _activity(
-    kind: type, trace: Trace, name: str, taps: tuple[Tap, ...], tensor: Tensor, when: int
+    kind: type, trace: Trace, name: str, points: tuple[HookPoint, ...], tensor: Tensor, when: int
 ) -> Any:
     tokens = trace.tokens(tensor, when)
     if tokens and tensor.shape[0] in tensor.shape[1 : 1 + tokens] and _sequence_first(trace):
@@ -205,7 +205,7 @@ def _activity(
             f"{name!r} has shape {list(tensor.shape)}: with equal batch and token counts it cannot be told whether the "
             "batch comes first. Attach with an example whose batch size differs from its sequence length."
         )
-    return kind(name, taps, tuple(tensor.shape[1:]), tokens)
+    return kind(name, points, tuple(tensor.shape[1:]), tokens)
 
 
 def _sequence_first(trace: Trace) -> bool:

@@ -260,7 +260,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     return Trace(calls, output)
 
 
-def narrow_nodes(tensor: Tensor) -> set[Any]:
+def dominators(tensor: Tensor) -> set[Any]:
     """The autograd nodes through which all that was made before them reaches the tensor: no other path leads round them."""
     order: dict[Any, int] = {}
     stack: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]

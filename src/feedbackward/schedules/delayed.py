@@ -15,14 +15,14 @@ from feedbackward.errors import AttachError, CheckpointError
 from feedbackward.learner import Learner
 
 
-class Stale:
+class Delayed:
     r"""Gradients that arrive late: a part that is k steps stale is updated at step t with its gradient of step t - k.
 
     .. math:: W_l^{t+1} = W_l^t - \eta\, \nabla_{W_l} \mathcal L\,(W^{t-k_l};\, x^{t-k_l})
 
     What a pipeline gives, where every stage works on another batch, on one device and step by step. It goes with any rule:
 
-    >>> stale = fb.Stale(learner, 1)
+    >>> stale = fb.Delayed(learner, 1)
     >>> loss.backward()
     >>> stale.exchange()  # the gradients of this step for those of the step before
     >>> optimizer.step()
@@ -159,7 +159,7 @@ def products(learner: Learner) -> tuple[int, ...]:
     Raises AttachError where signals go on upwards, through layers.
     """
     graph, parts = learner.graph, len(learner.plan.stages)
-    if graph.lifts:
+    if graph.upward:
         raise AttachError(
             f"products in sequence are counted along feedback edges, and what {learner.rule.label} sends to a site goes on upwards "
             "through the layers: leave steps at 0, or give `staleness` a number per part."
@@ -184,15 +184,15 @@ def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, int]:
     for part, delay in zip(learner.plan.stages, delays, strict=True):
         for name in part.parameters:
             found.setdefault(f"model.{name}", {})[delay] = part.site
-    places = {site.taps: i for i, site in enumerate(learner.graph.sites)}
+    places = {site.points: i for i, site in enumerate(learner.graph.sites)}
     auxiliary = dict(learner.feedback.named_parameters())
     for edge in learner.graph.edges:
-        i = places[edge.site.taps]
+        i = places[edge.site.points]
         own = found.get(f"model.{edge.shares}", {delays[i]: edge.site.name})
         for name in weight_names(edge):
             found.setdefault(f"feedback.{name}", {}).update(own)
     for end in learner.graph.local:
-        i = places[end.site.taps]
+        i = places[end.site.points]
         for name in auxiliary:
             if name.startswith(f"{end.key}."):
                 found.setdefault(f"feedback.{name}", {})[delays[i]] = end.site.name

@@ -85,6 +85,6 @@ def _eager(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
         )
     refuse_overlaps(learner, "eager")
     target = learner.begin_pass(inputs)
-    with learner.seams.sweeping(Deliver(learner.seams, target, {}), target):
+    with learner.cuts.visiting(Deliver(learner.cuts, target, {}), target):
         output = run(learner.model, inputs)
     return finish(loss_fn(output))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from feedbackward.engine.cuts import Seams
+from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.hooks import PassOverError
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
@@ -26,7 +26,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Fingerprint:
     """A few numbers that tell one activity from another: its shape, its mean magnitude, and a weighted mean."""
 
     shape: tuple[int, ...]
@@ -34,10 +34,10 @@ class Mark:
     weighted: float
 
     @staticmethod
-    def of(h: Tensor) -> Mark:
-        """The mark of an activity; one wait for the device."""
+    def of(h: Tensor) -> Fingerprint:
+        """The fingerprint of an activity; one wait for the device."""
         if h.untyped_storage().device.type == "meta":  # a fake tensor has a shape only
-            return Mark(tuple(h.shape), 0.0, 0.0)
+            return Fingerprint(tuple(h.shape), 0.0, 0.0)
         h = h.detach()
         last = h.shape[-1] if h.dim() else 1
         weights = torch.linspace(0.5, 1.5, last, device=h.device, dtype=h.dtype)
@@ -45,9 +45,9 @@ class Mark:
             [h.abs().mean(dtype=torch.float32), (h * weights).mean(dtype=torch.float32)]
         )
         magnitude, weighted = numbers.tolist()
-        return Mark(tuple(h.shape), magnitude, weighted)
+        return Fingerprint(tuple(h.shape), magnitude, weighted)
 
-    def like(self, other: Mark | None) -> bool:
+    def like(self, other: Fingerprint | None) -> bool:
         """Whether both are of the same activity, up to the rounding of kernels that add in any order."""
         if other is None or self.shape != other.shape:
             return False
@@ -65,17 +65,17 @@ class Deliver:
 
     def __init__(
         self,
-        seams: Seams,
+        cuts: Cuts,
         target: Target | None,
         errors: dict[str, Tensor],
-        expected: tuple[str, Mark] | None = None,
+        expected: tuple[str, Fingerprint] | None = None,
         until: int | None = None,
     ) -> None:
-        self.seams, self.target, self.errors = seams, target, errors
+        self.cuts, self.target, self.errors = cuts, target, errors
         self.expected, self.until = expected, until
 
-    def met(self, index: int, h: Tensor, version: int) -> None:
-        self._compare(self.seams.sites[index].name, h)
+    def at_site(self, index: int, h: Tensor, version: int) -> None:
+        self._compare(self.cuts.sites[index].name, h)
         if h.requires_grad:  # a segment with nothing to train gets no signal
             self._send(index, h, version)
         if index == self.until:
@@ -85,25 +85,29 @@ class Deliver:
         outputs, grads = [], []
         # not the hooks of a checkpoint, where the site lies in one
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            for edge in self.seams.edges_to[index]:
+            for edge in self.cuts.edges_to[index]:
                 d = self._error(edge.source, h)
-                self.seams.check(edge, h, version, d)
-                outputs.append(self.seams.broadcast(torch.zeros_like(d), [edge], [h], self.target))
+                self.cuts.check(edge, h, version, d)
+                outputs.append(self.cuts.broadcast(torch.zeros_like(d), [edge], [h], self.target))
                 grads.append(d)
-            if index in self.seams.local and self.target is not None:
-                loss = self.seams.local_loss(self.seams.local[index], h, self.target)
+            if index in self.cuts.local and self.target is not None:
+                loss = self.cuts.local_loss(self.cuts.local[index], h, self.target)
                 outputs.append(loss)
                 grads.append(torch.ones_like(loss))
         if outputs:
-            with self.seams.paused(), torch.autocast(h.device.type, enabled=False):
+            with self.cuts.paused(), torch.autocast(h.device.type, enabled=False):
                 torch.autograd.backward(outputs, grads)
 
-    def fired(self, source: Source, tensor: Tensor) -> Tensor:
+    def at_source(self, source: Source, tensor: Tensor) -> Tensor:
         self._compare(source.name, tensor)
         return tensor  # its own error comes from above, as in any backward pass
 
     def _compare(self, name: str, now: Tensor) -> None:
-        if self.expected is None or self.expected[0] != name or self.expected[1].like(Mark.of(now)):
+        if (
+            self.expected is None
+            or self.expected[0] != name
+            or self.expected[1].like(Fingerprint.of(now))
+        ):
             return
         raise SiteError(
             f"the repeated forward pass gave another {name!r} than the first, so the gradients of this step mix two networks: "

@@ -14,7 +14,7 @@ from feedbackward.engine.plan import parameters_behind
 from feedbackward.errors import AttachError
 from feedbackward.graph import Source
 from feedbackward.model.trace import preserved, run
-from feedbackward.schedules.passes import Mark
+from feedbackward.schedules.passes import Fingerprint
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
@@ -23,13 +23,13 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Preparation:
     """`hold`: the number of the site above which everything is trained in the first pass; None to repeat the whole pass."""
 
     hold: int | None
 
 
-def rehearse(learner: Learner, inputs: Any) -> Rehearsal:
+def prepare(learner: Learner, inputs: Any) -> Preparation:
     """Run the forward pass a few times, compare every site's activity, and weigh the segments.
 
     Raises AttachError, naming the first site that differs or the attribute that a pass changed, before any gradient is
@@ -46,8 +46,8 @@ def rehearse(learner: Learner, inputs: Any) -> Rehearsal:
             f"the forward pass changes {name!r} of {module or 'the model'!r}, so a replayed step would change it twice: keep such "
             'state in buffers, which are restored, or use schedule="joint".'
         )
-    for name, mark in first.marks.items():
-        if not mark.like(second.marks.get(name)):
+    for name, fingerprint in first.fingerprints.items():
+        if not fingerprint.like(second.fingerprints.get(name)):
             raise AttachError(
                 f"two forward passes with the same inputs and the same random state differ at {name!r}: some randomness does not "
                 "come from torch's generators (NumPy, Python objects of its own), or the forward pass depends on what earlier ones "
@@ -56,25 +56,25 @@ def rehearse(learner: Learner, inputs: Any) -> Rehearsal:
     hold = _hold(learner, first.bytes)
     if hold is not None and not _holds(learner, inputs, hold):
         hold = None
-    return Rehearsal(hold)
+    return Preparation(hold)
 
 
 class _Listener:
-    """A sweep that marks every activity and weighs what autograd saves for each segment; it trains nothing."""
+    """A visitor that fingerprints every activity and weighs what autograd saves for each segment; it trains nothing."""
 
     def __init__(self, names: list[str], known: set[int]) -> None:
         self.names, self.known = names, known
-        self.marks: dict[str, Mark] = {}
+        self.fingerprints: dict[str, Fingerprint] = {}
         self.bytes: dict[int, int] = {}
         self._seen: dict[int, int] = {}
 
-    def met(self, index: int, h: Tensor, version: int) -> None:
-        self.marks[self.names[index]] = Mark.of(h)
+    def at_site(self, index: int, h: Tensor, version: int) -> None:
+        self.fingerprints[self.names[index]] = Fingerprint.of(h)
         self.bytes[index] = sum(self._seen.values()) + h.nbytes
         self._seen = {}
 
-    def fired(self, source: Source, tensor: Tensor) -> Tensor:
-        self.marks[source.name] = Mark.of(tensor)
+    def at_source(self, source: Source, tensor: Tensor) -> Tensor:
+        self.fingerprints[source.name] = Fingerprint.of(tensor)
         return tensor
 
     def save(self, tensor: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ class _Listener:
 def _listen(learner: Learner, inputs: Any) -> _Listener:
     tensors = (*learner.model.parameters(), *learner.model.buffers())
     known = {t.untyped_storage()._cdata for t in tensors}
-    listener = _Listener([site.name for site in learner.seams.sites], known)
+    listener = _Listener([site.name for site in learner.cuts.sites], known)
     saving = torch.autograd.graph.saved_tensors_hooks(listener.save, lambda tensor: tensor)
-    with preserved(learner.model), saving, learner.seams.sweeping(listener):
+    with preserved(learner.model), saving, learner.cuts.visiting(listener):
         run(learner.model, inputs)
     return listener
 
@@ -112,9 +112,9 @@ def _hold(learner: Learner, weights: dict[int, int]) -> int | None:
 
 def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
     """Whether a pass that records gradients from this site on reaches all that is to be trained above it."""
-    seams, plan = learner.seams, learner.plan
+    cuts, plan = learner.cuts, learner.plan
     names = {id(p): name for name, p in learner.model.named_parameters()}
-    with preserved(learner.model), torch.no_grad(), seams.recording(hold=hold) as tape:
+    with preserved(learner.model), torch.no_grad(), cuts.recording(hold=hold) as tape:
         output = run(learner.model, inputs)
     torch.clear_autocast_cache()
     ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]

@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from feedbackward.engine.cuts import Seams
+from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Source
+from feedbackward.graph import LayerInput, Source
 from feedbackward.model.trace import PassState, preserved, run
-from feedbackward.schedules.passes import Deliver, LossFn, Mark, finish, no_error, refuse_overlaps
-from feedbackward.schedules.preparation import rehearse
+from feedbackward.schedules.passes import (
+    Deliver,
+    Fingerprint,
+    LossFn,
+    finish,
+    no_error,
+    refuse_overlaps,
+)
+from feedbackward.schedules.preparation import prepare
 from feedbackward.schedules.segmentwise import replay_kept
 
 if TYPE_CHECKING:
@@ -30,7 +37,7 @@ def replay(learner: Learner, inputs: Any, loss_fn: LossFn, keep_inputs: bool = F
     _refuse_replay(learner)
     refuse_overlaps(learner, "replay")
     if learner.rehearsed is None:
-        learner.rehearsed = rehearse(learner, inputs)
+        learner.rehearsed = prepare(learner, inputs)
     target = learner.begin_pass(inputs)
     if keep_inputs:
         return replay_kept(learner, inputs, loss_fn, target)
@@ -44,13 +51,13 @@ def _repeat_below(
     learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
 ) -> Tensor:
     """One pass whose part above the site `hold` trains at once, and a second one up to that site."""
-    seams, model = learner.seams, learner.model
+    cuts, model = learner.cuts, learner.model
     before = PassState(model)
     loss, errors, expected = _train_above(learner, inputs, loss_fn, target, hold)
     after = PassState(model)
     before.restore()
-    sweep = Deliver(seams, target, errors, (seams.sites[hold].name, expected), until=hold)
-    with seams.sweeping(sweep, target):
+    visitor = Deliver(cuts, target, errors, (cuts.sites[hold].name, expected), until=hold)
+    with cuts.visiting(visitor, target):
         run(model, inputs)
     after.restore()
     return loss
@@ -58,63 +65,63 @@ def _repeat_below(
 
 def _train_above(
     learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
-) -> tuple[Tensor, dict[str, Tensor], Mark]:
+) -> tuple[Tensor, dict[str, Tensor], Fingerprint]:
     """The loss, the errors of the sources, and what the activity of the site `hold` looked like; nothing else lives on."""
-    with torch.no_grad(), learner.seams.recording(target, hold=hold) as tape:
+    with torch.no_grad(), learner.cuts.recording(target, hold=hold) as tape:
         output = run(learner.model, inputs)
     torch.clear_autocast_cache()  # of weights that were cast without gradients
     assert tape.held is not None
-    expected, tape.held = Mark.of(tape.held), None
+    expected, tape.held = Fingerprint.of(tape.held), None
     return finish(loss_fn(output)), tape.errors, expected
 
 
 def _repeat_all(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None) -> Tensor:
     errors, expected = _find_errors(learner, inputs, loss_fn, target)
-    sweep = Deliver(learner.seams, target, errors, expected)
-    with learner.seams.sweeping(sweep, target):
+    visitor = Deliver(learner.cuts, target, errors, expected)
+    with learner.cuts.visiting(visitor, target):
         output = run(learner.model, inputs)
     return finish(loss_fn(output))
 
 
 def _find_errors(
     learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None
-) -> tuple[dict[str, Tensor], tuple[str, Mark]]:
-    """The error of every source, the last source first; and the last source's mark.
+) -> tuple[dict[str, Tensor], tuple[str, Fingerprint]]:
+    """The error of every source, the last source first; and the last source's fingerprint.
 
     A pass runs without gradients up to the source, and with them from there on. A source that is a site as well
     needs no pass: its error is the signal it is sent.
     """
-    seams, errors = learner.seams, dict[str, Tensor]()
-    order = {source.name: source for source in seams.sources}
-    expected: tuple[str, Mark] | None = None
+    cuts, errors = learner.cuts, dict[str, Tensor]()
+    order = {source.name: source for source in cuts.sources}
+    expected: tuple[str, Fingerprint] | None = None
     stand_ins: dict[int, Tensor] = {}
     for name in reversed(learner.plan.sources):
-        relay = seams.site_of(order[name])
+        relay = cuts.site_of(order[name])
         if relay is not None and expected is not None:
-            errors[name] = _sent(seams, relay, stand_ins[relay], errors, target)
+            errors[name] = _sent(cuts, relay, stand_ins[relay], errors, target)
             continue
-        seek = Seek(seams, name, target, errors, stand_ins)
+        seek = Seek(cuts, name, target, errors, stand_ins)
         with preserved(learner.model), torch.no_grad():
-            with seams.sweeping(seek, target):
+            with cuts.visiting(seek, target):
                 output = run(learner.model, inputs)
             seek.add(loss_fn(output), None)
         torch.clear_autocast_cache()  # of weights that were cast without gradients
         errors[name] = seek.error()
         if expected is None:
-            expected = seek.mark()
+            expected = seek.fingerprint()
     assert expected is not None
     return errors, expected
 
 
 def _sent(
-    seams: Seams, index: int, like: Tensor, errors: dict[str, Tensor], target: Target | None
+    cuts: Cuts, index: int, like: Tensor, errors: dict[str, Tensor], target: Target | None
 ) -> Tensor:
     """What a site is sent, given the errors of its sources."""
     h = like.requires_grad_()
     total = torch.zeros_like(h)
-    for edge in seams.edges_to[index]:
+    for edge in cuts.edges_to[index]:
         d = errors[edge.source.name]
-        sent = seams.broadcast(torch.zeros_like(d), [edge], [h], target, learn=False)
+        sent = cuts.broadcast(torch.zeros_like(d), [edge], [h], target, learn=False)
         total += torch.autograd.grad(sent, h, d)[0]
     return total
 
@@ -124,29 +131,29 @@ class Seek:
 
     def __init__(
         self,
-        seams: Seams,
+        cuts: Cuts,
         name: str,
         target: Target | None,
         errors: dict[str, Tensor],
         stand_ins: dict[int, Tensor],
     ) -> None:
-        self.seams, self.name, self.target = seams, name, target
+        self.cuts, self.name, self.target = cuts, name, target
         self.errors, self.stand_ins = errors, stand_ins
-        self.relays = {seams.site_of(source) for source in seams.sources}
+        self.relays = {cuts.site_of(source) for source in cuts.sources}
         self.source: Tensor | None = None
         self.sum: Tensor | None = None
 
-    def met(self, index: int, h: Tensor, version: int) -> None:
+    def at_site(self, index: int, h: Tensor, version: int) -> None:
         if index in self.relays:
             self.stand_ins[index] = h.new_zeros(()).expand_as(h)  # its shape, in no memory
         if self.source is None or not h.requires_grad:
             return
-        for edge in self.seams.edges_to[index]:
+        for edge in self.cuts.edges_to[index]:
             d = self.errors[edge.source.name]
-            sent = self.seams.broadcast(torch.zeros_like(d), [edge], [h], self.target, learn=False)
+            sent = self.cuts.broadcast(torch.zeros_like(d), [edge], [h], self.target, learn=False)
             self.add(sent, d, more=True)
 
-    def fired(self, source: Source, tensor: Tensor) -> Tensor:
+    def at_source(self, source: Source, tensor: Tensor) -> Tensor:
         if source.name == self.name:
             torch.set_grad_enabled(True)
             self.source = tensor.detach().requires_grad_()
@@ -164,9 +171,9 @@ class Seek:
         if part is not None:
             self.sum = part if self.sum is None else self.sum + part
 
-    def mark(self) -> tuple[str, Mark]:
+    def fingerprint(self) -> tuple[str, Fingerprint]:
         assert self.source is not None
-        return self.name, Mark.of(self.source)
+        return self.name, Fingerprint.of(self.source)
 
     def error(self) -> Tensor:
         if self.sum is None:
@@ -176,12 +183,12 @@ class Seek:
 
 def _refuse_replay(learner: Learner) -> None:
     rule = learner.rule
-    if issubclass(rule.feeds, Arc):
+    if issubclass(rule.feeds, LayerInput):
         raise AttachError(
             f"{rule.label} is a chain: each layer waits for the error of the one above, so its segments cannot be replayed one by "
             'one. Use schedule="joint", or a rule with direct feedback (DFA, DKP).'
         )
-    if learner.graph.lifts:
+    if learner.graph.upward:
         raise AttachError(
             f"{rule.label}'s signals go up from segment to segment while the whole forward pass is kept, so its segments cannot be "
             'replayed one by one. Use schedule="joint", or a rule with direct feedback (DFA, DKP).'

@@ -50,7 +50,7 @@ class _Site:
 
 @dataclass
 class _Kept:
-    """What the first pass left: activities and random states by site, when each was met, and the calls."""
+    """What the first pass left: activities and random states by site, when each was at_site, and the calls."""
 
     beginning: RandomState
     activities: dict[int, Tensor] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def replay_kept(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target |
     """Forward and backward of a batch; returns the loss."""
     director = Director(learner.graph.sites, learner.graph.sources)
     order = [index for index in learner.plan.order if isinstance(index, int)]
-    deliver = Deliver(learner.seams, target, {})
+    deliver = Deliver(learner.cuts, target, {})
     with ExitStack() as stack:
         for handle in director.install(learner.model):
             stack.callback(handle.remove)
@@ -79,14 +79,14 @@ def replay_kept(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target |
 def _keep(learner: Learner, inputs: Any, director: Director) -> _Kept:
     kept, clock = _Kept(RandomState(learner.model)), iter(range(1 << 62))
 
-    def met(index: int, h: Tensor) -> Tensor:
+    def at_site(index: int, h: Tensor) -> Tensor:
         kept.clock[index] = next(clock)
         kept.activities[index] = h
         kept.random[index] = RandomState(learner.model)
         return h
 
     recorded = _calls(learner.model, kept, clock)
-    directed = director.directing(met, lambda source, tensor: tensor)
+    directed = director.directing(at_site, lambda source, tensor: tensor)
     with preserved(learner.model), torch.no_grad(), recorded, directed:
         run(learner.model, inputs)
     torch.clear_autocast_cache()  # of weights that were cast without gradients
@@ -120,7 +120,7 @@ def _calls(model: nn.Module, kept: _Kept, clock: Iterator[int]) -> Iterator[None
                 post = module.register_forward_hook(lambda m, a, out: leave(out), prepend=True)
                 stack.callback(
                     post.remove
-                )  # prepended: the module has ended before its output is met as a site
+                )  # prepended: the module has ended before its output is at_site as a site
         yield
 
 
@@ -169,7 +169,7 @@ def _segment(
             "step mix two networks: zero them. Randomness must come from torch's generators, and what crosses the cuts must be sites; "
             "or use keep_inputs=False."
         )
-    deliver.met(index, h, h._version)
+    deliver.at_site(index, h, h._version)
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def _from(
     lower = set(order[:place])
     start = order[place - 1] if place else None
 
-    def met(index: int, h: Tensor) -> Tensor:
+    def at_site(index: int, h: Tensor) -> Tensor:
         if index not in lower:
             assert end is not None
             end(h)
@@ -196,7 +196,7 @@ def _from(
             torch.set_grad_enabled(True)
         return kept.activities[index]
 
-    def fired(source: Any, tensor: Tensor) -> Tensor:
+    def at_source(source: Any, tensor: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return tensor
         tensor = (
@@ -213,14 +213,14 @@ def _from(
     with (
         torch.set_grad_enabled(start is None),
         left_out,
-        director.directing(met, fired, whole=False),
+        director.directing(at_site, at_source, whole=False),
     ):
         yield
 
 
 @contextmanager
 def _left_out(learner: Learner, kept: _Kept, start: int | None) -> Iterator[None]:
-    """Modules whose only call had ended when the site was met return what they returned where that is a kept activity, else
+    """Modules whose only call had ended when the site was at_site return what they returned where that is a kept activity, else
     zeros, which nothing reads but other such modules."""
     if start is None:
         yield

@@ -28,7 +28,7 @@ from feedbackward.experiment.training.checkpointed import add_checkpoints, group
 from feedbackward.experiment.training.randomness import seed_everything
 from feedbackward.learner import Learner, attach
 from feedbackward.operators import OPERATORS
-from feedbackward.schedules.delayed import Stale
+from feedbackward.schedules.delayed import Delayed
 
 PLOTS = (".png", ".svg", ".pdf")
 LEARNING_RATE = 1e-3  # small: on random images a larger one may diverge, and a step's cost does not depend on it
@@ -219,7 +219,7 @@ class Factory:
         forward: Any = torch.compile(net) if compiled else net
         learner = net if isinstance(net, Learner) else None
         delays = learner.rule.delays(len(learner.plan.stages)) if learner is not None else ()
-        stale = Stale(learner, delays) if learner is not None and any(delays) else None
+        stale = Delayed(learner, delays) if learner is not None and any(delays) else None
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)

@@ -27,7 +27,7 @@ from feedbackward.experiment.training.building import (
     make_rule,
 )
 from feedbackward.learner import attach
-from feedbackward.measure.cost import Cost, cost
+from feedbackward.measure.cost import Cost
 from feedbackward.rules import BP, RULES, Rule
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -183,7 +183,7 @@ class _Counter:
                 self.model, rule, example=self.example, sites=self.sites, error_at=self.error_at
             )
             try:
-                return cost(learner, self.example)
+                return count_cost(learner, self.example)
             finally:
                 learner.detach()
 

@@ -26,7 +26,7 @@ class Optimizer:
         schedule: of the rate: constant, one-cycle, cosine (to zero) or step (times gamma after every epoch).
         gamma: factor of the step schedule.
         clip: largest norm of the gradient of all these weights together; 0 does not clip.
-        keep_norms: after every update each matrix or kernel gets its initial norm back (strict normalisation).
+        renormalize_weights: after every update each matrix or kernel gets its initial norm back (strict normalisation).
     """
 
     name: str = "sgd"
@@ -37,7 +37,7 @@ class Optimizer:
     schedule: str = "one-cycle"
     gamma: float = 1.0
     clip: float = 0.0
-    keep_norms: bool = False
+    renormalize_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Changes:
         schedule: of the rate over the run.
         gamma: factor per epoch of the step schedule.
         clip: largest norm of the gradient; 0 does not clip.
-        keep_norms: after every update give each matrix or kernel its initial norm back (strict normalisation).
+        renormalize_weights: after every update give each matrix or kernel its initial norm back (strict normalisation).
     """
 
     name: Literal["sgd", "adam", "adamw"] | None = None
@@ -43,7 +43,7 @@ class Changes:
     schedule: Literal["constant", "one-cycle", "cosine", "step"] | None = None
     gamma: float | None = None
     clip: float | None = None
-    keep_norms: bool | None = None
+    renormalize_weights: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ def print_summary(results: Results, console: Console) -> None:
     live = console.is_terminal
     style: dict[str, Any] = {"box": box.MARKDOWN}
     columns = table(results)
-    if live:  # narrow enough for 80 columns: the notes below tell of diverged runs
+    if live:  # dominates enough for 80 columns: the notes below tell of diverged runs
         style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
         columns.pop("Diverged", None)
         columns = {name.replace(" ", "\n"): cells for name, cells in columns.items()}

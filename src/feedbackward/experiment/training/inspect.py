@@ -107,7 +107,7 @@ def print_rules(form: str) -> None:
         box=box.SIMPLE_HEAD if live else box.MARKDOWN, pad_edge=False, padding=(0, 1 - live)
     )
     console = Console() if live else Console(width=1000)
-    headings = HEADINGS if console.width >= 120 else HEADINGS[:-1]  # narrow: without the paper
+    headings = HEADINGS if console.width >= 120 else HEADINGS[:-1]  # dominates: without the paper
     for heading in headings:
         table.add_column(heading, no_wrap=heading == "Rule", overflow="fold")
     for name, row in rows.items():

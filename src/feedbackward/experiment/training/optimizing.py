@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from feedbackward.experiment.config.recipes import Optimizer
-from feedbackward.optim import keep_norms
+from feedbackward.optim import renormalize_weights
 
 
 class Weights:
@@ -27,8 +27,8 @@ class Weights:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.settings = settings
         self.optimizer = _optimizer(self.parameters, settings)
-        if settings.keep_norms:
-            keep_norms(self.parameters, self.optimizer)
+        if settings.renormalize_weights:
+            renormalize_weights(self.parameters, self.optimizer)
         self.schedule = _schedule(self.optimizer, settings, epochs, steps_per_epoch)
 
     @property

@@ -26,7 +26,7 @@ from feedbackward.experiment.training.randomness import (
     seed_everything,
 )
 from feedbackward.measure.probe import Probe, probe
-from feedbackward.schedules.delayed import Stale
+from feedbackward.schedules.delayed import Delayed
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -282,7 +282,7 @@ class Run:
         self.position = Position(**state["position"])
         restore_random_state(state["random"])
 
-    def _staleness(self) -> Stale | None:
+    def _staleness(self) -> Delayed | None:
         """What delays the gradients, if anything does."""
         delays = [
             delay + self.config.staleness
@@ -295,7 +295,7 @@ class Run:
             raise ConfigError(
                 "precision is fp16, whose loss scale may change while a gradient waits: use bf16 or fp32 with staleness"
             )
-        return Stale(self.learner, delays, steps=steps)
+        return Delayed(self.learner, delays, steps=steps)
 
     def _diverged(self, value: float, images: Tensor) -> None:
         with self.precision():

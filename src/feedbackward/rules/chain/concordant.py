@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source, chain
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import Signed
 from feedbackward.rule import Properties, Rule, refuse_zeros
@@ -21,7 +21,7 @@ class SignConcordant(Rule):
     follow_norm: bool = False
 
     paper = "Moskovitz et al. 2019"
-    feeds = Arc
+    feeds = LayerInput
     properties = Properties(
         backward_unlocked=False,
         update_unlocked=False,
@@ -37,10 +37,10 @@ class SignConcordant(Rule):
         refuse_zeros(self.label, self)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        def signed(arc: Arc) -> Signed:
-            return self.signed(LayerShaped(arc.form, self.init, self.scale))
+        def signed(layer_input: LayerInput) -> Signed:
+            return self.signed(LayerShaped(layer_input.form, self.init, self.scale))
 
-        return chain(sites, signed, borrowed=True)
+        return chain(sites, signed, with_forward_weight=True)
 
     @abstractmethod
     def signed(self, layer: LayerShaped) -> Signed:

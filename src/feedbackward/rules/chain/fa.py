@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source, chain
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Properties, Rule, refuse_zeros
 
@@ -34,7 +34,7 @@ class FA(Rule):
     name = "fa"
     label = "FA"
     paper = "Lillicrap et al. 2016"
-    feeds = Arc
+    feeds = LayerInput
     properties = Properties(
         backward_unlocked=False,
         update_unlocked=False,
@@ -50,4 +50,6 @@ class FA(Rule):
         refuse_zeros(self.label, self)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale))
+        return chain(
+            sites, lambda layer_input: LayerShaped(layer_input.form, self.init, self.scale)
+        )

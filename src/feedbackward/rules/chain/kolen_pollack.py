@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source, chain
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Properties, Rule
 
@@ -33,7 +33,7 @@ class KolenPollack(Rule):
     name = "kp"
     label = "KP"
     paper = "Kolen & Pollack 1994; Akrout et al. 2019"
-    feeds = Arc
+    feeds = LayerInput
     properties = Properties(
         backward_unlocked=False,
         update_unlocked=False,
@@ -46,4 +46,8 @@ class KolenPollack(Rule):
     )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale), shared=True)
+        return chain(
+            sites,
+            lambda layer_input: LayerShaped(layer_input.form, self.init, self.scale),
+            shared=True,
+        )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Arc, Edge, Graph, Site, Source, chain
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source, chain
 from feedbackward.operators.base import Weights
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule
@@ -104,7 +104,7 @@ class LayerAlignment(Rule):
     init: str = "xavier_uniform"
     scale: float = 1.0
 
-    feeds = Arc
+    feeds = LayerInput
     linear = False
 
     @property
@@ -117,7 +117,11 @@ class LayerAlignment(Rule):
         return x, 1.0
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale), borrowed=True)
+        return chain(
+            sites,
+            lambda layer_input: LayerShaped(layer_input.form, self.init, self.scale),
+            with_forward_weight=True,
+        )
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         B, W = (w.to(h.dtype) for w in weights)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source, chain
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.product import PRODUCT_KINDS, Product
 from feedbackward.rule import Properties, Rule
@@ -44,7 +44,7 @@ class PFA(Rule):
     name = "pfa"
     label = "PFA"
     paper = "Li & Benna 2024"
-    feeds = Arc
+    feeds = LayerInput
     properties = Properties(
         backward_unlocked=False,
         update_unlocked=False,
@@ -65,7 +65,7 @@ class PFA(Rule):
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         expand = self.expand if self.kind == "random" else 1
 
-        def product(arc: Arc) -> Product:
-            return Product(LayerShaped(arc.form, self.init, self.scale), expand, self.kind)
+        def product(layer_input: LayerInput) -> Product:
+            return Product(LayerShaped(layer_input.form, self.init, self.scale), expand, self.kind)
 
         return chain(sites, product, shared=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Graph, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source, chain
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import FixedSigned, UniformSigned
 from feedbackward.rule import Properties, Rule, refuse_zeros
@@ -41,7 +41,7 @@ class SignSymmetry(Rule):
     name = "sign_symmetry"
     label = "Sign-symmetry"
     paper = "Liao et al. 2016; Xiao et al. 2019"
-    feeds = Arc
+    feeds = LayerInput
     properties = Properties(
         backward_unlocked=False,
         update_unlocked=False,
@@ -64,6 +64,8 @@ class SignSymmetry(Rule):
         signed = _MAGNITUDES[self.magnitude]
         return chain(
             sites,
-            lambda arc: signed(LayerShaped(arc.form, "kaiming_fan_out", self.scale)),
-            borrowed=True,
+            lambda layer_input: signed(
+                LayerShaped(layer_input.form, "kaiming_fan_out", self.scale)
+            ),
+            with_forward_weight=True,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Edge, Graph, Site, Source, chain
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source, chain
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Properties, Rule
 
@@ -52,7 +52,7 @@ class WeightMirror(Rule):
     name = "weight_mirror"
     label = "Weight mirror"
     paper = "Akrout et al. 2019"
-    feeds = Arc
+    feeds = LayerInput
     in_phase = True
     properties = Properties(
         backward_unlocked=False,
@@ -72,7 +72,9 @@ class WeightMirror(Rule):
             )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return chain(sites, lambda arc: LayerShaped(arc.form, self.init, self.scale))
+        return chain(
+            sites, lambda layer_input: LayerShaped(layer_input.form, self.init, self.scale)
+        )
 
     def feedback_step(self, phase: Phase) -> None:
         for edge in phase.edges:
@@ -86,10 +88,10 @@ def mirrored(phase: Phase, edge: Edge, samples: int) -> Tensor:
 
     The noise in it is about sqrt(fan-in / (samples * places)) times the weights.
     """
-    layer, arc = edge.operator, edge.site
+    layer, layer_input = edge.operator, edge.site
     assert isinstance(layer, LayerShaped)
-    assert isinstance(arc, Arc)
+    assert isinstance(layer_input, LayerInput)
     (B,) = phase.weights(edge)
     with torch.autocast(B.device.type, enabled=False):
         noise = phase.noise(B.new_zeros(1).expand(layer.noise_shape(samples, edge.site_shape)))
-        return layer.mirrored(phase.weight(arc.weight).to(B.dtype), noise)
+        return layer.mirrored(phase.weight(layer_input.weight).to(B.dtype), noise)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
 from feedbackward.rules.direct.dkp import DKP
@@ -64,7 +64,7 @@ class Flipped(Rule):
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         graph = self.rule.graph(sites, source)
-        if issubclass(self.feeds, Arc) or {edge.source for edge in graph.edges} != {source}:
+        if issubclass(self.feeds, LayerInput) or {edge.source for edge in graph.edges} != {source}:
             raise AttachError(
                 f"{self.rule.label} cannot be flipped: a sign is reversed once for every site, so each must be fed straight from "
                 f"the source {source.name!r}. Flip a direct rule (DKP, DFA, FDFA)."

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Edge, Graph, Lift, Site, Source
+from feedbackward.graph import Edge, Graph, Site, Source, UpwardEdge
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Properties, Rule, refuse_zeros
 
@@ -57,5 +57,5 @@ class IFA(Rule):
         refuse_zeros(self.label, self.operator)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        lifts = tuple(Lift(below, above) for below, above in itertools.pairwise(sites))
-        return Graph(tuple(sites), (Edge(source, sites[0], self.operator),), lifts=lifts)
+        upward = tuple(UpwardEdge(below, above) for below, above in itertools.pairwise(sites))
+        return Graph(tuple(sites), (Edge(source, sites[0], self.operator),), upward=upward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from feedbackward.graph import Arc, Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.operators import Dense, LayerKernel, Operator
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.rules.direct.dfa import DFA
@@ -37,7 +37,7 @@ class KernelDFA(Rule):
     name = "kernel_dfa"
     label = "Kernel DFA"
     paper = "Sanfiz & Akrout 2021"
-    feeds = Arc
+    feeds = LayerInput
     properties = replace(DFA.properties, extra_memory="W C/c", extra_compute="D C/c - D")
 
     def __post_init__(self) -> None:
@@ -48,6 +48,10 @@ class KernelDFA(Rule):
             tuple(sites), tuple(Edge(source, site, self._operator(site)) for site in sites)
         )
 
-    def _operator(self, arc: Site) -> Operator:
-        assert isinstance(arc, Arc)  # what this rule feeds
-        return LayerKernel(arc.form, self.init, self.scale) if arc.form.stride else Dense()
+    def _operator(self, layer_input: Site) -> Operator:
+        assert isinstance(layer_input, LayerInput)  # what this rule feeds
+        return (
+            LayerKernel(layer_input.form, self.init, self.scale)
+            if layer_input.form.stride
+            else Dense()
+        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Graph, Site, Source, relays
+from feedbackward.graph import Graph, LayerInput, Site, Source, relays
 from feedbackward.operators import Dense, Operator
 from feedbackward.operators.layer import LayerForm, LayerShaped
 from feedbackward.rule import Properties, Rule
@@ -44,7 +44,7 @@ class RelayedKP(Rule):
     the path's own map (as far as the kernel reaches it), so that B converges to it and the signals to backprop's. Over ReLUs
     and poolings it is the mean Jacobian: of each ReLU that an edge passes over, the mean keeps the half of the signal's energy that
     does not depend on the sample. With as many `steps` as layers no edge passes over any, and the signals are backprop's
-    up to what is left of the first :math:`W_r - B_l`: `fb.Stale(learner, steps=5)` then bounds the products that an update waits for.
+    up to what is left of the first :math:`W_r - B_l`: `fb.Delayed(learner, steps=5)` then bounds the products that an update waits for.
 
     Call `learner.feedback_step(x)` after every backward pass, before the optimizer steps: one forward-mode pass of the first
     `samples` inputs, in which the movement of a site ends at its relay, so that the estimates of different relays do not disturb
@@ -68,7 +68,7 @@ class RelayedKP(Rule):
     name = "relayed_kp"
     label = "Relayed KP"
     paper = "ours"
-    feeds = Arc
+    feeds = LayerInput
     in_phase = True
     properties = Properties(
         backward_unlocked=True,
@@ -89,11 +89,13 @@ class RelayedKP(Rule):
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return relays(sites, self.steps, self._operator, shared=True)
 
-    def _operator(self, relay: Source, arc: Arc) -> Operator:
-        if relay == arc.source:
-            return LayerShaped(arc.form, self.init)
-        if len(relay.shape) == len(arc.shape) > 1 and not relay.tokens:
-            return LayerShaped(LayerForm.between(relay.shape, arc.shape, self.size), "zeros")
+    def _operator(self, relay: Source, layer_input: LayerInput) -> Operator:
+        if relay == layer_input.source:
+            return LayerShaped(layer_input.form, self.init)
+        if len(relay.shape) == len(layer_input.shape) > 1 and not relay.tokens:
+            return LayerShaped(
+                LayerForm.between(relay.shape, layer_input.shape, self.size), "zeros"
+            )
         return Dense("zeros")
 
     def feedback_step(self, phase: Phase) -> None:

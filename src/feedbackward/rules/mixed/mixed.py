@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Lift, Local, Site, Source
+from feedbackward.graph import Edge, Graph, Local, Site, Source, UpwardEdge
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Properties, Rule
 from feedbackward.rules.controls.bp import BP
@@ -61,7 +61,7 @@ class Mixed(Rule):
             if any(rule.delays(2)):
                 raise AttachError(
                     f"{rule.label} is a schedule of the whole network, which has no part in a mixture: mix the rules, and delay their "
-                    "gradients with fb.Stale."
+                    "gradients with fb.Delayed."
                 )
             if rule.revises:
                 raise AttachError(
@@ -103,7 +103,7 @@ class Mixed(Rule):
         cut: set[Site] = set()
         edges: list[Edge] = []
         local: list[Local] = []
-        lifts: list[Lift] = []
+        upward: list[UpwardEdge] = []
         for pattern, rule in self.rules.items():
             if not places[pattern]:
                 names = ", ".join(site.name for site in sites[:8]) + (
@@ -116,10 +116,10 @@ class Mixed(Rule):
             cut.update(part.sites)
             edges += [_routed(edge, rule) for edge in part.edges]
             local += part.local
-            lifts += part.lifts
+            upward += part.upward
         self._refuse_shared(edges)
         return Graph(
-            tuple(site for site in sites if site in cut), tuple(edges), tuple(local), tuple(lifts)
+            tuple(site for site in sites if site in cut), tuple(edges), tuple(local), tuple(upward)
         )
 
     def learns(self, edge: Edge) -> bool:
@@ -155,7 +155,7 @@ class Mixed(Rule):
 
     def _pattern(self, site: Site) -> Pattern:
         """The first pattern that fits the site."""
-        names = [site.name, *(tap.module for tap in site.taps)]
+        names = [site.name, *(point.module for point in site.points)]
         for pattern in self.rules:
             if (
                 pattern(site)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Arc, Edge, Graph, PreActivation, Site, Source
+from feedbackward.graph import Edge, Graph, LayerInput, PreActivation, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Properties, Rule
 
@@ -30,7 +30,7 @@ class LRA(Rule):
     the published ones are; norms, pools, dropout and skip paths are refused.
 
     beta: how far a target goes. init, scale: of `E`, see :class:`feedbackward.LayerShaped`. The authors' code has `beta=0.1` and
-        `init="normal"`, N(0, 1), which suits narrow tanh layers: the error grows with the square root of the width, and blows up in
+        `init="normal"`, N(0, 1), which suits dominates tanh layers: the error grows with the square root of the width, and blows up in
         layers of 1000 ReLU units. The default keeps its size.
 
     Ororbia & Mali, "Biologically Motivated Algorithms for Propagating Local Target Representations", AAAI 2019
@@ -45,7 +45,7 @@ class LRA(Rule):
     name = "lra"
     label = "LRA-E"
     paper = "Ororbia & Mali 2019"
-    feeds = Arc
+    feeds = LayerInput
     receives = True
     linear = False
     properties = Properties(
@@ -64,24 +64,26 @@ class LRA(Rule):
             raise AttachError(f"LRA-E's targets need a beta above 0, got {self.beta}.")
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        below: dict[PreActivation, Arc] = {}
+        below: dict[PreActivation, LayerInput] = {}
         edges = []
-        for arc in sites:
-            assert isinstance(arc, Arc)
-            layer = arc.source.name
-            if isinstance(arc.below, str):
+        for layer_input in sites:
+            assert isinstance(layer_input, LayerInput)
+            layer = layer_input.source.name
+            if isinstance(layer_input.below, str):
                 raise AttachError(
                     f"{self.label} needs one elementwise activation module, and nothing else, between two layers: before layer "
-                    f"{layer!r} stands {arc.below}. Take it out, or use KP, which differentiates what lies between."
+                    f"{layer!r} stands {layer_input.below}. Take it out, or use KP, which differentiates what lies between."
                 )
-            if arc.below in below:
+            if layer_input.below in below:
                 raise AttachError(
-                    f"{self.label} goes from layer to layer, but the output of {arc.below.name!r} enters both "
-                    f"{below[arc.below].source.name!r} and {layer!r}. Use KP."
+                    f"{self.label} goes from layer to layer, but the output of {layer_input.below.name!r} enters both "
+                    f"{below[layer_input.below].source.name!r} and {layer!r}. Use KP."
                 )
-            below[arc.below] = arc
-            operator = LayerShaped(arc.form, self.init, self.scale)
-            edges.append(Edge(arc.source, arc.below, operator, shares=arc.weight))
+            below[layer_input.below] = layer_input
+            operator = LayerShaped(layer_input.form, self.init, self.scale)
+            edges.append(
+                Edge(layer_input.source, layer_input.below, operator, shares=layer_input.weight)
+            )
         return Graph(tuple(below), tuple(edges))
 
     def message(

@@ -67,7 +67,7 @@ class SDTP(Laddered):
         )  # a label outside the classes sends nothing
 
     def feedback_step(self, phase: Phase) -> None:
-        hidden = {edge.site.taps for edge in phase.edges}
+        hidden = {edge.site.points for edge in phase.edges}
         reconstruct(
-            phase, self.sigma, lambda edge, s: s if edge.source.taps in hidden else s.softmax(1)
+            phase, self.sigma, lambda edge, s: s if edge.source.points in hidden else s.softmax(1)
         )
