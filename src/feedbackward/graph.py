@@ -228,9 +228,10 @@ def relays(
         )
     runs = _runs(layer_inputs, steps)
     if runs is None:
+        usable = [layer.source.name for layer in layer_inputs if layer.dominates] or "none here"
         raise AttachError(
             f"no {steps} layers can relay the error: a relay must be a layer that no other path (a skip connection, a branch) leads "
-            f"round, which are {[layer_input.source.name for layer_input in layer_inputs if layer_input.dominates] or 'none here'}. Allow more steps, or use direct "
+            f"round, which are {usable}. Allow more steps, or use direct "
             "feedback (DKP) or a rule of single layers (KolenPollack, WeightMirror)."
         )
     edges = [

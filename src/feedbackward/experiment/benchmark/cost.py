@@ -27,7 +27,7 @@ from feedbackward.experiment.training.building import (
     make_rule,
 )
 from feedbackward.learner import attach
-from feedbackward.measure.cost import Cost
+from feedbackward.measure.cost import Cost, count_cost
 from feedbackward.rules import BP, RULES, Rule
 
 PLOTS = (".png", ".svg", ".pdf")

@@ -44,7 +44,8 @@ class RelayedKP(Rule):
     the path's own map (as far as the kernel reaches it), so that B converges to it and the signals to backprop's. Over ReLUs
     and poolings it is the mean Jacobian: of each ReLU that an edge passes over, the mean keeps the half of the signal's energy that
     does not depend on the sample. With as many `steps` as layers no edge passes over any, and the signals are backprop's
-    up to what is left of the first :math:`W_r - B_l`: `fb.Delayed(learner, steps=5)` then bounds the products that an update waits for.
+    up to what is left of the first :math:`W_r - B_l`: `fb.Delayed(learner, steps=5)` then bounds
+    the products that an update waits for.
 
     Call `learner.feedback_step(x)` after every backward pass, before the optimizer steps: one forward-mode pass of the first
     `samples` inputs, in which the movement of a site ends at its relay, so that the estimates of different relays do not disturb
