@@ -19,7 +19,8 @@ from wired import Net, X, two_layers
 
 import feedbackward as fb
 from feedbackward.graph import HookPoint
-from feedbackward.schedules.joint import segmentwise as segments
+from feedbackward.schedules import segmentwise as segments
+from feedbackward.schedules.preparation import Preparation
 
 # --- the same gradients ------------------------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ def outcome(
     x, y = batch
     learner = fb.attach(copy.deepcopy(model), rule, example=x, sites=sites, error_at=error_at)  # type: ignore[arg-type]
     if schedule == "replay" and not hold:
-        learner.rehearsed = fb.rehearsal.Rehearsal(None)
+        learner.rehearsed = Preparation(None)
     torch.manual_seed(3)
     if rule.needs == "target":
         learner.target(y)
@@ -383,7 +384,7 @@ def test_a_pass_that_changes_later_is_noticed(hold: bool | str) -> None:
     learner = fb.attach(model, fb.DFA(), example=x)
     learner.backward(x, lambda out: out.square().mean(), schedule="replay")
     if not hold:
-        learner.rehearsed = fb.rehearsal.Rehearsal(None)
+        learner.rehearsed = Preparation(None)
     model.kind = "numpy"
     with pytest.raises(fb.SiteError, match=r"gave another '.*' than the first.*zero them"):
         learner.backward(x, lambda out: out.square().mean(), schedule="replay")

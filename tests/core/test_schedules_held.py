@@ -11,7 +11,7 @@ from test_schedules import Relayed, deep, outcome
 from torch import Tensor, nn
 
 import feedbackward as fb
-from feedbackward.schedules.joint import replay
+from feedbackward.schedules import replay
 
 
 @pytest.mark.parametrize(

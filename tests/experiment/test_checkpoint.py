@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     checkpoint.save(path, {"epoch": 1})
     program = f"""
 import resource, signal, torch
-from feedbackward.experiment import checkpoint
+from feedbackward.experiment.training import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 checkpoint.save({str(path)!r}, {{"w": torch.zeros(1_000_000)}})

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from feedbackward.errors import ConfigError
+from feedbackward.experiment.config import recipes
 from feedbackward.experiment.config.arguments import SHIPPED, parse
 from feedbackward.experiment.config.files import (
     differences,
@@ -22,7 +23,6 @@ from feedbackward.experiment.config.schema import (
     RuleEntry,
     Search,
     TrainConfig,
-    recipes,
 )
 from feedbackward.experiment.data.dataset import DataConfig
 from feedbackward.experiment.grid.search import pick, trial_rates

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -285,6 +286,17 @@ def _test(folder: str, test: str) -> None:
     os._exit(int(code))
 
 
+def place(text: str, old: str) -> re.Match[str]:
+    """Where the old text stands, however the formatter broke its line. Raises ValueError unless it is there once."""
+    gap = r"(?:\s|#[^\n]*\n)*"
+    tokens = [re.escape(token) for token in re.findall(r"\w+|[^\w\s]", old)]
+    pattern = gap.join(f",?{gap}{token}" if token == r"\)" else token for token in tokens)
+    found = list(re.finditer(pattern, text))
+    if len(found) != 1:
+        raise ValueError(f"{old!r} stands {len(found)} times in the file")
+    return found[0]
+
+
 def outcome(test: str, mutation: tuple[str, str, str] | None = None) -> int:
     """pytest's exit code for one test file against a copy of the package, with the mutation if there is one."""
     context = multiprocessing.get_context("forkserver")
@@ -295,7 +307,8 @@ def outcome(test: str, mutation: tuple[str, str, str] | None = None) -> int:
         if mutation is not None:
             file, old, new = mutation
             text = (copy / file).read_text()
-            (copy / file).write_text(text.replace(old, new))
+            start, stop = place(text, old).span()
+            (copy / file).write_text(text[:start] + new + text[stop:])
         process = context.Process(target=_test, args=(folder, test))
         process.start()
         process.join(60)

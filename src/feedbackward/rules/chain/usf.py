@@ -26,7 +26,8 @@ class USF(SignConcordant):
     the rule are older: Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016. The magnitude is
     that of BioTorch, whose gradients these equal (its benchmarks name this rule); Liao et al. leave it out and normalise.
     The strict normalisation :math:`W \leftarrow W \|W_0\|/\|W\|` is
-    :func:`feedbackward.renormalize_weights`; it is known to us from BioTorch, whose weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
+    :func:`feedbackward.renormalize_weights`; it is known to us from BioTorch, whose
+    weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
     """
 
     name = "usf"
