@@ -106,7 +106,7 @@ MUTATIONS = (
     ("rules/chain/pfa.py", "return chain(sites, product, shared=True)", "return chain(sites, product)", PRODUCTS),
     # schedules
     ("schedules/passes.py", "raise PassOverError", "pass", "core/test_schedules.py"),
-    ("schedules/passes.py", "if self.expected is None or", "if True or", "core/test_schedules.py"),
+    ("schedules/passes.py", "self.expected is None or", "True or", "core/test_schedules.py"),
     ("schedules/passes.py", "torch.autograd.graph.saved_tensors_hooks(_same, _same)", "torch.enable_grad()", "core/test_schedules.py"),
     ("schedules/replay.py", "    after.restore()", "    pass", "core/test_schedules.py"),
     ("schedules/replay.py", "    before.restore()", "    pass", "core/test_schedules.py"),
@@ -125,7 +125,7 @@ MUTATIONS = (
     # feedback graphs and what is a site
     ("graph.py", "return 1 + kept", "return 1", ORACLES),
     ("graph.py", "if kept and kept == site.tokens and", "if kept and", ORACLES),
-    ("model/sites.py", "if tensor is first or id(tensor) in found", "if id(tensor) in found or len(found) > 1", ORACLES),
+    ("model/sites.py", "tensor is first or id(tensor) in found", "id(tensor) in found or len(found) > 1", ORACLES),
     ("model/sites.py", "if when >= self.source_end or tensor is self.source_tensor or", "if", ORACLES),
     (TRACE, "if t is tensor and v == version:", "if t is tensor:", STEPS),
     # rules
@@ -149,7 +149,7 @@ MUTATIONS = (
     ("rules/direct/dfa.py", "star(sites, source, self.operator)", "star(sites, source, Dense())", FEEDBACK),
     ("rules/controls/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),
     # targets and late gradients
-    (CUTS, "and self.site_of(edges[0].source) is None:", ":", "rules/test_rules_targets.py"),
+    (CUTS, "and self.site_of(edges[0].source) is None", "", "rules/test_rules_targets.py"),
     (HOOKS, "reversed(kinds) if prepend else kinds", "kinds", "rules/test_rules_decoders.py"),
     ("rules/targets/dtp.py", "self.beta * len(d) * d", "self.beta * d", "rules/test_rules_targets.py"),
     ("rules/targets/decoding.py", "change=lambda site, h: noisy[site]", "change=lambda site, h: h + sigma * phase.noise(h)", "rules/test_rules_decoders.py"),
@@ -258,7 +258,7 @@ MUTATIONS = (
     (PROBE, "rule.norm().item() / norm if norm", "norm / rule.norm().item() if norm", MEASURES),
     (PROBE, "rule.sign() == bp.sign()", "rule.sign() != bp.sign()", MEASURES),
     (PROBE, ".double() @ B.t()", ".double() @ -B.t()", MEASURES),
-    (HOOKS, "return tensor.clone()", "return tensor", MEASURES),
+    (HOOKS, "tensor.clone()", "tensor", MEASURES),
 )  # fmt: skip
 
 
