@@ -1,5 +1,8 @@
 """Train PyTorch networks with feedback connections instead of backpropagation's transposed weights."""
 
+import warnings
+
+from feedbackward import moved
 from feedbackward.engine.phase import Pass, Phase
 from feedbackward.errors import (
     AttachError,
@@ -186,3 +189,20 @@ __all__ = [
     "star",
     "step_in_backward",
 ]
+
+moved.install()
+_RENAMED = {
+    "Stale": "Delayed",
+    "Arc": "LayerInput",
+    "Lift": "UpwardEdge",
+    "keep_norms": "renormalize_weights",
+    "cost": "count_cost",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Names of 0.1.0: each works for one release, and says the new name."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'feedbackward' has no attribute {name!r}")
+    warnings.warn(f"fb.{name} is now fb.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -1,1 +1,1 @@
-"""engine"""
+"""Cutting the graph and routing the errors: hooks, cuts, autograd functions, feedback weights."""

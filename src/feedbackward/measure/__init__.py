@@ -1,1 +1,1 @@
-"""measure"""
+"""How near a rule comes to backprop, and what it costs."""

@@ -1,1 +1,1 @@
-"""experiment/benchmark"""
+"""What rules cost: counted on a network, or measured beside backprop."""

@@ -1,1 +1,1 @@
-"""experiment/grid"""
+"""Comparisons and studies: grids of runs, searched, resumed, and run in several processes."""

@@ -1,1 +1,1 @@
-"""experiment/report"""
+"""Tables, curves and pages of what the runs gave."""

@@ -1,1 +1,1 @@
-"""rules/direct"""
+"""Rules that send the output's error straight to every site."""

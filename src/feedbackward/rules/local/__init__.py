@@ -1,1 +1,1 @@
-"""rules/local"""
+"""Rules whose sites have losses of their own."""

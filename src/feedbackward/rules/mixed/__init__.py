@@ -1,1 +1,1 @@
-"""rules/mixed"""
+"""Several rules in one network, and presets of them."""

@@ -1,1 +1,1 @@
-"""rules/targets"""
+"""Rules that send targets."""
