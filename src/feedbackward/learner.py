@@ -25,9 +25,9 @@ from feedbackward.model.trace import trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
+from feedbackward.schedules.delayed import is_delayed
 from feedbackward.schedules.joint import Schedule, backward
 from feedbackward.schedules.passes import LossFn
-from feedbackward.schedules.preparation import Preparation
 
 
 def attach(
@@ -117,14 +117,9 @@ class Learner(nn.Module):
         self.cuts = Cuts(model, self.graph, rule, self.feedback)
         # DistributedDataParallel would wait for their gradients in every backward pass
         self._ddp_params_and_buffers_to_ignore = self._learned_in_phase()
-        self.plan: Plan
+        self.whole_plan: Plan
         self._exact = False
         self._target: Target | None = None
-        self.separable = (
-            False  # whether segments run by themselves, found by the first replay with kept inputs
-        )
-        self.rehearsed: Preparation | None = None  # before the first replay
-        self.stale = False  # whether a `Delayed` delays the gradients
         self._detached = False
         self._handles = self.cuts.install(model)
 
@@ -137,12 +132,14 @@ class Learner(nn.Module):
         cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
         if torch.is_grad_enabled():
             self.cuts.recompute = cut
-            if not self.stale and not self._exact and any(self.rule.delays(2)):
+            if not self._exact and any(self.rule.delays(2)) and not is_delayed(self):
                 raise FeedbackError(
-                    f"{self.rule.label} is a schedule as well, without which it would be plain backprop: make `stale = "
-                    "fb.Delayed(learner)`, and call `stale.exchange()` before every optimizer step."
+                    f"{self.rule.label} is a schedule as well, without which it would be plain backprop: make `delayed = "
+                    "fb.Delayed(learner)`, keep it, and call `delayed.exchange()` before every optimizer step."
                 )
         if not cut:
+            # targets are of the next pass, whatever pass that is
+            self._target = None
             return self.model(*args, **kwargs)
         return self._uncompiled(args, kwargs) if self.graph.upward else self._cut(args, kwargs)
 
@@ -285,9 +282,15 @@ class Learner(nn.Module):
     def __str__(self) -> str:
         return describe(self)
 
+    @property
+    def plan(self) -> Plan:
+        """Which parameters each segment trains, of those that train now."""
+        trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return self.whole_plan.among(trainable)
+
     def _with_plan(self, example: Any) -> Learner:
         try:
-            self.plan = make_plan(self, example)
+            self.whole_plan = make_plan(self, example)
         except Exception:
             self.detach()
             raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,8 +21,8 @@ from wired import Net, X, two_layers
 
 import feedbackward as fb
 from feedbackward.graph import HookPoint
+from feedbackward.schedules import preparation
 from feedbackward.schedules import segmentwise as segments
-from feedbackward.schedules.preparation import Preparation
 
 # --- the same gradients ------------------------------------------------------------------------------------------
 
@@ -35,6 +37,11 @@ def dropped(pair: Pair) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
+def _repeating_all() -> contextlib.AbstractContextManager[object]:
+    """Replay repeats the pass as a whole, wherever it could hold a part of it."""
+    return mock.patch.object(preparation, "_hold", return_value=None)
+
+
 def outcome(
     model: nn.Module,
     rule: fb.Rule,
@@ -47,12 +54,12 @@ def outcome(
     """Gradients, state, random state and loss after one backward of a copy."""
     x, y = batch
     learner = fb.attach(copy.deepcopy(model), rule, example=x, sites=sites, error_at=error_at)  # type: ignore[arg-type]
-    if schedule == "replay" and not hold:
-        learner.rehearsed = Preparation(None)
+    whole = schedule == "replay" and not hold
     torch.manual_seed(3)
     if rule.needs == "target":
         learner.target(y)
-    loss = learner.backward(x, loss_fn(y), schedule, schedule == "replay" and hold == "inputs")  # type: ignore[arg-type]
+    with _repeating_all() if whole else contextlib.nullcontext():
+        loss = learner.backward(x, loss_fn(y), schedule, schedule == "replay" and hold == "inputs")  # type: ignore[arg-type]
     grads = {name: p.grad for name, p in learner.named_parameters()}
     return grads, learner.state_dict(), torch.get_rng_state(), loss
 
@@ -382,9 +389,8 @@ def test_a_pass_that_changes_later_is_noticed(hold: bool | str) -> None:
     x = torch.randn(5, 4)
     model = Noisy("none")
     learner = fb.attach(model, fb.DFA(), example=x)
-    learner.backward(x, lambda out: out.square().mean(), schedule="replay")
-    if not hold:
-        learner.rehearsed = Preparation(None)
+    with contextlib.nullcontext() if hold else _repeating_all():
+        learner.backward(x, lambda out: out.square().mean(), schedule="replay")
     model.kind = "numpy"
     with pytest.raises(fb.SiteError, match=r"gave another '.*' than the first.*zero them"):
         learner.backward(x, lambda out: out.square().mean(), schedule="replay")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 from feedbackward.schedules import replay
+from feedbackward.schedules.preparation import prepared
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,7 @@ def test_what_is_held_weighs_no_more_than_the_largest_segment(
     learner = fb.attach(
         nn.Sequential(*layers, nn.Linear(widths[-1], 2)), fb.DFA(), example=torch.randn(3, 8)
     )
-    learner.backward(torch.randn(64, 8), lambda out: out.square().mean(), schedule="replay")
-    assert learner.rehearsed.hold in places
+    assert prepared(learner, torch.randn(64, 8)).hold in places
 
 
 def test_stand_ins_of_relays_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

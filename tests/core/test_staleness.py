@@ -301,8 +301,11 @@ def test_dsp_without_its_schedule_is_refused() -> None:
         learner(x)
     with learner.exact():
         learner(x)
-    fb.Delayed(learner)
+    delayed = fb.Delayed(learner)
     loss_fn(y)(learner(x)).backward()
+    del delayed
+    with pytest.raises(fb.FeedbackError, match="keep it"):
+        learner(x)
     with pytest.raises(fb.AttachError, match=r"fb\.Delayed"):
         fb.Mixed({"act1": fb.DSP(), "*": fb.DFA()})
     for wrong in ({"blocks": 0}, {"spacing": -1}):

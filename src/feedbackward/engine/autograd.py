@@ -139,3 +139,7 @@ class Share(torch.autograd.Function):
         weights = ctx.saved_tensors
         made = ctx.operator.share(weights, grad)
         return (grad, None, *made, *[None] * (len(weights) - len(made)))
+
+
+# how autograd's graph shows these functions: the classes of their nodes
+BROADCAST, JOIN, SHARE = (f._backward_cls for f in (Broadcast, Join, Share))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.engine.hooks import Observer
 from feedbackward.engine.weights import count_bytes
 from feedbackward.graph import LayerInput
-from feedbackward.model.trace import preserved, run, training_mode
+from feedbackward.model.trace import all_trainable, preserved, run, training_mode
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
@@ -37,16 +38,32 @@ class Plan:
 
     segments: tuple[Segment, ...]
     head: Segment
-    unreached: tuple[str, ...]  # trainable parameters that no segment holds
-    overlaps: tuple[
-        tuple[str, str], ...
-    ]  # pairs of segments that have some of their computation in common
-    stages: tuple[
-        Segment, ...
-    ]  # segments and head; of a network without cuts what lies between the sites
-    order: tuple[
-        int | str, ...
-    ]  # sites by number, sources by name, as the forward pass reaches them
+    # trainable parameters that no segment holds
+    unreached: tuple[str, ...]
+    # pairs of segments that have some of their computation in common, and the parameters behind it
+    overlaps: Mapping[tuple[str, str], tuple[str, ...]]
+    # segments and head; of a network without cuts what lies between the sites
+    stages: tuple[Segment, ...]
+    # sites by number, sources by name, as the forward pass reaches them
+    order: tuple[int | str, ...]
+
+    def among(self, trainable: Collection[str]) -> Plan:
+        """The plan while only these parameters train."""
+
+        def kept(names: Iterable[str]) -> tuple[str, ...]:
+            return tuple(name for name in names if name in trainable)
+
+        def part(segment: Segment) -> Segment:
+            return Segment(segment.site, kept(segment.parameters))
+
+        return Plan(
+            tuple(map(part, self.segments)),
+            part(self.head),
+            kept(self.unreached),
+            {pair: kept(names) for pair, names in self.overlaps.items() if kept(names)},
+            tuple(map(part, self.stages)),
+            self.order,
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -64,12 +81,17 @@ class Plan:
 
 
 def make_plan(learner: Learner, example: Any) -> Plan:
-    """Run the cut network once on the example and read from autograd's graph which parameters each segment trains."""
+    """Run the cut network once on the example and read from autograd's graph which parameters each segment holds.
+
+    It is the plan of a network that trains as a whole, so it stays true when parameters are frozen or
+    unfrozen later: `Plan.among` tells what that leaves.
+    """
     names = {id(p): name for name, p in learner.model.named_parameters()}
     model = learner.model
     with (
         preserved(model),
         training_mode(model),
+        all_trainable(model),
         torch.enable_grad(),
         learner.cuts.recording() as tape,
     ):
@@ -83,11 +105,13 @@ def make_plan(learner: Learner, example: Any) -> Plan:
     )
     held = {name for segment in (*segments, head) for name in segment.parameters}
     unreached = tuple(
-        name for name, p in learner.model.named_parameters() if p.requires_grad and name not in held
+        name
+        for name, p in learner.model.named_parameters()
+        if name not in held and (p.requires_grad or p.is_floating_point())
     )
     stages = (*segments, head) if learner.graph.sites else _uncut(learner, example, head, names)
     return Plan(
-        tuple(segments), head, unreached, _overlaps(labels, nodes), stages, tuple(tape.order)
+        tuple(segments), head, unreached, _overlaps(labels, nodes, names), stages, tuple(tape.order)
     )
 
 
@@ -101,6 +125,7 @@ def _uncut(
         with (
             preserved(model),
             training_mode(model),
+            all_trainable(model),
             torch.enable_grad(),
             observer.recording() as tape,
         ):
@@ -116,11 +141,16 @@ def _uncut(
     return (*parts, Segment("head", tuple(name for name in head.parameters if name not in seen)))
 
 
-def _overlaps(labels: Sequence[str], nodes: Sequence[set[Any]]) -> tuple[tuple[str, str], ...]:
+def _overlaps(
+    labels: Sequence[str], nodes: Sequence[set[Any]], names: dict[int, str]
+) -> dict[tuple[str, str], tuple[str, ...]]:
     """The pairs whose graphs share a computation; a parameter that both use (a leaf) is no computation."""
     inner = [{node for node in found if not hasattr(node, "variable")} for found in nodes]
-    pairs = itertools.combinations(range(len(labels)), 2)
-    return tuple((labels[i], labels[j]) for i, j in pairs if not inner[i].isdisjoint(inner[j]))
+    found = {}
+    for i, j in itertools.combinations(range(len(labels)), 2):
+        if not inner[i].isdisjoint(inner[j]):
+            found[labels[i], labels[j]] = _held(_behind(inner[i] & inner[j]), names)
+    return found
 
 
 def parameters_behind(tensors: Iterable[Tensor], names: dict[int, str]) -> tuple[str, ...]:
@@ -135,17 +165,22 @@ def _held(nodes: set[Any], names: dict[int, str]) -> tuple[str, ...]:
 
 
 def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
-    """All nodes of these tensors' autograd graphs. A broadcast on the way leads on to its source only: what it feeds
+    """All nodes of these tensors' autograd graphs."""
+    return _behind(t.grad_fn for t in tensors)
+
+
+def _behind(nodes: Iterable[Any]) -> set[Any]:
+    """These nodes and all that they lead to. A broadcast on the way leads on to its source only: what it feeds
     belongs to other segments."""
     seen: set[Any] = set()
-    stack = [t.grad_fn for t in tensors]
+    stack = list(nodes)
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         parents = [parent for parent, _ in node.next_functions]
-        stack += parents[:1] if node.name() in ("BroadcastBackward", "JoinBackward") else parents
+        stack += parents[:1] if isinstance(node, (BROADCAST, JOIN)) else parents
     return seen
 
 

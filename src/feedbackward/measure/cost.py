@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.measure.counting import Products, Saved
@@ -281,11 +282,10 @@ def _in_sequence(loss: Tensor, products: Products, needs_error: bool) -> int:
 
     def onward(node: Any) -> list[tuple[Any, int]]:
         children = [child for child, _ in node.next_functions]
-        if node.name() == "JoinBackward" or (
-            node.name() == "BroadcastBackward" and not needs_error
-        ):
+        broadcast = isinstance(node, BROADCAST)
+        if isinstance(node, JOIN) or (broadcast and not needs_error):
             return [(child, 0) for child in children[:1] if child is not None]
-        if node.name() == "BroadcastBackward":
+        if broadcast:
             return [(child, int(i > 0)) for i, child in enumerate(children) if child is not None]
         product = node._sequence_nr() in products.products
         return [

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from feedbackward.engine.autograd import BROADCAST, SHARE
 from feedbackward.errors import AttachError
 
 aten = torch.ops.aten
@@ -111,8 +112,9 @@ class Products(TorchDispatchMode):
         if not any(counts.values()):
             return
         node = torch._C._current_autograd_node()
-        if node is not None and node.name() in _OWN:
-            self.macs[_OWN[node.name()], ""] += sum(counts.values())
+        own = next((kind for of, kind in _OWN.items() if isinstance(node, of)), None)
+        if own is not None:
+            self.macs[own, ""] += sum(counts.values())
             return
         product = self.products.get(-1 if node is None else node._sequence_nr())
         for of, count in counts.items():
@@ -132,7 +134,7 @@ class Products(TorchDispatchMode):
 
 
 # nodes of the cuts: what their products are for
-_OWN = {"BroadcastBackward": "feedback", "ShareBackward": "learning"}
+_OWN = {BROADCAST: "feedback", SHARE: "learning"}
 
 
 class Saved:

@@ -187,7 +187,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[None]:
+def all_trainable(model: nn.Module) -> Iterator[None]:
     """Every parameter requires a gradient, so that the graph shows what depends on parameters at all."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     for p in frozen:
@@ -233,7 +233,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
         stack.enter_context(training_mode(model))
-        stack.enter_context(_all_trainable(model))
+        stack.enter_context(all_trainable(model))
         stack.enter_context(torch.enable_grad())
         for name, module in model.named_modules():
             pre = module.register_forward_pre_hook(

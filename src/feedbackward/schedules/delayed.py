@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedbackward.engine.weights import weight_names
 from feedbackward.errors import AttachError, CheckpointError
-from feedbackward.learner import Learner
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
+
+# who delays the gradients of a learner; an object that is gone delays nothing
+_LIVE: WeakKeyDictionary[nn.Module, WeakSet[Delayed]] = WeakKeyDictionary()
+
+
+def is_delayed(learner: nn.Module) -> bool:
+    """Whether a `Delayed` of this learner is alive."""
+    return bool(_LIVE.get(learner))
 
 
 class Delayed:
@@ -64,20 +75,29 @@ class Delayed:
             )
         self.delays = tuple(map(sum, zip(delays, _waits(learner, steps), strict=True)))
         self._learner = learner
-        ages = _ages(learner, self.delays)
-        self._parameters = {
-            name: p
-            for name, p in learner.named_parameters()
-            if p.requires_grad and ages.get(name, 0)
-        }
+        found = _ages(learner, self.delays)
+        parameters = dict(learner.named_parameters())
+        ages = {name: next(iter(parts)) for name, parts in found.items() if len(parts) == 1}
+        # a parameter that is frozen now may train later, as late as its part
+        self._parameters = {name: p for name, p in parameters.items() if ages.get(name, 0)}
         self._queues: dict[str, deque[Tensor | None]] = {
             name: deque([None] * ages[name]) for name in self._parameters
         }
+        self._unclear = {n: (parameters[n], found[n]) for n in found if len(found[n]) > 1}
+        for name, (p, ages_of) in self._unclear.items():
+            if p.requires_grad:
+                raise _no_one_age(name, ages_of)
         self._before: dict[str, Tensor] = {}
-        learner.stale = True
+        _LIVE.setdefault(learner, WeakSet()).add(self)
 
     def exchange(self) -> None:
-        """Put in place of each stale part's gradients those of so many steps ago, and keep the present ones."""
+        """Put in place of each stale part's gradients those of so many steps ago, and keep the present ones.
+
+        Raises AttachError where a parameter trains by now that belongs to parts of different staleness.
+        """
+        for name, (p, parts) in self._unclear.items():
+            if p.grad is not None:
+                raise _no_one_age(name, parts)
         for name, p in self._parameters.items():
             queue, grad = self._queues[name], p.grad
             # a view of somebody's buffer (DDP) will be written over
@@ -103,18 +123,18 @@ class Delayed:
 
         Source: Kosson et al., "Pipelined Backpropagation at Scale", MLSys 2021 (there LWP in its form for weights).
         """
-        now = {name: p.detach().clone() for name, p in self._parameters.items()}
+        now = {n: p.detach().clone() for n, p in self._parameters.items() if p.requires_grad}
         with torch.no_grad():
-            for name, before in self._before.items():
-                p = self._parameters[name]
+            for name in now.keys() & self._before.keys():
+                p, before = self._parameters[name], self._before[name]
                 p.add_(p - before, alpha=len(self._queues[name]))
         self._before = now
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, p in self._parameters.items():
-                    p.copy_(now[name])
+                for name, weights in now.items():
+                    self._parameters[name].copy_(weights)
 
     def state_dict(self) -> dict[str, Any]:
         """The gradients that have yet to arrive, by parameter, the oldest first; of `predicted` the weights before the last step."""
@@ -178,10 +198,10 @@ def products(learner: Learner) -> tuple[int, ...]:
     return (*(sites[i] for i in range(len(graph.sites))), 0)
 
 
-def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, int]:
-    """The delay of every parameter of the learner that is in some part."""
+def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, dict[int, str]]:
+    """The delays of every parameter of the learner that is in some part, each with a part of that delay."""
     found: dict[str, dict[int, str]] = {}
-    for part, delay in zip(learner.plan.stages, delays, strict=True):
+    for part, delay in zip(learner.whole_plan.stages, delays, strict=True):
         for name in part.parameters:
             found.setdefault(f"model.{name}", {})[delay] = part.site
     places = {site.points: i for i, site in enumerate(learner.graph.sites)}
@@ -196,11 +216,12 @@ def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, int]:
         for name in auxiliary:
             if name.startswith(f"{end.key}."):
                 found.setdefault(f"feedback.{name}", {})[delays[i]] = end.site.name
-    for name, ages in found.items():
-        if len(ages) > 1:
-            where = " and ".join(f"{site!r} ({delay} steps)" for delay, site in ages.items())
-            raise AttachError(
-                f"{name} is in several parts of different staleness, {where}, and its gradient is their sum: give these parts the "
-                "same staleness, or choose sites that do not overlap."
-            )
-    return {name: next(iter(ages)) for name, ages in found.items()}
+    return found
+
+
+def _no_one_age(name: str, parts: Mapping[int, str]) -> AttachError:
+    where = " and ".join(f"{site!r} ({delay} steps)" for delay, site in parts.items())
+    return AttachError(
+        f"{name} is in several parts of different staleness, {where}, and its gradient is their sum: give these parts the "
+        "same staleness, or choose sites that do not overlap."
+    )

@@ -140,8 +140,7 @@ def finish(loss: Tensor) -> Tensor:
 
 
 def refuse_overlaps(learner: Learner, schedule: str) -> None:
-    if learner.plan.overlaps:
-        first, second = learner.plan.overlaps[0]
+    for first, second in learner.plan.overlaps:
         raise AttachError(
             f'schedule="{schedule}" runs each segment\'s backward by itself, but the segments of {first!r} and {second!r} overlap: '
             "an activity leads to both round the cuts between them. Cut the trunk that they share "

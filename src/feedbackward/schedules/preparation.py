@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +24,33 @@ if TYPE_CHECKING:
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preparation:
-    """`hold`: the number of the site above which everything is trained in the first pass; None to repeat the whole pass."""
+    """What is known of a learner's passes before they are replayed.
+
+    `hold`: the number of the site above which everything is trained in the first pass; None to repeat the whole pass.
+    `separable`: whether the segments have been seen to run by themselves.
+    """
 
     hold: int | None
+    separable: bool = False
+
+
+# what was found, by learner and by what it depends on
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Preparation]] = WeakKeyDictionary()
+
+
+def prepared(learner: Learner, inputs: Any) -> Preparation:
+    """The preparation of the model as it is now, made anew where other parameters train, other modules are in place, or
+    their modes differ. Raises AttachError as `prepare` does."""
+    known = _KNOWN.setdefault(learner, {})
+    key = (
+        tuple((name, id(m), m.training) for name, m in learner.model.named_modules()),
+        tuple(name for name, p in learner.model.named_parameters() if p.requires_grad),
+    )
+    if key not in known:
+        known[key] = prepare(learner, inputs)
+    return known[key]
 
 
 def prepare(learner: Learner, inputs: Any) -> Preparation:

@@ -25,7 +25,7 @@ from feedbackward.schedules.passes import (
     no_error,
     refuse_overlaps,
 )
-from feedbackward.schedules.preparation import prepare
+from feedbackward.schedules.preparation import prepared
 from feedbackward.schedules.segmentwise import replay_kept
 
 if TYPE_CHECKING:
@@ -36,15 +36,13 @@ def replay(learner: Learner, inputs: Any, loss_fn: LossFn, keep_inputs: bool = F
     """Forward and backward of a batch; returns the loss."""
     _refuse_replay(learner)
     refuse_overlaps(learner, "replay")
-    if learner.rehearsed is None:
-        learner.rehearsed = prepare(learner, inputs)
+    preparation = prepared(learner, inputs)
     target = learner.begin_pass(inputs)
     if keep_inputs:
-        return replay_kept(learner, inputs, loss_fn, target)
-    hold = learner.rehearsed.hold
-    if hold is None:
+        return replay_kept(learner, inputs, loss_fn, target, preparation)
+    if preparation.hold is None:
         return _repeat_all(learner, inputs, loss_fn, target)
-    return _repeat_below(learner, inputs, loss_fn, target, hold)
+    return _repeat_below(learner, inputs, loss_fn, target, preparation.hold)
 
 
 def _repeat_below(

@@ -23,6 +23,7 @@ from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.model.trace import RandomState, preserved, run
 from feedbackward.schedules.passes import Deliver, LossFn, finish
+from feedbackward.schedules.preparation import Preparation
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
@@ -59,7 +60,9 @@ class _Kept:
     calls: list[_Call] = field(default_factory=list)
 
 
-def replay_kept(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None) -> Tensor:
+def replay_kept(
+    learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, prepared: Preparation
+) -> Tensor:
     """Forward and backward of a batch; returns the loss."""
     director = Director(learner.graph.sites, learner.graph.sources)
     order = [index for index in learner.plan.order if isinstance(index, int)]
@@ -68,11 +71,12 @@ def replay_kept(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target |
         for handle in director.install(learner.model):
             stack.callback(handle.remove)
         kept = _keep(learner, inputs, director)
-        loss, after = _head(learner, inputs, loss_fn, director, kept, order, deliver)
+        check = not prepared.separable
+        loss, after = _head(learner, inputs, loss_fn, director, kept, order, deliver, check)
         for place in reversed(range(len(order))):
-            _segment(learner, inputs, director, kept, order, place, deliver)
+            _segment(learner, inputs, director, kept, order, place, deliver, check)
     after.restore()
-    learner.separable = True
+    prepared.separable = True
     return loss
 
 
@@ -140,10 +144,12 @@ def _head(
     kept: _Kept,
     order: Sequence[int],
     deliver: Deliver,
+    check: bool,
 ) -> tuple[Tensor, RandomState]:
     with _from(learner, director, kept, order, len(order), deliver):
         output = run(learner.model, inputs)
-    _refuse_interleaved(learner, tree_leaves(output), learner.plan.head)
+    if check:
+        _refuse_interleaved(learner, tree_leaves(output), learner.plan.head)
     loss = finish(loss_fn(output))
     return loss, RandomState(learner.model)
 
@@ -156,13 +162,15 @@ def _segment(
     order: Sequence[int],
     place: int,
     deliver: Deliver,
+    check: bool,
 ) -> None:
     index, found = order[place], list[Tensor]()
     with _from(learner, director, kept, order, place, deliver, found.append):
         run(learner.model, inputs)
     (h,) = found
     found.clear()
-    _refuse_interleaved(learner, [h], learner.plan.segments[index])
+    if check:
+        _refuse_interleaved(learner, [h], learner.plan.segments[index])
     if not torch.allclose(h.detach(), kept.activities[index], rtol=1e-3, atol=1e-4, equal_nan=True):
         raise SiteError(
             f"the repeated segment gave another {learner.graph.sites[index].name!r} than the first pass, so the gradients of this "
@@ -236,13 +244,23 @@ def _left_out(learner: Learner, kept: _Kept, start: int | None) -> Iterator[None
         chosen.append(call)
     modules = [model.get_submodule(call.name) for call in chosen]
     device = next(model.parameters()).device
-    try:
+    with ExitStack() as stack:
         for module, call in zip(modules, chosen, strict=True):
-            module.forward = _stand_in(call.output, kept, device)
+            stack.enter_context(_forward_of(module, _stand_in(call.output, kept, device)))
+        yield
+
+
+@contextmanager
+def _forward_of(module: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Run `stand_in` for the module's forward; a forward that the instance itself holds is put back."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = stand_in
+    try:
         yield
     finally:
-        for module in modules:
-            vars(module).pop("forward", None)
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
 
 
 def _stand_in(skeleton: Any, kept: _Kept, device: torch.device) -> Callable[..., Any]:
@@ -255,9 +273,7 @@ def _stand_in(skeleton: Any, kept: _Kept, device: torch.device) -> Callable[...,
 
 
 def _refuse_interleaved(learner: Learner, ends: Sequence[Any], segment: Any) -> None:
-    """Once in a learner's life: what a segment trains by itself must be what the plan says."""
-    if learner.separable:
-        return
+    """What a segment trains by itself must be what the plan says."""
     names = {id(p): name for name, p in learner.model.named_parameters()}
     tensors = [t for t in ends if isinstance(t, Tensor) and t.requires_grad]
     trainable = {name for name, p in learner.model.named_parameters() if p.requires_grad}
