@@ -25,7 +25,7 @@ from feedbackward.model.trace import trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
-from feedbackward.schedules.delayed import is_delayed
+from feedbackward.schedules.delayed import check_delayed
 from feedbackward.schedules.joint import Schedule, backward
 from feedbackward.schedules.passes import LossFn
 
@@ -132,11 +132,8 @@ class Learner(nn.Module):
         cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
         if torch.is_grad_enabled():
             self.cuts.recompute = cut
-            if not self._exact and any(self.rule.delays(2)) and not is_delayed(self):
-                raise FeedbackError(
-                    f"{self.rule.label} is a schedule as well, without which it would be plain backprop: make `delayed = "
-                    "fb.Delayed(learner)`, keep it, and call `delayed.exchange()` before every optimizer step."
-                )
+            if not self._exact and any(self.rule.delays(2)):
+                check_delayed(self, self.rule.label)
         if not cut:
             # targets are of the next pass, whatever pass that is
             self._target = None

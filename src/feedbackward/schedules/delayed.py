@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from feedbackward.engine.weights import weight_names
-from feedbackward.errors import AttachError, CheckpointError
+from feedbackward.errors import AttachError, CheckpointError, FeedbackError
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
@@ -21,9 +22,25 @@ if TYPE_CHECKING:
 _LIVE: WeakKeyDictionary[nn.Module, WeakSet[Delayed]] = WeakKeyDictionary()
 
 
-def is_delayed(learner: nn.Module) -> bool:
-    """Whether a `Delayed` of this learner is alive."""
-    return bool(_LIVE.get(learner))
+def check_delayed(learner: nn.Module, label: str) -> None:
+    """A rule that is a schedule as well is plain backprop without its `Delayed`.
+
+    Raises FeedbackError where none was made, and warns where the one that was made is gone.
+    """
+    if _LIVE.get(learner):
+        return
+    fix = (
+        "make `delayed = fb.Delayed(learner)`, keep it, and call `delayed.exchange()` before every "
+        "optimizer step."
+    )
+    if learner not in _LIVE:
+        raise FeedbackError(
+            f"{label} is a schedule as well, without which it would be plain backprop: {fix}"
+        )
+    warnings.warn(
+        f"the fb.Delayed of this learner is gone, so {label} trains by plain backprop now: {fix}",
+        stacklevel=4,
+    )
 
 
 class Delayed:
