@@ -288,6 +288,8 @@ class Learner(nn.Module):
     def _with_plan(self, example: Any) -> Learner:
         try:
             self.whole_plan = make_plan(self, example)
+            if self.graph.upward:  # a frozen layer sends nothing on
+                make_plan(self, example, whole=False)
         except Exception:
             self.detach()
             raise

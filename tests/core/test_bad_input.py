@@ -37,7 +37,7 @@ def scalar() -> nn.Module:
 
 
 def learner() -> fb.Learner:
-    return fb.attach(mlp(), fb.DKP(), example=X)
+    return fb.attach(mlp(), fb.DKP.published(), example=X)
 
 
 def unused() -> nn.Module:
@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
     "a loss as output": (scalar, {}, fb.AttachError, r"single number \(a loss\?\).*error_at="),
     "centred, one sample": (
         mlp,
-        {"rule": fb.DKP(center=True), "example": X[:1]},
+        {"rule": fb.DKP.published(center=True), "example": X[:1]},
         fb.SiteError,
         "needs a batch of at least 2, got 1",
     ),
@@ -231,7 +231,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
 def test_refused(name: str) -> None:
     build, wrong, error, message = REFUSED[name]
     model = build()
-    options = {"example": X, "rule": fb.DKP(), **wrong}
+    options = {"example": X, "rule": fb.DKP.published(), **wrong}
     modules = (
         list(model.modules())
         if isinstance(model, nn.Module) and not isinstance(model, fb.Learner)
@@ -258,17 +258,17 @@ def test_inference_mode() -> None:
         torch.inference_mode(),
         pytest.raises(fb.AttachError, match=r"outside torch\.inference_mode"),
     ):
-        fb.attach(mlp(), fb.DKP(), example=X)
+        fb.attach(mlp(), fb.DKP.published(), example=X)
 
 
 def test_a_model_that_was_refused_still_works() -> None:
     model = batch_norm()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(fb.AttachError):
-        fb.attach(model, fb.DKP(), example=X[:1])
+        fb.attach(model, fb.DKP.published(), example=X[:1])
     with pytest.raises(fb.SiteError):
-        fb.attach(model, fb.DKP(), example=X, sites=["9"])
+        fb.attach(model, fb.DKP.published(), example=X, sites=["9"])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert model.training
-    fb.attach(model, fb.DKP(), example=X)(X).sum().backward()
+    fb.attach(model, fb.DKP.published(), example=X)(X).sum().backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -197,7 +197,7 @@ def test_refuses_what_it_cannot_see() -> None:
         fb.AttachError, match=r"'1.self_attn': nn.MultiheadAttention applies .* direct feedback"
     ):
         fb.attach(model, fb.FA(), example=x)
-    fb.attach(model, fb.DKP(), example=x, sites="blocks")  # the advice holds
+    fb.attach(model, fb.DKP.published(), example=x, sites="blocks")  # the advice holds
 
     shared = nn.Linear(4, 4)
     with pytest.raises(fb.AttachError, match=r"layer '1.0' is called 2 times"):

@@ -10,7 +10,7 @@ from wired import X
 
 import feedbackward as fb
 
-RULES = [fb.DFA(), fb.DKP(), fb.DKP(center=True), fb.Frozen()]
+RULES = [fb.DFA(), fb.DKP.published(), fb.DKP.published(center=True), fb.Frozen()]
 
 
 class Part(nn.Module):
@@ -60,7 +60,8 @@ def test_gradients_are_those_without_checkpointing(rule: fb.Rule, sites) -> None
 def test_an_evaluation_between_forward_and_backward() -> None:
     sites = ["1", "2.act", "3"]
     kept, repeated = (
-        fb.attach(net(mode), fb.DKP(), example=X, sites=sites) for mode in ("kept", "repeated")
+        fb.attach(net(mode), fb.DKP.published(), example=X, sites=sites)
+        for mode in ("kept", "repeated")
     )
     torch.manual_seed(1)
     out = repeated(X)

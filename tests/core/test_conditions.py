@@ -119,7 +119,11 @@ def test_frozen_feedback_stays_and_the_network_trains_on(rule: str, after: int) 
 
 def test_feedback_that_never_learns_is_dfa() -> None:
     """DKP frozen from the start starts from the same seed as DFA."""
-    frozen, dfa = go(made(rule="dkp", freeze_feedback_after=0)), go(made(rule="dfa"))
+    random = {"operator": {"name": "dense"}}
+    frozen, dfa = (
+        go(made(rule="dkp", rule_options=random, freeze_feedback_after=0)),
+        go(made(rule="dfa")),
+    )
     assert equal(dfa[-1], frozen[-1])
 
 
@@ -189,8 +193,8 @@ def test_a_loss_scale_with_and_without_feedback_gradients() -> None:
 
 def test_flipped_from_a_config() -> None:
     assert make_rule("flipped", {}) == fb.Flipped(fb.DKP())
-    spec = {"rule": "dkp", "options": {"center": True}}
-    assert make_rule("flipped", {"rule": spec}) == fb.Flipped(fb.DKP(center=True))
+    spec = {"rule": "dkp", "options": {"center": False}}
+    assert make_rule("flipped", {"rule": spec}) == fb.Flipped(fb.DKP(center=False))
     with pytest.raises(ConfigError, match=r"the rule to flip is 3: give a rule's name"):
         make_rule("flipped", {"rule": 3})
 

@@ -46,7 +46,7 @@ def test_bytes_held_by_hand() -> None:
     joint, largest, target = 4 * N * (6 + 8 + 5), 4 * N * (6 + 8), 4 * N * 3
     held = {
         rule.name: counted(rule, mlp(6, 8, 5, 3), torch.randn(N, 6)).held
-        for rule in (fb.BP(), fb.FA(), fb.DFA(), fb.DKP(), fb.DRTP(), fb.Frozen())
+        for rule in (fb.BP(), fb.FA(), fb.DFA(), fb.DKP.published(), fb.DRTP(), fb.Frozen())
     }
     chain = {"joint": joint, "replay": None, "eager": None}
     star = {"joint": joint, "replay": largest, "eager": None}
@@ -157,7 +157,7 @@ def test_a_network_too_large_for_this_machine() -> None:
     wide = 100_000
     with torch.device("meta"):
         model, x = mlp(wide, wide, wide, 1000), torch.empty(64, wide)
-    cost = counted(fb.DKP(), model, x)
+    cost = counted(fb.DKP.published(), model, x)
     assert cost.forward == 64 * wide * (2 * wide + 1000)
     assert cost.feedback_bytes == 2 * 4 * 1000 * wide
 
@@ -167,7 +167,7 @@ def test_nothing_of_the_learner_changes() -> None:
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(64, 3)
     )
     x = torch.randn(N, 2, 6, 6)
-    learner = fb.attach(model, fb.DKP(), example=x)
+    learner = fb.attach(model, fb.DKP.published(), example=x)
     learner(x).sum().backward()
     handles = fb.step_in_backward(learner.parameters(), lambda p: torch.optim.SGD(p, lr=1.0))
     state = {key: value.clone() for key, value in learner.state_dict().items()}
@@ -186,7 +186,7 @@ def test_nothing_of_the_learner_changes() -> None:
 
 
 def test_a_batch_of_another_size() -> None:
-    learner = fb.attach(mlp(6, 8, 5, 3), fb.DKP(), example=torch.randn(2, 6))
+    learner = fb.attach(mlp(6, 8, 5, 3), fb.DKP.published(), example=torch.randn(2, 6))
     small, large = (fb.count_cost(learner, torch.randn(n, 6)) for n in (2, 10))
     assert large.total == 5 * small.total
     assert large.traffic_bytes == 5 * small.traffic_bytes
@@ -195,14 +195,14 @@ def test_a_batch_of_another_size() -> None:
 def test_frozen_layers_get_no_signal() -> None:
     model = mlp(6, 8, 5, 3)
     model[0].requires_grad_(False)
-    cost = counted(fb.DKP(), model, torch.randn(N, 6))
+    cost = counted(fb.DKP.published(), model, torch.randn(N, 6))
     assert cost.weight_gradients == FORWARD - N * 48
     assert (cost.feedback, cost.learning, cost.signal_bytes) == (OUT * 5, OUT * 5, 4 * N * 5)
 
 
 def test_an_operator_without_products_says_what_it_multiplies() -> None:
     """Sparse feedback gathers and adds: one multiply-add per sample and weight that is not zero, and as many to learn it."""
-    cost = counted(fb.DKP(operator=fb.Sparse(2)), mlp(6, 8, 5, 3), torch.randn(N, 6))
+    cost = counted(fb.DKP.published(operator=fb.Sparse(2)), mlp(6, 8, 5, 3), torch.randn(N, 6))
     assert (cost.feedback, cost.learning) == (N * 2 * HIDDEN, N * 2 * HIDDEN)
 
 
@@ -246,7 +246,7 @@ class TestModelsThatNeedValues:
 
 
 def test_the_dictionary_is_plain() -> None:
-    cost = counted(fb.DKP(), mlp(6, 8, 5, 3), torch.randn(N, 6))
+    cost = counted(fb.DKP.published(), mlp(6, 8, 5, 3), torch.randn(N, 6))
     found = json.loads(json.dumps(cost.as_dict()))
     assert found["total"] == cost.total
     assert list(found["layers"]) == ["0", "2", "4"]

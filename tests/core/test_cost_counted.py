@@ -20,7 +20,7 @@ from feedbackward.experiment import nets
 
 pytestmark = pytest.mark.filterwarnings("ignore:the feedback weights take")
 CHAINS = (fb.FA(), fb.KolenPollack(), fb.SymmetricAlignment(), fb.PFA())
-ALL = (fb.BP(), *CHAINS, fb.DFA(), fb.DKP(), fb.DRTP(), fb.DGL(), fb.Frozen())
+ALL = (fb.BP(), *CHAINS, fb.DFA(), fb.DKP.published(), fb.DRTP(), fb.DGL(), fb.Frozen())
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def saved_bytes(learner: fb.Learner, x: Any, loss_fn: Any, y: Tensor) -> int:
 
 @EXAMPLES
 @pytest.mark.parametrize(
-    "rule", [fb.BP(), fb.KolenPollack(), fb.DKP(), fb.DGL()], ids=lambda rule: rule.name
+    "rule", [fb.BP(), fb.KolenPollack(), fb.DKP.published(), fb.DGL()], ids=lambda rule: rule.name
 )
 def test_bytes_held_are_those_of_a_real_pass(example: Example, rule: fb.Rule) -> None:
     learner = fb.attach(example.model, rule, example=example.x)
@@ -100,7 +100,7 @@ def grouped(case: zoo.Case) -> bool:
 
 
 @pytest.mark.parametrize("case", [c for c in zoo.ZOO if not grouped(c)], ids=lambda c: c.name)
-@pytest.mark.parametrize("rule", [fb.BP(), fb.DKP()], ids=["bp", "dkp"])
+@pytest.mark.parametrize("rule", [fb.BP(), fb.DKP.published()], ids=["bp", "dkp"])
 def test_models_of_all_kinds(case: zoo.Case, rule: fb.Rule) -> None:
     model, x = zoo.build(case)
     learner = fb.attach(model, rule, example=x, **case.options)
@@ -125,8 +125,8 @@ def test_steps_of_vgg16(rule: str, steps: int) -> None:
 def test_a_meta_model_costs_the_same(example: Example) -> None:
     """On the meta device nothing has values, and nothing is allocated."""
     there = copy.deepcopy(example.model).to("meta")
-    assert counted(fb.DKP(), there, example.x.to("meta")) == counted(
-        fb.DKP(), example.model, example.x
+    assert counted(fb.DKP.published(), there, example.x.to("meta")) == counted(
+        fb.DKP.published(), example.model, example.x
     )
 
 

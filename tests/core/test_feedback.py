@@ -24,7 +24,7 @@ def test_feedback_depends_on_seed_and_site_alone() -> None:
     torch.manual_seed(99)
     torch.rand(5)
     others = [
-        CONV.attach(fb.DKP(), CONV.model(seed=8), seed=3),
+        CONV.attach(fb.DKP.published(), CONV.model(seed=8), seed=3),
         CONV.attach(fb.DFA(), sites=["flat"], seed=3),
         CONV.attach(fb.DFA(), sites=["act3", "pool1", "flat"], seed=3),
         fb.attach(CONV.model().float(), fb.DFA(), example=CONV.batch()[0].float(), seed=3),
@@ -84,7 +84,7 @@ def test_feedback_is_the_same_on_every_device() -> None:
 
 
 def test_fixed_feedback_is_a_buffer_and_learned_feedback_a_parameter() -> None:
-    fixed, learned = MLP.attach(fb.DFA()), MLP.attach(fb.DKP())
+    fixed, learned = MLP.attach(fb.DFA()), MLP.attach(fb.DKP.published())
     assert [len(list(fixed.feedback.parameters())), len(list(fixed.feedback.buffers()))] == [0, 3]
     assert [len(list(learned.feedback.parameters())), len(list(learned.feedback.buffers()))] == [
         3,

@@ -14,7 +14,7 @@ from wired import two_layers
 
 import feedbackward as fb
 
-RULES = [fb.DFA(), fb.DKP(), fb.DKP(center=True)]
+RULES = [fb.DFA(), fb.DKP.published(), fb.DKP.published(center=True)]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
 
@@ -56,7 +56,7 @@ def test_bfloat16_autocast(name: str, rule: fb.Rule) -> None:
     difference of two rounded products, so its rounding is that of the larger one, the gradient that is not centred."""
     learner, x = learner_of(name, rule)
     expected = step(learner, x)
-    larger = step(*learner_of(name, fb.DKP())) if rule.least_batch > 1 else expected
+    larger = step(*learner_of(name, fb.DKP.published())) if rule.least_batch > 1 else expected
     learner, x = learner_of(name, rule)
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(3)
@@ -126,7 +126,11 @@ def test_autocast_on_cuda(name: str, rule: fb.Rule, dtype: torch.dtype) -> None:
     learner, x = learner.cuda(), x.cuda()
     expected = step(learner, x)
     assert_close({key: grad.cpu() for key, grad in expected.items()}, cpu, rtol=5e-2)
-    larger = step(learner_of(name, fb.DKP())[0].cuda(), x) if rule.least_batch > 1 else expected
+    larger = (
+        step(learner_of(name, fb.DKP.published())[0].cuda(), x)
+        if rule.least_batch > 1
+        else expected
+    )
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
     learner.zero_grad()
@@ -205,13 +209,13 @@ def test_copies_work_alone(name: str, rule: fb.Rule, copied) -> None:
 
 
 def test_a_copy_of_the_model_alone_is_plain() -> None:
-    learner, x = learner_of("tokens", fb.DKP())
+    learner, x = learner_of("tokens", fb.DKP.published())
     plain, _ = zoo.build(zoo.case("tokens"))
     assert_close(step(copy.deepcopy(learner.model), x), step(plain, x))
 
 
 def test_moving_average() -> None:
-    learner, x = learner_of("in_place", fb.DKP())
+    learner, x = learner_of("in_place", fb.DKP.published())
     average = torch.optim.swa_utils.AveragedModel(
         learner, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
     )
@@ -266,12 +270,12 @@ def test_float64(rule: fb.Rule) -> None:
 def test_two_learners_on_one_model() -> None:
     """Each trains by its own rule and sites, whichever was attached first; detaching one leaves the other."""
     alone = {}
-    for rule, options in ((fb.DKP(), {}), (fb.DFA(), {"sites": ["3", "6"]})):
+    for rule, options in ((fb.DKP.published(), {}), (fb.DFA(), {"sites": ["3", "6"]})):
         model, x = zoo.build(zoo.case("in_place"))
         alone[rule.name] = step(fb.attach(model, rule, example=x, **options), x)
     model, x = zoo.build(zoo.case("in_place"))
     start = copy.deepcopy(model.state_dict())
-    first = fb.attach(model, fb.DKP(), example=x)
+    first = fb.attach(model, fb.DKP.published(), example=x)
     second = fb.attach(model, fb.Frozen(), example=x, sites=["3"])
     assert_close(step(first, x), alone["dkp"])
     model.load_state_dict(start)
@@ -296,7 +300,7 @@ def test_attach_in_any_mode(context, training: bool) -> None:
     model[3].eval()  # a part that its owner keeps in evaluation mode
     modes = [m.training for m in model.modules()]
     with context():
-        learner = fb.attach(model, fb.DKP(), example=x)
+        learner = fb.attach(model, fb.DKP.published(), example=x)
     assert [m.training for m in model.modules()] == modes
     assert learner.plan.unreached == ()
     assert [site.name for site in learner.sites] == ["1", "5"]
@@ -318,7 +322,7 @@ def test_an_auxiliary_loss_on_a_hidden_activity_reaches_no_layer_below_a_cut() -
             **modules,
         )
         x = torch.randn(5, 6)
-        learner = fb.attach(model, fb.DKP(), example=x, output=lambda o: o[0])
+        learner = fb.attach(model, fb.DKP.published(), example=x, output=lambda o: o[0])
         _, hidden = learner(x)
         if hidden.requires_grad:
             hidden.square().sum().backward()

@@ -165,7 +165,7 @@ def test_kolen_pollack_at_the_last_hidden_layer(name: str, pair: Pair) -> None:
     """DKP's gradient of B there equals that of W: the difference follows the optimizer's decay alone."""
     kind, options, shrinks = OPTIMIZERS[name]
     model = pair.model()
-    learner = pair.attach(fb.DKP(), model)
+    learner = pair.attach(fb.DKP.published(), model)
     optimizer = kind(learner.parameters(), **options)
     W, B = model.head.weight, learner.feedback_of(learner.graph.edges[-1])
     first, before = (W - B.flatten(1)).detach().clone(), W.detach().clone()
@@ -183,7 +183,7 @@ def test_one_step_uses_the_feedback_from_before_the_update() -> None:
     x, y = MLP.batch()
     after = []
     for feedback_first in (True, False):
-        learner = MLP.attach(fb.DKP())
+        learner = MLP.attach(fb.DKP.published())
         loss_fn(y)(learner(x)).backward()
         groups = [learner.feedback.parameters(), learner.model.parameters()]
         for group in groups if feedback_first else reversed(groups):
@@ -235,7 +235,7 @@ def test_no_true_gradient_leaks_and_feedback_stays_in_its_segment(
     model = pair.model()
     x, y = pair.batch()
     truth = exact_grads(model, x, y)
-    learner = pair.attach(fb.DKP(operator=fb.Dense("zeros")), model, sites=sites)
+    learner = pair.attach(fb.DKP.published(operator=fb.Dense("zeros")), model, sites=sites)
     head = set(learner.plan.head.parameters)
     assert not learner.plan.shared
     assert not learner.plan.unreached

@@ -33,7 +33,7 @@ def step(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
         fb.BP(),
         fb.Frozen(),
         fb.DFA(),
-        fb.DKP(center=True),
+        fb.DKP.published(center=True),
         fb.DRTP(),
         fb.DGL(),
         fb.FA(),
@@ -95,8 +95,8 @@ def test_each_site_gets_its_own_rules_signal(pair: Pair, lower: str, upper: str)
 def test_targets_and_errors_in_one_network() -> None:
     """The lower part by local losses, the upper part by learned feedback: each as if it were alone."""
     x, y = CONV.batch()
-    mixture = fb.Mixed({"pool1": fb.DGL(hidden=4), "*": fb.DKP()})
-    alone = step(CONV.attach(fb.DGL(hidden=4)), x, y), step(CONV.attach(fb.DKP()), x, y)
+    mixture = fb.Mixed({"pool1": fb.DGL(hidden=4), "*": fb.DKP.published()})
+    alone = step(CONV.attach(fb.DGL(hidden=4)), x, y), step(CONV.attach(fb.DKP.published()), x, y)
     learner = CONV.attach(mixture)
     assert (mixture.needs, mixture.needs_error) == ("target", True)
     for name, gradient in step(learner, x, y).items():
@@ -111,7 +111,7 @@ def test_targets_and_errors_in_one_network() -> None:
 def test_schedules_of_a_mixture() -> None:
     """Replay gives what joint gives, with targets and errors at once; eager where no part needs an error."""
     for rules, schedule in (
-        ({"pool1": fb.DGL(hidden=4), "flat": fb.DRTP(), "*": fb.DKP()}, "replay"),
+        ({"pool1": fb.DGL(hidden=4), "flat": fb.DRTP(), "*": fb.DKP.published()}, "replay"),
         ({"pool1": fb.DGL(hidden=4), "flat": fb.BP(), "*": fb.DRTP()}, "eager"),
     ):
         found = []
@@ -160,13 +160,13 @@ def test_what_it_needs_and_costs() -> None:
         backward_unlocked=False, update_unlocked=False, forward_unlocked=False, weight_transport=True, learned_feedback=False,
         backward_steps="L - 1 + 0", extra_memory="0 + C n", extra_compute="0 + N n - D",
     )  # fmt: skip
-    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).properties.learned_feedback
-    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP(center=True)}).least_batch == 2
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published(center=True)}).properties.learned_feedback
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published(center=True)}).least_batch == 2
     assert fb.Mixed({"a": fb.DFA(), "b": fb.Frozen()}).properties.backward_unlocked
     assert fb.Mixed({"a": fb.FA(), "b": fb.USF()}).properties.weight_transport == "signs"
     assert fb.Mixed({"a": fb.BP(), "b": fb.USF()}).properties.weight_transport is True
-    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP()}).linear
-    assert not fb.Mixed({"a": fb.DKP(), "b": fb.DRTP()}).linear
+    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published()}).linear
+    assert not fb.Mixed({"a": fb.DKP.published(), "b": fb.DRTP()}).linear
 
 
 def test_nothing_that_a_rule_can_say_is_forgotten() -> None:
@@ -200,7 +200,7 @@ class Phased(fb.DKP):
 
 def test_phases_are_each_rules_own() -> None:
     x, y = CONV.batch()
-    rules = {"pool1": Phased(value=2.0), "flat": fb.DKP(), "act3": Phased(value=3.0)}
+    rules = {"pool1": Phased(value=2.0), "flat": fb.DKP.published(), "act3": Phased(value=3.0)}
     learner = CONV.attach(fb.Mixed(rules))
     loss_fn(y)(learner(x)).backward()
     assert [name for name, B in learner.feedback.named_parameters() if B.grad is not None] == [
@@ -210,7 +210,7 @@ def test_phases_are_each_rules_own() -> None:
     found = {name: B.grad for name, B in learner.feedback.named_parameters()}
     assert (found["pool1"] == 2).all()
     assert (found["act3"] == 3).all()
-    assert_close(found["flat"], step(CONV.attach(fb.DKP()), x, y)["feedback.flat"])
+    assert_close(found["flat"], step(CONV.attach(fb.DKP.published()), x, y)["feedback.flat"])
 
 
 @dataclass(frozen=True)
@@ -240,13 +240,16 @@ REFUSED: Sequence[tuple[Callable[[], object], str]] = (
         "no pattern fits the site 'flat'. Add one, or \"\\*\"",
     ),
     (
-        lambda: CONV.attach(fb.Mixed({"*": fb.DFA(), "fc": fb.DKP()})),
+        lambda: CONV.attach(fb.Mixed({"*": fb.DFA(), "fc": fb.DKP.published()})),
         "no site is left for 'fc'. The sites are pool1, flat, act3",
     ),
-    (lambda: CONV.attach(fb.Mixed({"*": fb.DFA(), len: fb.DKP()})), "no site is left for len"),
+    (
+        lambda: CONV.attach(fb.Mixed({"*": fb.DFA(), len: fb.DKP.published()})),
+        "no site is left for len",
+    ),
     (
         lambda: CONV.attach(
-            fb.Mixed({"pool1": fb.DFA(operator=Common()), "*": fb.DKP(operator=Common())})
+            fb.Mixed({"pool1": fb.DFA(operator=Common()), "*": fb.DKP.published(operator=Common())})
         ),
         "DKP and DFA would use the same feedback weights",
     ),

@@ -19,7 +19,7 @@ def test_a_skipped_site_is_refused() -> None:
     )
     model.add_module("act", nn.ReLU())
     model.deep = True
-    for rule in (fb.DFA(), fb.DKP(), fb.Frozen()):
+    for rule in (fb.DFA(), fb.DKP.published(), fb.Frozen()):
         model.deep = True
         learner = fb.attach(model, rule, example=X, sites=["a", "act"])
         model.deep = False
@@ -133,11 +133,11 @@ def test_sequence_first_models() -> None:
         fc=nn.Linear(7, 8),
         out=nn.Linear(8, 3),
     )
-    learner = fb.attach(lstm, fb.DKP(), example=torch.randn(4, 5, 6), sites=["fc"])
+    learner = fb.attach(lstm, fb.DKP.published(), example=torch.randn(4, 5, 6), sites=["fc"])
     assert [(e.leading, e.site_shape, e.source_size) for e in learner.graph.edges] == [(2, (8,), 3)]
     learner(torch.randn(9, 2, 6)).sum().backward()
     with pytest.raises(fb.AttachError, match=r"whose batch size differs from its sequence length"):
-        fb.attach(lstm, fb.DKP(), example=torch.randn(5, 5, 6))
+        fb.attach(lstm, fb.DKP.published(), example=torch.randn(5, 5, 6))
     last = Net(
         lambda m, x: m.out(m.fc(m.lstm(x)[0])[-1]),
         lstm=nn.LSTM(6, 7),
@@ -145,31 +145,31 @@ def test_sequence_first_models() -> None:
         out=nn.Linear(8, 3),
     )
     with pytest.raises(fb.SiteError, match=r"the batch must come first"):
-        fb.attach(last, fb.DKP(), example=torch.randn(4, 5, 6), sites=["fc"])
+        fb.attach(last, fb.DKP.published(), example=torch.randn(4, 5, 6), sites=["fc"])
     with pytest.raises(fb.AttachError, match=r"whose batch size differs"):
-        fb.attach(last, fb.DKP(), example=torch.randn(5, 5, 6), sites=["fc"])
+        fb.attach(last, fb.DKP.published(), example=torch.randn(5, 5, 6), sites=["fc"])
 
 
 def test_batch_size_equal_to_another_dimension() -> None:
     """Tokens are told from features by the layers, never by equal sizes."""
     for shape in ((6, 6, 6), (4, 4, 6), (5, 3, 6)):
-        learner = fb.attach(zoo.tokens(), fb.DKP(), example=torch.randn(shape))
+        learner = fb.attach(zoo.tokens(), fb.DKP.published(), example=torch.randn(shape))
         assert [(e.leading, e.site_shape, e.source_size) for e in learner.graph.edges] == [
             (2, (8,), 3),
             (2, (7,), 3),
         ]
     model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1))
-    (edge,) = fb.attach(model, fb.DKP(), example=torch.randn(4, 4, 4)).graph.edges
+    (edge,) = fb.attach(model, fb.DKP.published(), example=torch.randn(4, 4, 4)).graph.edges
     assert (edge.leading, edge.site_shape, edge.source_size) == (1, (4, 4), 16)
 
 
 def test_a_batch_of_one() -> None:
     model, example = zoo.build(zoo.case("tokens"))
-    fb.attach(model, fb.DKP(), example=example)(example[:1]).sum().backward()
-    fb.attach(zoo.tokens(), fb.DKP(center=True), example=example)(
+    fb.attach(model, fb.DKP.published(), example=example)(example[:1]).sum().backward()
+    fb.attach(zoo.tokens(), fb.DKP.published(center=True), example=example)(
         example[:1]
     ).sum().backward()  # many tokens
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-    centred = fb.attach(net, fb.DKP(center=True), example=torch.randn(3, 4))
+    centred = fb.attach(net, fb.DKP.published(center=True), example=torch.randn(3, 4))
     with pytest.raises(fb.SiteError, match=r"batch of at least 2, got 1.*Drop the last"):
         centred(torch.randn(1, 4))

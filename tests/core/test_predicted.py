@@ -14,7 +14,7 @@ import feedbackward as fb
 def test_late_gradients_are_taken_at_predicted_weights() -> None:
     """Against the formula by hand: W + k (W - W of the step before), for the late parts, feedback and all."""
     torch.manual_seed(0)
-    first, second = MLP.attach(fb.DKP()), MLP.attach(fb.DKP())
+    first, second = MLP.attach(fb.DKP.published()), MLP.attach(fb.DKP.published())
     ages = {name: d for d, part in zip((3, 2, 1, 0), MLP_PARTS, strict=True) for name in part}
     optimizer, other = (
         torch.optim.SGD(x.parameters(), lr=0.1, momentum=0.9) for x in (first, second)

@@ -151,7 +151,7 @@ def test_feedback_beside_the_mean_jacobian(pair: Pair, row: Row) -> None:
 
 def test_mean_jacobian_through_batch_norm() -> None:
     """With batch statistics a sample's output depends on the others: the mean over the batch of d(sum_n a_nc)/dh_n."""
-    learner, (x, y) = CONV.attach(fb.DKP()), CONV.batch()
+    learner, (x, y) = CONV.attach(fb.DKP.published()), CONV.batch()
     met: dict[str, Tensor] = {}
     with learner.exact():
         handle = learner.model.pool1.register_forward_hook(lambda m, a, out: met.update(h=out))
@@ -183,7 +183,7 @@ def test_a_number_compares_so_many_rows_of_the_jacobian() -> None:
 @pytest.mark.parametrize("pair", [MLP, HIDDEN, CONV], ids=str)
 def test_readout_alignment(pair: Pair) -> None:
     """mean_n cos(a_L[n], h_l[n] B_l^T), the source in the place of a_L."""
-    learner, (x, y) = pair.attach(fb.DKP()), pair.batch()
+    learner, (x, y) = pair.attach(fb.DKP.published()), pair.batch()
     found = fb.probe(learner, loss_fn(y), x)
     activities, h = {}, x
     for name, module in learner.model.named_children():
@@ -216,13 +216,15 @@ def test_when_feedback_is_compared_with_the_jacobian() -> None:
         sites = fb.probe(learner, loss_fn(y), x, **options).sites.values()
         return {(got.jacobian_cosine is not None, got.readout is not None) for got in sites}
 
-    assert compared(MLP.attach(fb.DKP()), x, y) == {(True, True)}
-    assert compared(MLP.attach(fb.DKP()), x, y, jacobian=False) == {(False, False)}
+    assert compared(MLP.attach(fb.DKP.published()), x, y) == {(True, True)}
+    assert compared(MLP.attach(fb.DKP.published()), x, y, jacobian=False) == {(False, False)}
     assert compared(MLP.attach(fb.DFA()), x, y) == {(False, False)}
     assert compared(MLP.attach(fb.DFA()), x, y, jacobian=True) == {(True, True)}
-    assert compared(TOKENS.attach(fb.DKP()), *TOKENS.batch(), jacobian=True) == {(False, False)}
+    assert compared(TOKENS.attach(fb.DKP.published()), *TOKENS.batch(), jacobian=True) == {
+        (False, False)
+    }
     wide = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 300)).to(F64)
-    learner = fb.attach(wide, fb.DKP(), example=x)
+    learner = fb.attach(wide, fb.DKP.published(), example=x)
     assert compared(learner, x, y) == {(False, True)}
     assert compared(learner, x, y, jacobian=True) == {(True, True)}
 
@@ -269,7 +271,7 @@ def test_no_side_effects(row: Row, training: bool) -> None:
 
 
 def test_nothing_is_left_behind_by_a_probe_that_fails() -> None:
-    learner, (x, y) = CONV.attach(fb.DKP()), CONV.batch()
+    learner, (x, y) = CONV.attach(fb.DKP.published()), CONV.batch()
     before = copy.deepcopy(learner.state_dict())
     hooks = sum(len(m._forward_hooks) for m in learner.modules())
     with pytest.raises(fb.FeedbackError, match="one number"):
@@ -301,7 +303,7 @@ def test_segments_with_nothing_to_train_have_no_signal() -> None:
     for name in ("fc1", "fc2"):
         model = MLP.model()
         model.get_submodule(name).requires_grad_(False)
-        learner, (x, y) = MLP.attach(fb.DKP(), model), MLP.batch()
+        learner, (x, y) = MLP.attach(fb.DKP.published(), model), MLP.batch()
         found = fb.probe(learner, loss_fn(y), x)
         assert not [key for key in found.parameters if key.startswith(name)]
         assert math.isfinite(found.sites["act3"].cosine)
@@ -317,13 +319,13 @@ def test_in_place_activation_after_the_source() -> None:
     in_place[3].inplace = True
     x, y = MLP.batch()
     results = [
-        fb.probe(fb.attach(m, fb.DKP(), example=x, error_at="2"), loss_fn(y), x)
+        fb.probe(fb.attach(m, fb.DKP.published(), example=x, error_at="2"), loss_fn(y), x)
         for m in (plain, in_place)
     ]
     assert results[0].as_dict() == results[1].as_dict()
 
 
 def test_the_table_shows_every_site_and_parameter() -> None:
-    learner, (x, y) = MLP.attach(fb.DKP()), MLP.batch()
+    learner, (x, y) = MLP.attach(fb.DKP.published()), MLP.batch()
     text = str(fb.probe(learner, loss_fn(y), x))
     assert all(name in text for name in [*MLP.cuts, *exact_grads(learner.model, x, y), "readout"])

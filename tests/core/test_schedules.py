@@ -76,8 +76,8 @@ def assert_same(first: tuple, second: tuple) -> None:
 
 RULES = {
     "dfa": fb.DFA(),
-    "dkp": fb.DKP(),
-    "dkp-centred": fb.DKP(center=True),
+    "dkp": fb.DKP.published(),
+    "dkp-centred": fb.DKP.published(center=True),
 }
 EAGER = {"drtp": fb.DRTP(), "dgl": fb.DGL(hidden=4), "frozen": fb.Frozen()}
 
@@ -108,10 +108,12 @@ def test_with_kept_inputs_segments_run_in_any_order(
 ) -> None:
     """The head first, for it gives the error; then each segment by itself."""
     batch = PAIRS[1].batch()
-    first = outcome(dropped(PAIRS[1]), fb.DKP(), batch, "joint")
+    first = outcome(dropped(PAIRS[1]), fb.DKP.published(), batch, "joint")
     shuffled = lambda places: random.Random(seed).sample(list(places), len(places))  # noqa: E731
     monkeypatch.setattr(segments, "reversed", shuffled, raising=False)
-    assert_same(first, outcome(dropped(PAIRS[1]), fb.DKP(), batch, "replay", hold="inputs"))
+    assert_same(
+        first, outcome(dropped(PAIRS[1]), fb.DKP.published(), batch, "replay", hold="inputs")
+    )
 
 
 # --- relays ------------------------------------------------------------------------------------------------------
@@ -149,9 +151,9 @@ def deep(width: int = 6) -> nn.Sequential:
 def test_relays(relay: int | str, hold: bool | str) -> None:
     """A relay that is a site is sent its own error; one inside a segment ("6", a pre-activation) gets it by a pass."""
     batch = (torch.randn(5, 7, dtype=F64), torch.randint(3, (5,)))
-    first = outcome(deep(), Relayed(relay=relay), batch, "joint")
+    first = outcome(deep(), Relayed.published(relay=relay), batch, "joint")
     assert all(g is not None and bool(g.any()) for g in first[0].values())
-    assert_same(first, outcome(deep(), Relayed(relay=relay), batch, "replay", hold=hold))
+    assert_same(first, outcome(deep(), Relayed.published(relay=relay), batch, "replay", hold=hold))
 
 
 # --- what lies between -------------------------------------------------------------------------------------------
@@ -159,8 +161,8 @@ def test_relays(relay: int | str, hold: bool | str) -> None:
 
 def test_gradients_add_up_over_batches_and_schedules() -> None:
     pair = PAIRS[1]
-    learner = pair.attach(fb.DKP())
-    twin = pair.attach(fb.DKP())
+    learner = pair.attach(fb.DKP.published())
+    twin = pair.attach(fb.DKP.published())
     for seed, schedule in enumerate(("joint", "replay", "replay")):
         x, y = pair.batch(seed=seed)
         learner.backward(x, loss_fn(y), schedule=schedule)
@@ -199,7 +201,7 @@ def test_inputs_as_tuples_and_dicts_and_structured_outputs() -> None:
 
 
 def test_a_gradient_scaler_scales_and_skips() -> None:
-    learner = PAIRS[0].attach(fb.DKP())
+    learner = PAIRS[0].attach(fb.DKP.published())
     x, y = PAIRS[0].batch()
     learner.backward(x, loss_fn(y), schedule="replay")
     plain = [p.grad.clone() for p in learner.parameters()]
@@ -242,7 +244,9 @@ def test_spectral_norm_takes_one_power_step() -> None:
     model = nn.Sequential(*layers).to(F64)
     batch = (torch.randn(5, 6, dtype=F64), torch.randint(3, (5,)))
     for hold in (True, False, "inputs"):
-        assert_same(*(outcome(model, fb.DKP(), batch, s, hold=hold) for s in ("joint", "replay")))
+        assert_same(
+            *(outcome(model, fb.DKP.published(), batch, s, hold=hold) for s in ("joint", "replay"))
+        )
 
 
 INTERLEAVED = (
@@ -256,8 +260,8 @@ INTERLEAVED = (
 def test_every_model_of_the_zoo_is_replayed_or_refused(case: zoo.Case) -> None:
     """Where segments overlap the plan says so, and replay is refused; else its gradients are those of joint."""
     model, example = zoo.build(case)
-    twin = fb.attach(copy.deepcopy(model), fb.DKP(), example=example, **case.options)
-    learner = fb.attach(model, fb.DKP(), example=example, **case.options)
+    twin = fb.attach(copy.deepcopy(model), fb.DKP.published(), example=example, **case.options)
+    learner = fb.attach(model, fb.DKP.published(), example=example, **case.options)
     loss = lambda out: zoo.loss_of(case, out)  # noqa: E731
     state = torch.get_rng_state()
     twin.backward(example, loss)
@@ -284,7 +288,8 @@ def test_every_model_of_the_zoo_is_replayed_or_refused(case: zoo.Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "schedule"), [(fb.DRTP(), "eager"), (fb.DKP(), "replay"), (fb.DFA(), "joint")]
+    ("rule", "schedule"),
+    [(fb.DRTP(), "eager"), (fb.DKP.published(), "replay"), (fb.DFA(), "joint")],
 )
 def test_steps_in_backward_are_the_steps_after_it(rule: fb.Rule, schedule: str) -> None:
     pair = PAIRS[1]
@@ -313,8 +318,16 @@ def test_steps_in_backward_are_the_steps_after_it(rule: fb.Rule, schedule: str) 
 @pytest.mark.parametrize(
     ("rule", "schedule", "sentence"),
     [
-        (fb.DKP(), "later", r"unknown schedule 'later': choose one of joint, replay, eager"),
-        (fb.DKP(), "eager", r"DKP's signals are made from the output's error.*schedule=\"replay\""),
+        (
+            fb.DKP.published(),
+            "later",
+            r"unknown schedule 'later': choose one of joint, replay, eager",
+        ),
+        (
+            fb.DKP.published(),
+            "eager",
+            r"DKP's signals are made from the output's error.*schedule=\"replay\"",
+        ),
         (fb.BP(), "eager", r"BP's signals are made from the output's error"),
         (fb.BP(), "replay", r"BP cuts nothing.*torch.utils.checkpoint"),
         (fb.FA(), "replay", r"FA is a chain.*schedule=\"joint\""),
@@ -331,7 +344,7 @@ def test_what_a_schedule_cannot_do(rule: fb.Rule, schedule: str, sentence: str) 
 
 
 def test_a_backward_without_gradients_is_refused() -> None:
-    learner = PAIRS[0].attach(fb.DKP())
+    learner = PAIRS[0].attach(fb.DKP.published())
     x, y = PAIRS[0].batch()
     with torch.no_grad(), pytest.raises(fb.AttachError, match=r"outside torch.no_grad"):
         learner.backward(x, loss_fn(y), schedule="replay")

@@ -44,5 +44,5 @@ def test_stand_ins_of_relays_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
     sent = replay._sent
     monkeypatch.setattr(replay, "_sent", watched)
     batch = (torch.randn(5, 7, dtype=F64), torch.randint(3, (5,)))
-    outcome(deep(), Relayed(relay=2), batch, "replay", hold=False)
+    outcome(deep(), Relayed.published(relay=2), batch, "replay", hold=False)
     assert sizes == [((5, 6), 8)]

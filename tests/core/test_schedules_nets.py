@@ -20,7 +20,9 @@ def test_replay_of_real_nets(name: str) -> None:
     model = nets.build(name, (3, 16, 16), 5).to(F64)
     batch = (torch.randn(4, 3, 16, 16, dtype=F64), torch.randint(5, (4,)))
     for hold in (True, False, "inputs"):
-        joint, replay = (outcome(model, fb.DKP(), batch, s, hold=hold) for s in ("joint", "replay"))
+        joint, replay = (
+            outcome(model, fb.DKP.published(), batch, s, hold=hold) for s in ("joint", "replay")
+        )
         assert_same(joint, replay)
 
 
@@ -30,7 +32,7 @@ def test_bf16_autocast_around_the_call(schedule: str) -> None:
     torch.manual_seed(0)
     model = nets.build("small_cnn", (1, 12, 12), 5)
     x, y = torch.randn(6, 1, 12, 12), torch.randint(5, (6,))
-    learner = fb.attach(model, fb.DKP(), example=x)
+    learner = fb.attach(model, fb.DKP.published(), example=x)
     for _ in range(2):
         learner.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
@@ -69,7 +71,8 @@ def activation_peak(depth: int, rule: fb.Rule, schedule: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("rule", "schedule"), [(fb.DKP(), "replay"), (fb.DFA(), "replay"), (fb.DRTP(), "eager")]
+    ("rule", "schedule"),
+    [(fb.DKP.published(), "replay"), (fb.DFA(), "replay"), (fb.DRTP(), "eager")],
 )
 def test_memory_does_not_grow_with_depth(rule: fb.Rule, schedule: str) -> None:
     shallow, twice = activation_peak(12, rule, schedule), activation_peak(24, rule, schedule)

@@ -107,7 +107,7 @@ def test_frozen_layers_get_no_signal_and_nothing_else_changes() -> None:
         p.requires_grad_(False)
     for p in model.bn.parameters():
         p.requires_grad_(False)
-    learner = fb.attach(model, fb.DKP(), example=example)
+    learner = fb.attach(model, fb.DKP.published(), example=example)
     learner(example).sum().backward()
     assert learner.plan.segments[0].parameters == ()
     assert learner.plan.unreached == ()
@@ -155,13 +155,17 @@ def image_net() -> nn.Sequential:
 def test_fewer_sites_are_counted_from_the_last_one_or_end_a_stage(
     sites: str, expected: list[str]
 ) -> None:
-    learner = fb.attach(image_net(), fb.DKP(), example=torch.randn(3, 1, 12, 12), sites=sites)
+    learner = fb.attach(
+        image_net(), fb.DKP.published(), example=torch.randn(3, 1, 12, 12), sites=sites
+    )
     assert names(learner) == expected
 
 
 def test_every_needs_a_number_and_a_chain_refuses_it() -> None:
     with pytest.raises(fb.errors.SiteError, match="must end in a number"):
-        fb.attach(image_net(), fb.DKP(), example=torch.randn(3, 1, 12, 12), sites="every-second")
+        fb.attach(
+            image_net(), fb.DKP.published(), example=torch.randn(3, 1, 12, 12), sites="every-second"
+        )
     with pytest.raises(fb.errors.AttachError, match="a chain runs from layer to layer"):
         fb.attach(image_net(), fb.FA(), example=torch.randn(3, 1, 12, 12), sites="every-2")
 
@@ -198,7 +202,9 @@ def test_of_several_returned_tensors_the_one_that_leads_on_is_cut() -> None:
 
     model = Net(lambda m, x: m.fc(m.states(x)[1]), states=States(), fc=nn.Linear(8, 3))
     x = torch.randn(5, 4, 6)
-    learner = fb.attach(model, fb.DKP(operator=fb.Dense("zeros")), example=x, sites=["states"])
+    learner = fb.attach(
+        model, fb.DKP.published(operator=fb.Dense("zeros")), example=x, sites=["states"]
+    )
     assert names(learner) == ["states[1]"]
     learner(x).square().sum().backward()
     assert not model.states.lstm.weight_ih_l0.grad.any()
@@ -208,7 +214,9 @@ def test_of_several_returned_tensors_the_one_that_leads_on_is_cut() -> None:
 def test_a_tensor_returned_twice_is_cut_in_both_places() -> None:
     pair = Net(lambda m, x: (h := m.fc(x), h), fc=nn.Linear(6, 8))
     model = Net(lambda m, x: m.out(sum(m.pair(x))), pair=pair, out=nn.Linear(8, 3))
-    learner = fb.attach(model, fb.DKP(operator=fb.Dense("zeros")), example=X, sites=["pair"])
+    learner = fb.attach(
+        model, fb.DKP.published(operator=fb.Dense("zeros")), example=X, sites=["pair"]
+    )
     learner(X).square().sum().backward()
     assert not pair.fc.weight.grad.any()
 
@@ -291,7 +299,7 @@ def test_in_place_activation_after_a_cut_is_refused(functional: bool) -> None:
     with pytest.raises(
         fb.SiteError, match=r"'b' was changed in place after the cut .*inplace=False"
     ):
-        fb.attach(model, fb.DKP(), example=X, sites=["b"])
+        fb.attach(model, fb.DKP.published(), example=X, sites=["b"])
 
 
 def test_in_place_activation_that_comes_later_is_refused_in_that_pass() -> None:
@@ -310,7 +318,7 @@ def test_in_place_activations_give_the_gradients_of_ordinary_ones(name: str) -> 
         for module in model.modules():
             if hasattr(module, "inplace") and not isinstance(module, nn.Dropout):
                 module.inplace = inplace
-        learner = fb.attach(model, fb.DKP(), example=example)
+        learner = fb.attach(model, fb.DKP.published(), example=example)
         torch.manual_seed(3)
         learner(example).square().sum().backward()
         grads.append([p.grad for p in learner.parameters()])
@@ -327,7 +335,7 @@ def test_in_place_activation_on_the_source(act: str) -> None:
         model = two_layers(lambda m, x: m.out(m.act(m.b(m.a(x).tanh()))), act=relu)
         if act == "functional":
             model.wiring = lambda m, x, i=inplace: m.out(F.relu(m.b(m.a(x).tanh()), inplace=i))
-        learner = fb.attach(model, fb.DKP(), example=X, error_at="b")
+        learner = fb.attach(model, fb.DKP.published(), example=X, error_at="b")
         learner(X).square().sum().backward()
         grads.append([p.grad for p in learner.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -337,7 +345,7 @@ def test_output_changed_in_place_by_the_caller() -> None:
     grads = []
     for inplace in (True, False):
         model, example = zoo.build(zoo.case("tokens"))
-        out = fb.attach(model, fb.DKP(), example=example)(example)
+        out = fb.attach(model, fb.DKP.published(), example=example)(example)
         out = out.mul_(2) if inplace else out * 2
         out.square().sum().backward()
         grads.append([p.grad for p in model.parameters()])

@@ -76,7 +76,7 @@ MLP_PARTS = [
     {"model.fc3.weight", "model.fc3.bias", "feedback.act3", "feedback.act3:bias"},
     {"model.head.weight", "model.head.bias"},
 ]
-RULES = [fb.BP(), fb.DFA(), fb.DKP(), fb.DTP()]
+RULES = [fb.BP(), fb.DFA(), fb.DKP.published(), fb.DTP()]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
@@ -110,7 +110,7 @@ def test_no_staleness_is_plain_training(rule: fb.Rule) -> None:
 
 
 def test_before_the_first_gradient_arrives_nothing_moves() -> None:
-    learner = MLP.attach(fb.DKP())
+    learner = MLP.attach(fb.DKP.published())
     before = weights(learner)
     stale = fb.Delayed(learner, 3)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1, weight_decay=0.1)
@@ -125,7 +125,7 @@ def test_before_the_first_gradient_arrives_nothing_moves() -> None:
 
 def test_accumulated_batches_arrive_together() -> None:
     """Gradients that were zeroed in place, and those of two batches, stay what they were while they wait."""
-    learner = MLP.attach(fb.DKP())
+    learner = MLP.attach(fb.DKP.published())
     stale = fb.Delayed(learner, 1)
     sums: list[dict[str, Tensor | None]] = []
     for t in range(0, 6, 2):
@@ -318,11 +318,11 @@ def test_dsp_without_its_schedule_is_refused() -> None:
 
 @pytest.mark.parametrize("predict", [False, True])
 def test_state_goes_on_exactly(predict: bool) -> None:
-    learner = MLP.attach(fb.DKP())
+    learner = MLP.attach(fb.DKP.published())
     stale = fb.Delayed(learner, (3, 2, 1, 0))
     trained(learner, MLP, stale, steps=2, predict=predict)
     saved = copy.deepcopy({"stale": stale.state_dict(), "learner": learner.state_dict()})
-    twin = MLP.attach(fb.DKP(), seed=9)
+    twin = MLP.attach(fb.DKP.published(), seed=9)
     twin.load_state_dict(saved["learner"])
     again = fb.Delayed(twin, (3, 2, 1, 0))
     again.load_state_dict(saved["stale"])
@@ -337,7 +337,7 @@ def test_state_goes_on_exactly(predict: bool) -> None:
 
 
 def test_state_of_another_schedule_or_network_is_refused() -> None:
-    learner = MLP.attach(fb.DKP())
+    learner = MLP.attach(fb.DKP.published())
     stale = fb.Delayed(learner, 1)
     with pytest.raises(CheckpointError, match="delays"):
         stale.load_state_dict(fb.Delayed(learner, 2).state_dict())

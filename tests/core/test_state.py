@@ -111,7 +111,7 @@ def test_replay_follows_what_is_frozen(
     for schedule in ("joint", "replay"):
         model = net()
         freeze(model, first)
-        learner = fb.attach(model, fb.DKP(), example=X)
+        learner = fb.attach(model, fb.DKP.published(), example=X)
         options = {"keep_inputs": keep_inputs} if schedule == "replay" else {}
         learner.backward(X, loss, schedule, **options)  # type: ignore[arg-type]
         freeze(model, then)

@@ -167,7 +167,7 @@ class InPlace(nn.Module):
 
 def test_in_place_change_after_a_cut_is_refused() -> None:
     with pytest.raises(fb.SiteError, match=r"'fc2' was changed in place"):
-        fb.attach(InPlace().to(F64), fb.DKP(), example=MLP.batch()[0], sites=["fc2"])
+        fb.attach(InPlace().to(F64), fb.DKP.published(), example=MLP.batch()[0], sites=["fc2"])
 
 
 def test_in_place_activation_after_the_source_is_plain_backprop_there() -> None:
@@ -176,7 +176,7 @@ def test_in_place_activation_after_the_source_is_plain_backprop_there() -> None:
     model = InPlace().to(F64)
     x, y = MLP.batch()
     truth = exact_grads(model, x, y)
-    learner = fb.attach(model, fb.DKP(), example=x, error_at="fc2")
+    learner = fb.attach(model, fb.DKP.published(), example=x, error_at="fc2")
     signals(learner, x, y)
     for name in ("fc2.weight", "fc2.bias", "head.weight", "head.bias"):
         assert_close(model.get_parameter(name).grad, truth[name], name)
@@ -210,7 +210,7 @@ def test_in_place_activation_before_a_cut_is_the_site() -> None:
     for module in (twin[1], twin[3]):
         module.inplace = False
     batch = MLP.batch()
-    learner, reference = (fb.attach(m, fb.DKP(), example=batch[0]) for m in (model, twin))
+    learner, reference = (fb.attach(m, fb.DKP.published(), example=batch[0]) for m in (model, twin))
     assert [site.name for site in learner.sites] == ["1", "3"]
     assert_equal(step_of(learner, batch), step_of(reference, batch), tolerance=0.0)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import feedbackward as fb
 
 transformers = pytest.importorskip("transformers")
-RULES = pytest.mark.parametrize("rule", [fb.DFA(), fb.DKP()], ids=["dfa", "dkp"])
+RULES = pytest.mark.parametrize("rule", [fb.DFA(), fb.DKP.published()], ids=["dfa", "dkp"])
 LABELS = torch.arange(8) % 4
 
 
@@ -113,13 +113,15 @@ def test_gpt2_with_labels_inside(rule: fb.Rule) -> None:
 def test_gpt2_with_its_loss_as_output_is_refused() -> None:
     batch = {"input_ids": words(), "labels": words()}
     with pytest.raises(fb.AttachError, match=r"single number \(a loss\?\).*error_at"):
-        fb.attach(gpt2(), fb.DKP(), example=batch, sites="blocks", output=lambda out: out.loss)
+        fb.attach(
+            gpt2(), fb.DKP.published(), example=batch, sites="blocks", output=lambda out: out.loss
+        )
 
 
 def test_layers_of_a_class_of_their_own_are_named_as_the_reason() -> None:
     """GPT-2's layers are not torch's, so `"layers"` finds the head alone."""
     with pytest.raises(fb.AttachError, match=r'For layers of other kinds use sites="blocks"'):
-        fb.attach(gpt2(), fb.DKP(), example=words(), output=lambda out: out.logits)
+        fb.attach(gpt2(), fb.DKP.published(), example=words(), output=lambda out: out.logits)
 
 
 @RULES
@@ -154,7 +156,9 @@ def test_gradient_checkpointing_of_transformers() -> None:
         if repeat:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = {"input_ids": words(), "labels": words()}
-        learner = fb.attach(model, fb.DKP(), example=batch, sites="blocks", error_at="lm_head")
+        learner = fb.attach(
+            model, fb.DKP.published(), example=batch, sites="blocks", error_at="lm_head"
+        )
         learner(**batch).loss.backward()
         grads.append([p.grad for p in learner.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -165,5 +169,9 @@ def test_reentrant_checkpointing_of_transformers_is_refused() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(fb.AttachError, match=r"use_reentrant=False"):
         fb.attach(
-            model, fb.DKP(), example={"input_ids": words()}, sites="blocks", error_at="lm_head"
+            model,
+            fb.DKP.published(),
+            example={"input_ids": words()},
+            sites="blocks",
+            error_at="lm_head",
         )

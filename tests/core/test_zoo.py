@@ -47,7 +47,7 @@ def test_forward_is_bit_identical_and_attach_leaves_no_trace(case: Case) -> None
     model, example = build(case)
     plain, modes = copy.deepcopy(model), [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    learner = fb.attach(model, fb.DKP(), example=example, **case.options)
+    learner = fb.attach(model, fb.DKP.published(), example=example, **case.options)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
     assert all(
@@ -70,7 +70,7 @@ def test_forward_is_bit_identical_and_attach_leaves_no_trace(case: Case) -> None
 
 @every_case
 def test_without_feedback_only_the_head_learns(case: Case) -> None:
-    learner, example = attached(case, fb.DKP(operator=fb.Dense("zeros")))
+    learner, example = attached(case, fb.DKP.published(operator=fb.Dense("zeros")))
     loss_of(case, run(learner, example)).backward()
     got = gradients(learner.model)
     for name in dict(learner.model.named_parameters()):
@@ -84,7 +84,7 @@ def test_without_feedback_only_the_head_learns(case: Case) -> None:
 
 @every_case
 def test_one_site_feeds_its_own_segment_only(case: Case) -> None:
-    learner, example = attached(case, fb.DKP())
+    learner, example = attached(case, fb.DKP.published())
     plan = learner.plan
     for edge, segment in zip(learner.graph.edges, plan.segments, strict=True):
         with torch.no_grad():
@@ -122,7 +122,7 @@ def test_exact_and_detach_give_backprop_back(case: Case) -> None:
     model, example = build(case)
     start, plain = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
     seeded_step(case, plain, example)
-    learner = fb.attach(model, fb.DKP(), example=example, **case.options)
+    learner = fb.attach(model, fb.DKP.published(), example=example, **case.options)
     with learner.exact():
         seeded_step(case, learner, example)
     assert_same(model, plain)

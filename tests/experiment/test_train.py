@@ -246,14 +246,14 @@ def test_nan_stops_the_run_naming_the_layer_and_keeps_the_last_checkpoint(tmp_pa
 
 
 def test_what_is_not_finite_is_named():
-    learner = fb.attach(Net(), fb.DKP(), example=torch.randn(4, 1, 8, 8))
+    learner = fb.attach(Net(), fb.DKP.published(), example=torch.randn(4, 1, 8, 8))
     x = torch.randn(4, 1, 8, 8)
     assert first_non_finite(learner, x / 0) == "the input images hold it"
     assert "loss itself" in first_non_finite(learner, x)
     with torch.no_grad():
         learner.model[5].weight[0, 0] = math.inf
     assert "the parameter '5.weight' non-finite" in first_non_finite(learner, x)
-    learner = fb.attach(Net(), fb.DKP(), example=x)
+    learner = fb.attach(Net(), fb.DKP.published(), example=x)
     with torch.no_grad():
         next(learner.feedback.parameters()).fill_(math.nan)
     assert f"the feedback weights of site '{learner.sites[0].name}'" in first_non_finite(learner, x)

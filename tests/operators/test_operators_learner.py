@@ -20,7 +20,9 @@ PATCHES = fb.PerShape(maps=fb.Pooled(2), vectors=fb.Sparse(2))
 KERNELS = fb.PerShape(maps=fb.Kernel(), vectors=fb.Shared())
 LEARNED = (fb.Shared(), fb.Sparse(1), fb.Sparse(2), fb.LowRank(2), MAPS, PATCHES, KERNELS)
 FIXED = (fb.Binary(), fb.Seeded(), fb.Seeded(distribution="binary"))
-RULES = [fb.DFA(operator=o) for o in (*LEARNED, *FIXED)] + [fb.DKP(True, o) for o in LEARNED]
+RULES = [fb.DFA(operator=o) for o in (*LEARNED, *FIXED)] + [
+    fb.DKP.published(center=True, operator=o) for o in LEARNED
+]
 
 
 def matrices(learner: fb.Learner) -> dict[str, Tensor]:
@@ -73,7 +75,7 @@ def test_fixed_forms_cannot_be_learned(operator: fb.Operator) -> None:
     with pytest.raises(
         fb.AttachError, match=rf"DKP learns.*{name} feedback cannot be learned.*DFA"
     ):
-        MLP.attach(fb.DKP(operator=operator))
+        MLP.attach(fb.DKP.published(operator=operator))
 
 
 def test_refusals_name_the_site() -> None:
@@ -96,7 +98,7 @@ def test_refusals_name_the_site() -> None:
 def test_fixed_feedback_that_is_zero_is_refused(operator: fb.Operator) -> None:
     with pytest.raises(fb.AttachError, match="zero feedback"):
         fb.DFA(operator=operator)
-    fb.DKP(operator=operator)
+    fb.DKP.published(operator=operator)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ MIXED = Pair(
 
 
 def test_shared_feedback_is_one_matrix_for_each_shape_of_source() -> None:
-    learner, (x, y) = MIXED.attach(fb.DKP(operator=fb.Shared())), MIXED.batch()
+    learner, (x, y) = MIXED.attach(fb.DKP.published(operator=fb.Shared())), MIXED.batch()
     weights = dict(learner.feedback.named_parameters())
     assert {name: tuple(B.shape) for name, B in weights.items()} == {
         "Shared/5x7": (35, 30),
@@ -278,7 +280,7 @@ def test_feedback_larger_than_the_model_is_told() -> None:
     """(256 + 24 + 5) features x 3 classes x 8 bytes; the net has 356 parameters."""
     parameters = sum(p.numel() for p in BEFORE_POOL.model().parameters())
     assert parameters < 3 * 285
-    for rule in (fb.DFA(), fb.DKP()):
+    for rule in (fb.DFA(), fb.DKP.published()):
         (message,) = feedback_warnings(rule)
         assert f"take {3 * 285 * 8 / 1000:.1f} KB" in message
         assert f"own parameters {parameters * 8 / 1000:.1f} KB" in message
@@ -311,7 +313,10 @@ def test_one_patch_serves_inputs_of_any_size() -> None:
     )  # fmt: skip
     for operator in (fb.Pooled(), fb.Kernel()):
         learner = fb.attach(
-            model, fb.DKP(operator=operator), example=torch.zeros(2, 1, 8, 8), sites=["1", "3"]
+            model,
+            fb.DKP.published(operator=operator),
+            example=torch.zeros(2, 1, 8, 8),
+            sites=["1", "3"],
         )
         learner(torch.randn(2, 1, 11, 9)).square().sum().backward()
         assert model[0].weight.grad is not None

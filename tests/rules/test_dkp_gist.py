@@ -12,6 +12,8 @@ from reference import make_dkp_gist
 import feedbackward as fb
 from feedbackward.experiment.nets import build, published_sites
 
+RULES = {"DKP": fb.DKP.published(), "DFA": fb.DFA()}
+
 
 @pytest.mark.parametrize("mode", make_dkp_gist.MODES)
 def test_gradients_equal_those_of_the_authors(mode: str) -> None:
@@ -19,9 +21,7 @@ def test_gradients_equal_those_of_the_authors(mode: str) -> None:
     model = build("small_cnn", (3, 32, 32), make_dkp_gist.CLASSES).double()
     x, y = make_dkp_gist.batch()
     make_dkp_gist.fill([model.get_parameter(name) for name in make_dkp_gist.THEIRS])
-    learner = fb.attach(
-        model, fb.RULES[mode.lower()](), example=x, sites=published_sites("small_cnn")
-    )
+    learner = fb.attach(model, RULES[mode], example=x, sites=published_sites("small_cnn"))
     found = dict(model.named_parameters())
     for i, edge in enumerate(learner.graph.edges):
         B = learner.feedback_of(edge)

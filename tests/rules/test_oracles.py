@@ -86,13 +86,13 @@ def test_error_of_a_hidden_layer(pair: Pair, row: Row) -> None:
 def test_token_wise_feedback_is_shared_by_tokens() -> None:
     """B: [V, D] where source and site are token-wise, [C, T * D] features where only the site is."""
     by_name = {pair.name: pair for pair in PAIRS}
-    learner = by_name["tokens"].attach(fb.DKP())
+    learner = by_name["tokens"].attach(fb.DKP.published())
     assert {k: tuple(B.shape) for k, B in learner.feedback.named_parameters()} == {
         "norm1": (7, 6),
         "act1": (7, 4),
         "act2": (7, 5),
     }
-    learner = by_name["vit"].attach(fb.DKP())
+    learner = by_name["vit"].attach(fb.DKP.published())
     assert {k: tuple(B.shape) for k, B in learner.feedback.named_parameters()} == {
         "norm1": (3, 5, 6),
         "pool": (3, 4),
@@ -144,7 +144,7 @@ def test_module_called_twice(row: Row) -> None:
 
 def test_module_called_twice_is_refused_by_name_as_a_site() -> None:
     with pytest.raises(fb.SiteError, match="shared"):
-        fb.attach(Twice().to(F64), fb.DKP(), example=MLP.batch()[0], sites=["shared"])
+        fb.attach(Twice().to(F64), fb.DKP.published(), example=MLP.batch()[0], sites=["shared"])
 
 
 @pytest.mark.parametrize("row", DIRECT, ids=str)
@@ -187,12 +187,12 @@ def test_channels_last_feedback_is_the_same_feedback() -> None:
     model = CONV.model()
     x, y = CONV.batch()
     pair_sites = ["act1", "act2"]
-    plain = fb.attach(model, fb.DKP(center=True), example=x, sites=pair_sites)
+    plain = fb.attach(model, fb.DKP.published(center=True), example=x, sites=pair_sites)
     expected = signals(plain, x, y)
     truth = {**grads(model), **grads(plain.feedback)}
     plain.detach()
     model.zero_grad()
-    learner = fb.attach(model, fb.DKP(center=True), example=x, sites=pair_sites).to(
+    learner = fb.attach(model, fb.DKP.published(center=True), example=x, sites=pair_sites).to(
         memory_format=torch.channels_last
     )
     B = learner.feedback.act1

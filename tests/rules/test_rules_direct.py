@@ -38,7 +38,7 @@ def test_ebd_signal_descends_the_correlation() -> None:
     """For B = e^T h the signal is the gradient of half of |e^T h|^2 by h; DKP's feedback is minus a sum of the same."""
     x, y = MLP.batch()
     after = {}
-    for rule in (fb.EBD(operator=fb.Dense("zeros")), fb.DKP(operator=fb.Dense("zeros"))):
+    for rule in (fb.EBD(operator=fb.Dense("zeros")), fb.DKP.published(operator=fb.Dense("zeros"))):
         learner = MLP.attach(rule)
         optimizer = torch.optim.SGD(learner.feedback.parameters(), lr=1.0)
         step(learner, x, y)
@@ -85,7 +85,9 @@ def test_an_error_of_zero_has_no_sign() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.DKP(), fb.DFA(), fb.DRTP(), fb.FDFA(operator=fb.Dense())], ids=lambda r: r.name
+    "rule",
+    [fb.DKP.published(), fb.DFA(), fb.DRTP(), fb.FDFA(operator=fb.Dense())],
+    ids=lambda r: r.name,
 )
 def test_flipped_negates_hidden_gradients_and_nothing_else(rule: fb.Rule) -> None:
     x, y = MLP.batch()

@@ -179,7 +179,7 @@ def test_rec_lra_moves_pre_activations_and_learns_by_the_outer_product(activatio
 def test_rec_lra_without_an_activation_is_dkp() -> None:
     x, y = CONV.batch()
     found = []
-    for rule in (fb.DKP(), fb.RecLRA(activation="linear")):
+    for rule in (fb.DKP.published(), fb.RecLRA(activation="linear")):
         learner = CONV.attach(rule)
         loss_fn(y)(learner(x)).backward()
         found.append(grads(learner))

@@ -92,7 +92,7 @@ def test_one_step_is_the_two_updates(pair, steps: int) -> None:  # type: ignore[
     ends = [names.index(site.name) + 1 for site in learner.graph.sites]
     segments = [twin[a:b] for a, b in zip([0, *ends], [*ends, len(names)], strict=True)]
     plain = fb.attach(
-        copy.deepcopy(twin), fb.DKP(), example=x, sites=pair.sites, error_at=pair.error_at
+        copy.deepcopy(twin), fb.DKP.published(), example=x, sites=pair.sites, error_at=pair.error_at
     )
     for mine, other in zip(plain.feedback.parameters(), learner.feedback.parameters(), strict=True):
         mine.data.copy_(other)

@@ -131,6 +131,11 @@ MUTATIONS = (
     # rules
     ("rules/direct/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, -d, h, self.center)", ORACLES),
     ("rules/direct/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, d, h, False)", ORACLES),
+    ("rules/direct/dkp.py", "d = d / _spread(h)", "d = d / _spread(h) ** 2", "rules/test_dkp_default.py"),
+    ("rules/direct/dkp.py", "torch.where(s > 0, s, 1.0)", "s", "rules/test_dkp_default.py"),
+    ("schedules/segmentwise.py", 'vars(module)["forward"] = own', "pass", "core/test_state.py"),
+    ("schedules/preparation.py", "tuple(name for name, p in learner.model.named_parameters() if p.requires_grad),", "(),", "core/test_state.py"),
+    ("learner.py", "self._target = None", "pass", "core/test_state.py"),
     ("rules/direct/sign_dfa.py", "d.sign() / len(d)", "d.sign()", ORACLES),
     ("rules/direct/sign_dfa.py", "    linear = False\n", "", DIRECT),
     ("rules/controls/flipped.py", "-self.rule.receive", "self.rule.receive", ORACLES),
@@ -145,7 +150,7 @@ MUTATIONS = (
     ("engine/upward.py", "grad(h, below_layer, error,", "grad(h, below_layer, error * 0 + 1,", LIFTS),
     ("engine/autograd.py", "return grad, grad\n", "return grad, -grad\n", LIFTS),
     ("engine/upward.py", "if inputs != {id(cut)}:", "if False:", LIFTS),
-    ("rules/direct/dkp.py", "return 2 if self.center else 1", "return 1", ORACLES),
+    ("rules/direct/dkp.py", "return 2 if self.center or self.normalise else 1", "return 1", ORACLES),
     ("rules/direct/dfa.py", "star(sites, source, self.operator)", "star(sites, source, Dense())", FEEDBACK),
     ("rules/controls/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),
     # targets and late gradients

@@ -63,15 +63,15 @@ ROWS = (
     Row("frozen", Frozen(), oracles.nothing, direct=False),
     Row("dfa", DFA(), oracles.direct),
     Row("dfa-normal", DFA(operator=Dense("scaled_normal", 0.5)), oracles.direct),
-    Row("dkp", DKP(), oracles.direct, oracles.outer_product),
+    Row("dkp", DKP.published(), oracles.direct, oracles.outer_product),
     Row(
         "dkp-centred",
-        DKP(center=True),
+        DKP.published(center=True),
         oracles.direct,
         oracles.centred_outer_product,
         least_batch=2,
     ),
-    Row("dkp-flipped", Flipped(DKP()), oracles.reversed_direct, oracles.outer_product),
+    Row("dkp-flipped", Flipped(DKP.published()), oracles.reversed_direct, oracles.outer_product),
     Row("dkp_pc", DKPPC(), oracles.direct),  # what its phase gives: test_rules_predictive
     Row("sign_dfa", SignDFA(), oracles.sign_of_error),
     Row("ebd", EBD(), oracles.direct, oracles.towards_correlation),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,18 +81,18 @@ class Plan:
         return {name: tuple(sites) for name, sites in holders.items() if len(sites) > 1}
 
 
-def make_plan(learner: Learner, example: Any) -> Plan:
+def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:
     """Run the cut network once on the example and read from autograd's graph which parameters each segment holds.
 
     It is the plan of a network that trains as a whole, so it stays true when parameters are frozen or
-    unfrozen later: `Plan.among` tells what that leaves.
+    unfrozen later: `Plan.among` tells what that leaves. Not `whole`: of what trains now alone.
     """
     names = {id(p): name for name, p in learner.model.named_parameters()}
     model = learner.model
     with (
         preserved(model),
         training_mode(model),
-        all_trainable(model),
+        all_trainable(model) if whole else nullcontext(),
         torch.enable_grad(),
         learner.cuts.recording() as tape,
     ):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from feedbackward.graph import Edge, Graph, Site, Source, star
@@ -17,17 +19,30 @@ class DKP(Rule):
     r"""Direct Kolen-Pollack: DFA whose feedback is learned from the error and the site's own activity.
 
     .. math::
-        \delta h_l = e\, B_l, \qquad \nabla B_l = e^\top h_l \quad [C, n_l], \qquad
+        \delta h_l = e\, B_l, \qquad
+        \nabla B_l = \frac{e^\top (h_l - \bar h_l)}{s_l} \quad [C, n_l], \qquad
+        s_l^2 = \tfrac1N \sum_i \|h_{l,i} - \bar h_l\|^2, \qquad
         B_l \leftarrow B_l - \eta\,(\nabla B_l + \lambda B_l)
 
-    `e = dLoss/da_L` carries the 1/N of a mean loss, so the gradient is a batch mean; the signal uses `B`
-    before its update. At the last hidden layer :math:`\nabla B_{L-1} = \nabla W_L`: under equal plain SGD
-    `W_L - B_{L-1}` shrinks as :math:`(1 - \eta\lambda)^t` (Kolen & Pollack 1994). Below it, `B_l` is the
-    gradient-trained linear readout of `h_l` that shares the network's error.
+    with the batch mean :math:`\bar h_l`. `e = dLoss/da_L: [N, C]` carries the 1/N of a mean loss, so the gradient is
+    a batch mean; the signal uses `B` before its update. Divided by :math:`s_l`, the step of `B` does not depend on how
+    many features a site has nor on their scale, so that the rate of the forward weights suits `B` too.
 
-    center: subtract the batch mean of each feature, :math:`\nabla B_l = e^\top (h_l - \bar h_l)`. Activities
-        after a ReLU are positive, so their mean dominates :math:`e^\top h_l`. Needs a batch of at least 2.
-    operator: the form of the feedback weights and how they start; one that can be learned.
+    :meth:`published` is the authors' form, :math:`\nabla B_l = e^\top h_l`. There the gradient at the last hidden layer
+    is that of `W_L`, so under equal plain SGD `W_L - B_{L-1}` shrinks as :math:`(1 - \eta\lambda)^t` (Kolen & Pollack
+    1994); below it, `B_l` is a linear readout of `h_l` that shares the network's error. With one rate for `W` and `B`
+    it was no better than DFA where we measured it (bench/results/dkp_default.md).
+
+    >>> import torch, feedbackward as fb
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> learner = fb.attach(model, fb.DKP(), example=torch.randn(5, 4))
+    >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.05)
+
+    center: subtract the batch mean of each feature. Activities after a ReLU are positive, so their mean dominates
+        :math:`e^\top h_l`. Needs a batch of at least 2.
+    normalise: divide by :math:`s_l`, one number per batch and site.
+    operator: the form of the feedback weights and how they start; one that can be learned. From zero, a site gets no
+        signal in the first step and no random one later.
 
     Webster, Choi & Ahn, "Learning the Connections in Direct Feedback Alignment", 2020 (OpenReview
     zgGmAx9ZcY). The authors' code starts B with `kaiming_uniform` in its CIFAR-10 net and with zeros in its
@@ -37,8 +52,9 @@ class DKP(Rule):
     not offered here. With a second update by predictive coding: :class:`DKPPC`. Feedback of fixed norm: :class:`GrAPE`.
     """
 
-    center: bool = False
-    operator: Operator = Dense()
+    center: bool = True
+    normalise: bool = True
+    operator: Operator = Dense(init="zeros")
 
     name = "dkp"
     label = "DKP"
@@ -54,12 +70,27 @@ class DKP(Rule):
         extra_compute="2 N C n - D",
     )
 
+    @classmethod
+    def published(cls, **changes: Any) -> DKP:
+        """The authors' form: activities as they are, a plain gradient, `B` from `kaiming_uniform`."""
+        return replace(cls(center=False, normalise=False, operator=Dense()), **changes)
+
     @property
     def least_batch(self) -> int:
-        return 2 if self.center else 1
+        return 2 if self.center or self.normalise else 1
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return star(sites, source, self.operator)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        if self.normalise:
+            d = d / _spread(h)
         return edge.operator.correlate(weights, d, h, self.center)
+
+
+def _spread(h: Tensor) -> Tensor:
+    """The root of the summed variances of the features; 1 where nothing varies."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    variance = h.to(wide).var(0, correction=0).sum()
+    s = variance.sqrt().to(h.dtype)
+    return torch.where(s > 0, s, 1.0)
