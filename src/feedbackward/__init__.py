@@ -10,19 +10,7 @@ from feedbackward.errors import (
     FeedbackError,
     SiteError,
 )
-from feedbackward.graph import (
-    Edge,
-    Graph,
-    LayerInput,
-    Local,
-    Site,
-    Source,
-    UpwardEdge,
-    chain,
-    ladder,
-    modules,
-    star,
-)
+from feedbackward.graph import Edge, Graph, LayerInput, Local, Site, Source, UpwardEdge
 from feedbackward.learner import Learner, attach, param_groups
 from feedbackward.measure.cost import Cost, count_cost
 from feedbackward.measure.probe import ParameterAlignment, Probe, SiteAlignment, probe
@@ -91,6 +79,7 @@ from feedbackward.rules import (
 )
 from feedbackward.schedules.delayed import Delayed
 from feedbackward.schedules.joint import step_in_backward
+from feedbackward.topologies import chain, ladder, modules, star
 
 __version__ = "0.1.0"
 

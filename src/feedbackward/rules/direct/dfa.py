@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.topologies import star
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput, Site, Source, relays
+from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.operators.layer import LayerForm, LayerShaped
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import relays
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase
