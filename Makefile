@@ -30,7 +30,7 @@ end-to-end: .venv/dev
 
 bench-step: .venv/dev
 	$(BIN)/feedbackward bench vgg16 --rules '[dfa,dkp,{rule: dkp, options: {center: true}}]' --schedules joint,replay \
-		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot bench/results/step_time.png
+		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot runs/step_time.png
 
 bench-classes: .venv/dev
 	$(BIN)/feedbackward bench vgg16 --classes 200 --rules dfa,dkp \
