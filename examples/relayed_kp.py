@@ -7,9 +7,9 @@ from torch import nn
 import feedbackward as fb
 
 torch.manual_seed(0)
-layers: list[nn.Module] = [nn.Linear(20, 48), nn.ReLU()]
+layers: list[nn.Module] = [nn.Linear(20, 48), nn.BatchNorm1d(48), nn.ReLU()]
 for _ in range(5):
-    layers += [nn.Linear(48, 48), nn.ReLU()]
+    layers += [nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU()]
 model = nn.Sequential(*layers, nn.Linear(48, 5))
 x = torch.randn(256, 20)
 y = (x @ torch.randn(20, 5)).argmax(1)
