@@ -1,1 +1,1 @@
-"""model"""
+"""What is read from a model: one recorded forward pass, its sites and its layers."""

@@ -1,1 +1,1 @@
-"""experiment/config"""
+"""Configurations and the command line that sets them."""

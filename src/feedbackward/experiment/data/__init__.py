@@ -1,1 +1,1 @@
-"""experiment/data"""
+"""Data sets, their cache, and the loader."""

@@ -1,1 +1,1 @@
-"""experiment/grid"""
+"""Grids of runs: comparisons and studies."""

@@ -1,1 +1,1 @@
-"""experiment/report"""
+"""Reports of a comparison: Markdown, JSON, one HTML page."""

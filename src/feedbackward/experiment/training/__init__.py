@@ -1,1 +1,1 @@
-"""experiment/training"""
+"""One training run: building, steps, checkpoints, records."""

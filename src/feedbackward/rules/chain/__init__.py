@@ -1,1 +1,1 @@
-"""rules/chain"""
+"""Rules that send the error from layer to layer through feedback weights."""

@@ -1,1 +1,1 @@
-"""rules/controls"""
+"""Controls: backprop, frozen features, flipped signals."""

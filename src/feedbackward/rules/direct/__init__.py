@@ -1,1 +1,1 @@
-"""rules/direct"""
+"""Rules that send the error of one source straight to every site."""

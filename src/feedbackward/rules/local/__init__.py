@@ -1,1 +1,1 @@
-"""rules/local"""
+"""Rules with a separate loss for each site."""

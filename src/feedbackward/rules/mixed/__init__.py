@@ -1,1 +1,1 @@
-"""rules/mixed"""
+"""Rules made of parts: several rules in one network, and delayed backprop."""

@@ -1,1 +1,1 @@
-"""rules/targets"""
+"""Rules whose signals are differences to targets made by decoders."""
