@@ -8,7 +8,19 @@ import pytest
 
 import feedbackward as fb
 
-WITH_EXAMPLE = [fb.attach, fb.Learner.backward, fb.param_groups, fb.probe, fb.count_cost]
+WITH_EXAMPLE = [
+    fb.attach,
+    fb.Learner.backward,
+    fb.param_groups,
+    fb.probe,
+    fb.count_cost,
+    fb.Delayed,
+    fb.DKP,
+    fb.DFA,
+    fb.KolenPollack,
+    fb.RelayedKP,
+    fb.DGL,
+]
 
 
 @pytest.mark.parametrize("thing", WITH_EXAMPLE, ids=lambda thing: thing.__qualname__)

@@ -60,6 +60,19 @@ class RelayedKP(Rule):
     Ours, of Kolen & Pollack 1994, Akrout et al. 2019 (:class:`WeightMirror`) and Bacho & Chu 2024 (:class:`FDFA`). Relays are
     layers that no skip connection leads round: in a residual net only those before the first and after the last block are, so that
     the runs are long.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.nn.functional as F
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.RelayedKP(steps=1), example=x)
+        >>> F.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # before the optimizer steps
+        >>> all(B.grad is not None for B in learner.feedback.parameters())
+        True
     """
 
     steps: int = 5
