@@ -4,12 +4,12 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
+.PHONY: demo test lint types unit docs end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
 	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite true
 
-test: lint types unit end-to-end
+test: lint types unit docs end-to-end
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -21,6 +21,10 @@ types: .venv/dev
 unit: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal
 
+# the site, in build/site; a link that leads nowhere is an error
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # every one-line defect of tests/mutations.py must be caught: about ten minutes on an idle core
 mutations: .venv/dev
 	MUTATIONS=1 $(BIN)/pytest -n 0 tests/core/test_mutations.py
@@ -30,7 +34,7 @@ end-to-end: .venv/dev
 
 bench-step: .venv/dev
 	$(BIN)/feedbackward bench vgg16 --rules '[dfa,dkp,{rule: dkp, options: {center: true}}]' --schedules joint,replay \
-		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot bench/results/step_time.png
+		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot runs/step_time.png
 
 bench-classes: .venv/dev
 	$(BIN)/feedbackward bench vgg16 --classes 200 --rules dfa,dkp \
@@ -51,7 +55,7 @@ bench-vgg-memory: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/demo
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[experiment,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[experiment,dev,docs]'
 	@touch $@
 
 clean:

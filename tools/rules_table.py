@@ -15,7 +15,7 @@ from pathlib import Path
 from feedbackward.experiment.training.inspect import LEGEND, print_rules
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "choosing.md")
+PAGES = (ROOT / "docs" / "choosing.md",)
 PLACE = re.compile(r"(<!-- rules -->\n).*?(<!-- end of rules -->)", re.S)
 
 

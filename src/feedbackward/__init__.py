@@ -1,208 +1,135 @@
-"""Train PyTorch networks with feedback connections instead of backpropagation's transposed weights."""
+"""Train PyTorch networks with feedback connections instead of backpropagation's transposed weights.
+
+What most users need is here. Everything else is in `fb.rules`, `fb.operators`, `fb.topologies`
+and `fb.errors`.
+"""
 
 import warnings
+from importlib import import_module
+from typing import Any
 
-from feedbackward import moved
-from feedbackward.engine.phase import Pass, Phase
-from feedbackward.errors import (
-    AttachError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergenceError,
-    FeedbackError,
-    SiteError,
-)
-from feedbackward.graph import (
-    Edge,
-    Graph,
-    LayerInput,
-    Local,
-    Site,
-    Source,
-    UpwardEdge,
-    chain,
-    ladder,
-    modules,
-    star,
-)
+from feedbackward import errors, moved, operators, rules, topologies
+from feedbackward.errors import AttachError, FeedbackError, SiteError
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.learner import Learner, attach, param_groups
 from feedbackward.measure.cost import Cost, count_cost
-from feedbackward.measure.probe import ParameterAlignment, Probe, SiteAlignment, probe
+from feedbackward.measure.probe import Probe, probe
 from feedbackward.operators import (
-    OPERATORS,
-    Binary,
     Dense,
-    Kernel,
-    LayerKernel,
-    LayerShaped,
     LowRank,
     Operator,
     PerShape,
     Pooled,
-    Seeded,
     Shape,
-    Shared,
     Sparse,
     Weights,
 )
 from feedbackward.optim import renormalize_weights
 from feedbackward.rules import (
     BP,
-    BRSF,
-    CDFA,
-    DDTP,
     DFA,
     DGL,
     DKP,
-    DKPPC,
     DRTP,
-    DSP,
-    DTP,
-    EBD,
     FA,
-    FDFA,
-    FRSF,
-    IFA,
-    LRA,
-    PDFA,
-    PFA,
     RULES,
-    SDTP,
-    USF,
-    ActivationAlignment,
-    BinaryDFA,
-    Flipped,
     Frozen,
-    GrAPE,
-    Han2020,
-    InformationAlignment,
-    KernelDFA,
     KolenPollack,
     Mixed,
     Properties,
-    RecLRA,
     RelayedKP,
     Rule,
-    SelfAlignment,
-    SharedDFA,
-    SignDFA,
-    SignSymmetry,
-    SparseDFA,
-    SymmetricAlignment,
-    WeightMirror,
 )
 from feedbackward.schedules.delayed import Delayed
 from feedbackward.schedules.joint import step_in_backward
+from feedbackward.topologies import chain, star
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+# names of 0.1.0 that the top level no longer has, by the module that has them
+moved.install()
+
+_MOVED_TO = {
+    "feedbackward.rules": """
+        ActivationAlignment BRSF BinaryDFA CDFA DDTP DKPPC DSP DTP EBD FDFA FRSF Flipped GrAPE Han2020
+        IFA InformationAlignment KernelDFA LRA PDFA PFA RecLRA SDTP SelfAlignment SharedDFA SignDFA
+        SignSymmetry SparseDFA SymmetricAlignment USF WeightMirror
+    """,
+    "feedbackward.operators": "Binary Kernel LayerKernel LayerShaped OPERATORS Seeded Shared",
+    "feedbackward.errors": "CheckpointError ConfigError DataError DivergenceError",
+    "feedbackward.topologies": "ladder modules",
+    "feedbackward.engine.phase": "Pass Phase",
+    "feedbackward.measure.probe": "ParameterAlignment SiteAlignment",
+    "feedbackward.graph": "Local UpwardEdge",
+}
+_RENAMED = {
+    "Arc": ("feedbackward", "LayerInput"),
+    "Lift": ("feedbackward.graph", "UpwardEdge"),
+    "Stale": ("feedbackward", "Delayed"),
+    "cost": ("feedbackward", "count_cost"),
+    "keep_norms": ("feedbackward", "renormalize_weights"),
+}
+_MOVED = {name: (home, name) for home, names in _MOVED_TO.items() for name in names.split()}
+_MOVED |= _RENAMED
+
+
+def __getattr__(name: str) -> Any:
+    """The names of 0.1.0, for one release."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, new = _MOVED[name]
+    warnings.warn(
+        f"feedbackward.{name} will be removed in the next release: write {home}.{new}.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(import_module(home), new)
+
 
 __all__ = [
     "BP",
-    "BRSF",
-    "CDFA",
-    "DDTP",
     "DFA",
     "DGL",
     "DKP",
-    "DKPPC",
     "DRTP",
-    "DSP",
-    "DTP",
-    "EBD",
     "FA",
-    "FDFA",
-    "FRSF",
-    "IFA",
-    "LRA",
-    "OPERATORS",
-    "PDFA",
-    "PFA",
     "RULES",
-    "SDTP",
-    "USF",
-    "ActivationAlignment",
     "AttachError",
-    "Binary",
-    "BinaryDFA",
-    "CheckpointError",
-    "ConfigError",
     "Cost",
-    "DataError",
     "Delayed",
     "Dense",
-    "DivergenceError",
     "Edge",
     "FeedbackError",
-    "Flipped",
     "Frozen",
-    "GrAPE",
     "Graph",
-    "Han2020",
-    "InformationAlignment",
-    "Kernel",
-    "KernelDFA",
     "KolenPollack",
     "LayerInput",
-    "LayerKernel",
-    "LayerShaped",
     "Learner",
-    "Local",
     "LowRank",
     "Mixed",
     "Operator",
-    "ParameterAlignment",
-    "Pass",
     "PerShape",
-    "Phase",
     "Pooled",
     "Probe",
     "Properties",
-    "RecLRA",
     "RelayedKP",
     "Rule",
-    "Seeded",
-    "SelfAlignment",
     "Shape",
-    "Shared",
-    "SharedDFA",
-    "SignDFA",
-    "SignSymmetry",
     "Site",
-    "SiteAlignment",
     "SiteError",
     "Source",
     "Sparse",
-    "SparseDFA",
-    "SymmetricAlignment",
-    "UpwardEdge",
-    "WeightMirror",
     "Weights",
     "attach",
     "chain",
     "count_cost",
-    "ladder",
-    "modules",
+    "errors",
+    "operators",
     "param_groups",
     "probe",
     "renormalize_weights",
+    "rules",
     "star",
     "step_in_backward",
+    "topologies",
 ]
-
-moved.install()
-_RENAMED = {
-    "Stale": "Delayed",
-    "Arc": "LayerInput",
-    "Lift": "UpwardEdge",
-    "keep_norms": "renormalize_weights",
-    "cost": "count_cost",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Names of 0.1.0: each works for one release, and says the new name."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module 'feedbackward' has no attribute {name!r}")
-    warnings.warn(f"fb.{name} is now fb.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]

@@ -66,6 +66,18 @@ def attach(
     Raises:
         AttachError: the model, the example and the sites do not fit, naming the fix.
         SiteError: a named site is unknown, called twice, or beyond the source.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.nn.functional as F
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(), example=x)
+        >>> F.cross_entropy(learner(x), y).backward()
+        >>> [site.name for site in learner.sites]
+        ['1', '3']
     """
     if not isinstance(rule, Rule):
         hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
@@ -173,6 +185,18 @@ class Learner(nn.Module):
 
         Raises AttachError where the rule, overlapping segments or a forward pass that cannot be repeated do not allow the
         schedule, SiteError as a forward pass does.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> import torch.nn.functional as F
+            >>> import feedbackward as fb
+            >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> learner = fb.attach(model, fb.DFA(), example=x)
+            >>> loss = learner.backward(x, lambda output: F.cross_entropy(output, y), schedule="replay")
+            >>> all(p.grad is not None for p in model.parameters())
+            True
         """
         self._refuse_detached()
         return backward(self, inputs, loss_fn, schedule, keep_inputs)
@@ -370,6 +394,17 @@ def param_groups(
 
     `model` and `feedback` are the groups' options, for example `model={"lr": 0.1}, feedback={"lr": 0.01}`. A rule without
     learned feedback gives one group.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(), example=x)
+        >>> groups = fb.param_groups(learner, model={"lr": 0.1}, feedback={"lr": 0.01})
+        >>> [group["lr"] for group in torch.optim.SGD(groups).param_groups]
+        [0.1, 0.01]
     """
     groups = [{"params": list(learner.model.parameters()), **(model or {})}]
     learned = list(learner.feedback.parameters())

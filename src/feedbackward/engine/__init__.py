@@ -1,1 +1,1 @@
-"""Cutting the graph and routing the errors: hooks, cuts, autograd functions, feedback weights."""
+"""Hooks, cuts, autograd functions, feedback weights, and the plan of which signal trains what."""

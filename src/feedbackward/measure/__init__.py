@@ -1,1 +1,1 @@
-"""How near a rule comes to backprop, and what it costs."""
+"""The probe (the angle to backprop) and the counted cost of a training step."""

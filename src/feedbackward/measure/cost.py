@@ -97,6 +97,19 @@ def count_cost(
 
     A model that cannot run without values (a branch on a number, tensors that are no parameters or buffers) is counted
     with them, on a copy where it lives. Raises AttachError where that fails too, or something cannot be counted.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> cost = fb.count_cost(learner, x)
+        >>> cost.steps
+        1
+        >>> cost.feedback_bytes  # two sites of eight features, three classes, four bytes each
+        192
     """
     device = next(learner.model.parameters()).device
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -104,6 +104,18 @@ def probe(
         jacobian: compare the feedback with the batch-mean Jacobian, at the cost of C backward passes, and measure its
             readout alignment. A number compares so many of the C rows, evenly spaced, at the cost of as many passes.
             Default: where the rule learns its feedback, with the Jacobian only if C <= 256.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.nn.functional as F
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.BP(), example=x)
+        >>> result = fb.probe(learner, lambda output: F.cross_entropy(output, y), x)
+        >>> round(result.parameters["0.weight"].cosine, 4)
+        1.0
     """
     if not isinstance(learner, Learner):
         raise FeedbackError(

@@ -1,1 +1,1 @@
-"""Reading a user's model: one traced pass, its sites, its layers, its state."""
+"""What is read from a model: one recorded forward pass, its sites and its layers."""

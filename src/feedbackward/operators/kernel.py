@@ -59,7 +59,7 @@ class Kernel(Operator):
         if len(site) < 2:
             raise AttachError(
                 f"Kernel feedback runs over space, and an activity of shape {list(site)} has none: use "
-                "fb.PerShape(maps=fb.Kernel(...), vectors=fb.Dense())."
+                "fb.PerShape(maps=fb.operators.Kernel(...), vectors=fb.Dense())."
             )
         if len(source) not in (1, len(site)) or len(site) > 4:
             raise AttachError(

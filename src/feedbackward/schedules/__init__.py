@@ -1,1 +1,1 @@
-"""When the backward of each segment runs. A schedule changes no gradient."""
+"""When the backward pass of each segment runs, and gradients that arrive late."""

@@ -50,9 +50,16 @@ class Delayed:
 
     What a pipeline gives, where every stage works on another batch, on one device and step by step. It goes with any rule:
 
-    >>> stale = fb.Delayed(learner, 1)
-    >>> loss.backward()
-    >>> stale.exchange()  # the gradients of this step for those of the step before
+    >>> import torch
+    >>> from torch import nn
+    >>> import feedbackward as fb
+    >>> x = torch.randn(16, 4)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> learner = fb.attach(model, fb.DFA(), example=x)
+    >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    >>> delayed = fb.Delayed(learner, 1)
+    >>> learner(x).sum().backward()
+    >>> delayed.exchange()  # the gradients of this step for those of the step before
     >>> optimizer.step()
 
     The parts are the segments of `learner.plan.stages`, the lowest first and the head last. The feedback weights of a

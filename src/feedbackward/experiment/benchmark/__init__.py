@@ -1,1 +1,1 @@
-"""What rules cost: counted on a network, or measured beside backprop."""
+"""Measured step times and counted costs on named nets."""

@@ -1,1 +1,1 @@
-"""Comparisons and studies: grids of runs, searched, resumed, and run in several processes."""
+"""Grids of runs: comparisons and studies."""

@@ -1,1 +1,1 @@
-"""Tables, curves and pages of what the runs gave."""
+"""Reports of a comparison: Markdown, JSON, one HTML page."""

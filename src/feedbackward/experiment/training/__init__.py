@@ -1,1 +1,1 @@
-"""One run: its network, optimizers and folder, from the first step to the report of its gradients."""
+"""One training run: building, steps, checkpoints, records."""

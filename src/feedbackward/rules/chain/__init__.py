@@ -1,1 +1,1 @@
-"""Rules that send the error from layer to layer, without the transposed weights."""
+"""Rules that send the error from layer to layer through feedback weights."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Graph, LayerInput, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.topologies import chain
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Graph, LayerInput, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import chain
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,19 @@ class KolenPollack(Rule):
     Kolen & Pollack, "Backpropagation without weight transport", ICNN 1994; Akrout, Wilson, Humphreys, Lillicrap & Tweed,
     "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The authors' code has no weight decay by
     default, so there the difference stays and alignment grows only as the weights do.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.nn.functional as F
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.KolenPollack(), example=x)
+        >>> F.cross_entropy(learner(x), y).backward()
+        >>> B = learner.feedback_of(learner.graph.edges[0])
+        >>> torch.equal(B.grad, model[2].weight.grad)
+        True
     """
 
     init: str = "xavier_uniform"

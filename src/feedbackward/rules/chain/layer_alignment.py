@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source, chain
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.operators.base import Weights
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule
+from feedbackward.topologies import chain
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput, Site, Source, chain
+from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import FixedSigned, UniformSigned
 from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.topologies import chain
 
 _MAGNITUDES = {"uniform": UniformSigned, "random": FixedSigned}
 

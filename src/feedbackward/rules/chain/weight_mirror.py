@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source, chain
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import chain
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase

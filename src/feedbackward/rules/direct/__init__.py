@@ -1,1 +1,1 @@
-"""Rules that send the output's error straight to every site."""
+"""Rules that send the error of one source straight to every site."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Weights
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import star
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,18 @@ class DKP(Rule):
     Kolen-Pollack condition of equal optimizers is not met there. An earlier variant of the authors, FB-DKP,
     used :math:`\nabla B_l = \tfrac12 e^\top h_l + \tfrac12 a_L^\top (e B_l)`; they dropped it, and it is
     not offered here. With a second update by predictive coding: :class:`DKPPC`. Feedback of fixed norm: :class:`GrAPE`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.nn.functional as F
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(), example=x)
+        >>> F.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(3, 8), (3, 8)]
     """
 
     center: bool = True

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Properties, Rule
 from feedbackward.rules.targets.decoding import learning, rows
+from feedbackward.topologies import star
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import star
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Shape, Weights
 from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.topologies import star
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput, Site, Source, relays
+from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.operators.layer import LayerForm, LayerShaped
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import relays
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase
@@ -59,6 +60,19 @@ class RelayedKP(Rule):
     Ours, of Kolen & Pollack 1994, Akrout et al. 2019 (:class:`WeightMirror`) and Bacho & Chu 2024 (:class:`FDFA`). Relays are
     layers that no skip connection leads round: in a residual net only those before the first and after the last block are, so that
     the runs are long.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.nn.functional as F
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.RelayedKP(steps=1), example=x)
+        >>> F.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # before the optimizer steps
+        >>> all(B.grad is not None for B in learner.feedback.parameters())
+        True
     """
 
     steps: int = 5

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.topologies import star
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Sparse
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.rules.direct.dfa import DFA
+from feedbackward.topologies import star
 
 
 @dataclass(frozen=True)

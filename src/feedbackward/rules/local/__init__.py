@@ -1,1 +1,1 @@
-"""Rules whose sites have losses of their own."""
+"""Rules with a separate loss for each site."""

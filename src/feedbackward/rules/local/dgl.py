@@ -32,6 +32,19 @@ class DGL(Rule):
 
     Belilovsky, Eickenberg & Oyallon, "Decoupled Greedy Learning of CNNs", ICML 2020 (arXiv:1901.08164). The authors use three
     1x1 convolutions and a three-layer MLP per block of several layers.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.nn.functional as F
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DGL(), example=x)
+        >>> learner.target(y)
+        >>> F.cross_entropy(learner(x), y).backward()
+        >>> all(p.grad is not None for p in learner.parameters())
+        True
     """
 
     hidden: int = 128

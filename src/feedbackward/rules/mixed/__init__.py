@@ -1,1 +1,1 @@
-"""Several rules in one network, and presets of them."""
+"""Rules made of parts: several rules in one network, and delayed backprop."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source, star
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.rules.direct.dfa import DFA
+from feedbackward.topologies import star
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class DSP(Rule):
     for blocks k = 1..K, so that three blocks are 4, 2 and 0 steps late. A preset, of BP and of a schedule: the gradients are
     backprop's, and :class:`feedbackward.Delayed` delays them.
 
-    >>> learner = fb.attach(model, fb.DSP(), example=x)
+    >>> learner = fb.attach(model, fb.rules.DSP(), example=x)
     >>> stale = fb.Delayed(learner)  # then stale.exchange() before every optimizer.step()
 
     The parts of the network between its sites are put into K blocks of about equally many parts; name the K - 1 sites for

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source, modules
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Kernel, Operator, PerShape
 from feedbackward.rule import Rule
 from feedbackward.rules.direct.dfa import DFA
+from feedbackward.topologies import modules
 
 
 @dataclass(frozen=True)

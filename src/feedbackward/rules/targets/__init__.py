@@ -1,1 +1,1 @@
-"""Rules that send targets."""
+"""Rules whose signals are differences to targets made by decoders."""

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators.decoder import Decoder, Decoding, RandomHiddenDecoder, pair
 from feedbackward.rule import Properties, Rule
 from feedbackward.rules.targets.decoding import decoder, descend, learning, refuse_noise, rows
+from feedbackward.topologies import star
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Site, Source, ladder
+from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators.decoder import Decoder, Decoding
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import ladder
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Site, Source, star
+from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Weights
 from feedbackward.rule import Properties, Rule
+from feedbackward.topologies import star
 
 # (f(a) - f(a - d)) / f'(a), from h = f(a): what f' makes of it is LRA's difference of activations
 _CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,0 +1,141 @@
+"""Feedback graphs in common use: star (direct), chain, relays, ladder, and modules (direct within groups)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.operators.base import Operator
+
+
+def chain(
+    layer_inputs: Sequence[Any],
+    form: Callable[[LayerInput], Operator],
+    shared: bool = False,
+    with_forward_weight: bool = False,
+) -> Graph:
+    """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`;
+    with `with_forward_weight`, the operator is given `W`."""
+    if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
+        raise AttachError(
+            "a chain runs over layer_inputs: set `feeds = LayerInput` in the rule's class."
+        )
+    edges = (
+        Edge(
+            layer_input.source,
+            layer_input,
+            form(layer_input),
+            shares=layer_input.weight if shared else None,
+            forward_weight=layer_input.weight if with_forward_weight else None,
+        )
+        for layer_input in layer_inputs
+    )
+    return Graph(tuple(layer_inputs), tuple(edges))
+
+
+def relays(
+    layer_inputs: Sequence[Any],
+    steps: int,
+    form: Callable[[Source, LayerInput], Operator],
+    shared: bool = False,
+) -> Graph:
+    """The layer_inputs in at most `steps` runs, each fed from the output of its last layer, whose error the run above gives;
+    with `shared`, the edge over that layer alone gets the gradient of its weight.
+
+    The runs are those whose edges pass over the fewest layers in sum: what lies between a relay and a site is what a constant
+    map cannot follow. A layer that is larger than the relay, before a pooling or above the classes, counts more (`_passed_over`).
+
+    A relay that feeds more than its own layer's input is one that no other path leads round. Raises AttachError where such
+    relays do not suffice.
+    """
+    if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
+        raise AttachError(
+            "relays run over layer_inputs: set `feeds = LayerInput` in the rule's class."
+        )
+    runs = _runs(layer_inputs, steps)
+    if runs is None:
+        usable = [layer.source.name for layer in layer_inputs if layer.dominates] or "none here"
+        raise AttachError(
+            f"no {steps} layers can relay the error: a relay must be a layer that no other path (a skip connection, a branch) leads "
+            f"round, which are {usable}. Allow more steps, or use direct "
+            "feedback (DKP) or a rule of single layers (KolenPollack, WeightMirror)."
+        )
+    edges = [
+        Edge(
+            run[-1].source,
+            layer_input,
+            form(run[-1].source, layer_input),
+            shares=layer_input.weight if shared and layer_input is run[-1] else None,
+        )
+        for run in runs
+        for layer_input in run
+    ]
+    return Graph(tuple(layer_inputs), tuple(edges))
+
+
+def _runs(layer_inputs: Sequence[LayerInput], steps: int) -> list[Sequence[LayerInput]] | None:
+    """The cheapest partition of the layer_inputs into at most `steps` runs, the lowest first; None where there is none."""
+    none: list[Sequence[LayerInput]] = []
+    best = [(0.0, none)] + [(math.inf, none)] * len(layer_inputs)
+    for _ in range(steps):
+        best = [
+            min(
+                [best[stop]]
+                + [
+                    (
+                        best[i][0] + _passed_over(layer_inputs[i:stop]),
+                        [*best[i][1], layer_inputs[i:stop]],
+                    )
+                    for i in range(stop)
+                ],
+                key=lambda cost_and_runs: cost_and_runs[0],
+            )
+            for stop in range(len(layer_inputs) + 1)
+        ]
+    cost, runs = best[-1]
+    return runs if math.isfinite(cost) else None
+
+
+def _passed_over(run: Sequence[LayerInput]) -> float:
+    """The layers that lie between the sites of a run and its relay; none between the relay and its own input. One that is larger
+    than the relay counts more, by the binary logarithm of how much larger. Infinite where other paths lead round the relay."""
+    if len(run) > 1 and not run[-1].dominates:
+        return math.inf
+    sizes = [math.prod(layer_input.source.shape) for layer_input in run]
+    counts = [1 + max(0.0, math.log2(size / sizes[-1])) for size in sizes[:-1]]
+    return sum(sum(counts[i:]) for i in range(len(counts)))
+
+
+def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
+    """The source's error is sent to the last site, what that gets to the site before, and so on down."""
+    sources = [*map(_as_source, sites[1:]), source]
+    edges = (Edge(above, site, operator) for above, site in zip(sources, sites, strict=True))
+    return Graph(tuple(sites), tuple(edges))
+
+
+def modules(
+    groups: Sequence[Sequence[Site]], source: Source, form: Callable[[int], Operator]
+) -> Graph:
+    """Direct connections within each group of sites, from its output: that of the last group is the source, that of the
+    others is their last site, which is not cut: its error comes from the group above, through the layers between.
+
+    `form(k)` is the operator of an edge from a group's output to a site k sites below it.
+    """
+    outputs = [*(_as_source(group[-1]) for group in groups[:-1]), source]
+    edges = []
+    for group, output in zip(groups, outputs, strict=True):
+        inner = group if output is source else group[:-1]
+        edges += [Edge(output, site, form(len(inner) - i)) for i, site in enumerate(inner)]
+    return Graph(tuple(edge.site for edge in edges), tuple(edges))
+
+
+def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
+    """The error of one source is sent directly to every site."""
+    return Graph(tuple(sites), tuple(Edge(source, site, operator) for site in sites))
+
+
+def _as_source(site: Site) -> Source:
+    return Source(site.name, site.points, site.shape, site.tokens)
