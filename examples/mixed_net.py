@@ -32,7 +32,7 @@ learner = fb.attach(model, rule, example=x)
 print(learner)
 assert all(not is_map(site) for site in learner.graph.sites)
 
-optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(learner.parameters(), lr=0.02, momentum=0.9)
 losses = []
 for _ in range(100):
     optimizer.zero_grad()
