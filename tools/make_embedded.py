@@ -15,7 +15,7 @@ import numpy as np
 from datasets import load_dataset
 from PIL import Image
 
-TARGET = Path(__file__).parents[1] / "src/feedbackward/experiment/embedded"
+TARGET = Path(__file__).parents[1] / "src/feedbackward/experiment/data/embedded"
 PER_CLASS = {"train": 400, "test": 100}
 COLUMNS, CLASSES, SIDE = 50, 10, 28
 

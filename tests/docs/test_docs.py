@@ -58,3 +58,15 @@ def test_rules_tables_are_up_to_date() -> None:
     assert subprocess.run(script, capture_output=True).returncode == 0, (
         "run: python tools/rules_table.py"
     )
+
+
+def test_the_readme_is_one_page() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 120
+
+
+def test_results_are_tables_and_small_files() -> None:
+    files = [path for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".md", ".json"}
+    assert sum(path.stat().st_size for path in files) < 1_000_000
