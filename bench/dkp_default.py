@@ -52,10 +52,11 @@ FORMS: dict[str, fb.Rule] = {
     "centred, 1/10": Scaled(ratio=0.1),
     "centred, 1/30": Scaled(ratio=1 / 30),
     "centred / s, 0.3": Scaled(ratio=0.3, power=1),
+    "centred / s, 1": Scaled(power=1),
     "centred / s, 3": Scaled(ratio=3.0, power=1),
     "centred / s, 10": Scaled(ratio=10.0, power=1),
     "centred / s^2, 1": Scaled(power=2),
-    "centred / s^2, 10": Scaled(ratio=10.0, power=2),
+    "centred / s^2, 30": Scaled(ratio=30.0, power=2),
     "centred, 1/30, random start": Scaled(ratio=1 / 30, operator=fb.Dense()),
 }
 
@@ -106,8 +107,8 @@ def accuracy(
             return float("nan")
     learner.eval()
     with torch.no_grad():
-        right = [(learner(a).argmax(1) == b).sum() for a, b in zip(x[TRAIN:].split(500), y[TRAIN:].split(500), strict=True)]  # fmt: skip
-    return 100 * torch.stack(right).sum().item() / HELD_OUT
+        found = torch.cat([learner(part).argmax(1) for part in x[TRAIN:].split(500)])
+    return 100 * (found == y[TRAIN:]).float().mean().item()
 
 
 def main() -> None:
@@ -137,7 +138,8 @@ def main() -> None:
         torch.manual_seed(key[3])
         value = accuracy(NETS[name](), FORMS[form], key[2], key[3], x, y)
         row = dict(zip(("net", "form", "rate", "seed"), key, strict=True))
-        known.append(row | {"held_out": value, "seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__, "machine": platform.processor()})  # fmt: skip
+        row |= {"held_out": value, "seconds": round(time.perf_counter() - start, 1)}
+        known.append(row | {"torch": torch.__version__, "machine": platform.machine()})
         options.json.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{name}  {form:<28} rate {rate}  seed {seed}: {value:.1f}", flush=True)
 

@@ -131,7 +131,7 @@ MUTATIONS = (
     # rules
     ("rules/direct/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, -d, h, self.center)", ORACLES),
     ("rules/direct/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, d, h, False)", ORACLES),
-    ("rules/direct/dkp.py", "d = d / _spread(h)", "d = d / _spread(h) ** 2", "rules/test_dkp_default.py"),
+    ("rules/direct/dkp.py", "s.square() + self.gain * s", "s.square() + s", "rules/test_dkp_default.py"),
     ("rules/direct/dkp.py", "torch.where(s > 0, s, 1.0)", "s", "rules/test_dkp_default.py"),
     ("schedules/segmentwise.py", 'vars(module)["forward"] = own', "pass", "core/test_state.py"),
     ("schedules/preparation.py", "tuple(name for name, p in learner.model.named_parameters() if p.requires_grad),", "(),", "core/test_state.py"),

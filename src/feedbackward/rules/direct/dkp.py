@@ -21,27 +21,25 @@ class DKP(Rule):
 
     .. math::
         \delta h_l = e\, B_l, \qquad
-        \nabla B_l = \frac{e^\top (h_l - \bar h_l)}{s_l} \quad [C, n_l], \qquad
+        \nabla B_l = g\, \frac{e^\top (h_l - \bar h_l)}{s_l^2 + g\, s_l} \quad [C, n_l], \qquad
         s_l^2 = \tfrac1N \sum_i \|h_{l,i} - \bar h_l\|^2, \qquad
         B_l \leftarrow B_l - \eta\,(\nabla B_l + \lambda B_l)
 
     with the batch mean :math:`\bar h_l`. `e = dLoss/da_L: [N, C]` carries the 1/N of a mean loss, so the gradient is
-    a batch mean; the signal uses `B` before its update. Divided by :math:`s_l`, the step of `B` does not depend on how
-    many features a site has nor on their scale, so that the rate of the forward weights suits `B` too.
+    a batch mean; the signal uses `B` before its update. Where a site has many features, this is the step of
+    normalised least mean squares, which moves :math:`h_l B_l^\top` by as much however many they are; where few features
+    vary little, :math:`s_l < g`, it is :math:`e^\top (h_l - \bar h_l) / s_l`, which stays bounded. So the rate of the
+    forward weights suits `B` too.
 
     :meth:`published` is the authors' form, :math:`\nabla B_l = e^\top h_l`. There the gradient at the last hidden layer
     is that of `W_L`, so under equal plain SGD `W_L - B_{L-1}` shrinks as :math:`(1 - \eta\lambda)^t` (Kolen & Pollack
     1994); below it, `B_l` is a linear readout of `h_l` that shares the network's error. With one rate for `W` and `B`
     it was no better than DFA where we measured it (bench/results/dkp_default.md).
 
-    >>> import torch, feedbackward as fb
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    >>> learner = fb.attach(model, fb.DKP(), example=torch.randn(5, 4))
-    >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.05)
-
     center: subtract the batch mean of each feature. Activities after a ReLU are positive, so their mean dominates
         :math:`e^\top h_l`. Needs a batch of at least 2.
-    normalise: divide by :math:`s_l`, one number per batch and site.
+    normalise: multiply by :math:`g / (s_l^2 + g s_l)`, one number per batch and site.
+    gain: g.
     operator: the form of the feedback weights and how they start; one that can be learned. From zero, a site gets no
         signal in the first step and no random one later.
 
@@ -67,6 +65,7 @@ class DKP(Rule):
 
     center: bool = True
     normalise: bool = True
+    gain: float = 10.0
     operator: Operator = Dense(init="zeros")
 
     name = "dkp"
@@ -97,13 +96,13 @@ class DKP(Rule):
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         if self.normalise:
-            d = d / _spread(h)
+            s = _spread(h)
+            d = d * (self.gain / (s.square() + self.gain * s)).to(d.dtype)
         return edge.operator.correlate(weights, d, h, self.center)
 
 
 def _spread(h: Tensor) -> Tensor:
     """The root of the summed variances of the features; 1 where nothing varies."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    variance = h.to(wide).var(0, correction=0).sum()
-    s = variance.sqrt().to(h.dtype)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    s = wide.var(0, correction=0).sum().sqrt()
     return torch.where(s > 0, s, 1.0)
