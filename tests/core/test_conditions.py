@@ -192,9 +192,9 @@ def test_a_loss_scale_with_and_without_feedback_gradients() -> None:
 
 
 def test_flipped_from_a_config() -> None:
-    assert make_rule("flipped", {}) == fb.Flipped(fb.DKP())
+    assert make_rule("flipped", {}) == fb.rules.Flipped(fb.DKP())
     spec = {"rule": "dkp", "options": {"center": False}}
-    assert make_rule("flipped", {"rule": spec}) == fb.Flipped(fb.DKP(center=False))
+    assert make_rule("flipped", {"rule": spec}) == fb.rules.Flipped(fb.DKP(center=False))
     with pytest.raises(ConfigError, match=r"the rule to flip is 3: give a rule's name"):
         make_rule("flipped", {"rule": 3})
 

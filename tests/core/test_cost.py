@@ -207,7 +207,7 @@ def test_an_operator_without_products_says_what_it_multiplies() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.WeightMirror(), fb.FDFA(), fb.DDTP()], ids=lambda rule: rule.name
+    "rule", [fb.rules.WeightMirror(), fb.rules.FDFA(), fb.rules.DDTP()], ids=lambda rule: rule.name
 )
 def test_a_phase_of_the_feedback_is_counted_apart(rule: fb.Rule) -> None:
     x = torch.randn(N, 6)
@@ -220,7 +220,7 @@ def test_a_phase_of_the_feedback_is_counted_apart(rule: fb.Rule) -> None:
 
 def test_signals_that_go_up_are_feedback() -> None:
     """IFA has one edge, to the first site; from there signals go up through the two layers between the sites."""
-    cost = counted(fb.IFA(), mlp(6, 8, 9, 7, 3), torch.randn(N, 6))
+    cost = counted(fb.rules.IFA(), mlp(6, 8, 9, 7, 3), torch.randn(N, 6))
     assert (cost.forward, cost.steps) == (N * (48 + 72 + 63 + 21), 3)
     assert cost.feedback >= N * (3 * 8 + 72 + 63)
 
@@ -254,4 +254,4 @@ def test_the_dictionary_is_plain() -> None:
 
 def test_a_rule_that_needs_more_than_a_step_says_so() -> None:
     with pytest.raises(fb.FeedbackError, match="Delayed"):
-        counted(fb.DSP(), mlp(6, 8, 3), torch.randn(N, 6))
+        counted(fb.rules.DSP(), mlp(6, 8, 3), torch.randn(N, 6))

@@ -16,7 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 import feedbackward as fb
 
 WORLD, BATCH, STEPS = 2, 8, 3
-RULES = {"dfa": fb.DFA(), "dkp": fb.DKP.published(), "brsf": fb.BRSF(), "pfa": fb.PFA(expand=2)}
+RULES = {
+    "dfa": fb.DFA(),
+    "dkp": fb.DKP.published(),
+    "brsf": fb.rules.BRSF(),
+    "pfa": fb.rules.PFA(expand=2),
+}
 NETS = ("group_norms", "resnet_functional", "tokens")
 
 pytestmark = [

@@ -79,7 +79,9 @@ def test_feedback_begins_the_same_whatever_was_drawn_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.LRA, fb.PFA, fb.FRSF, fb.BRSF, fb.USF], ids=lambda rule: rule.name
+    "rule",
+    [fb.rules.LRA, fb.rules.PFA, fb.rules.FRSF, fb.rules.BRSF, fb.rules.USF],
+    ids=lambda rule: rule.name,
 )
 def test_other_feedback_cannot_begin_mirrored(rule: type[fb.Rule]) -> None:
     """It would be zero."""

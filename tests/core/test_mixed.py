@@ -163,8 +163,8 @@ def test_what_it_needs_and_costs() -> None:
     assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published(center=True)}).properties.learned_feedback
     assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published(center=True)}).least_batch == 2
     assert fb.Mixed({"a": fb.DFA(), "b": fb.Frozen()}).properties.backward_unlocked
-    assert fb.Mixed({"a": fb.FA(), "b": fb.USF()}).properties.weight_transport == "signs"
-    assert fb.Mixed({"a": fb.BP(), "b": fb.USF()}).properties.weight_transport is True
+    assert fb.Mixed({"a": fb.FA(), "b": fb.rules.USF()}).properties.weight_transport == "signs"
+    assert fb.Mixed({"a": fb.BP(), "b": fb.rules.USF()}).properties.weight_transport is True
     assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published()}).linear
     assert not fb.Mixed({"a": fb.DKP.published(), "b": fb.DRTP()}).linear
 
@@ -228,7 +228,10 @@ REFUSED: Sequence[tuple[Callable[[], object], str]] = (
     (lambda: fb.Mixed({}), "at least one pattern"),
     (lambda: fb.Mixed({"a": fb.DFA}), "the rule for 'a' must be an instance of a Rule"),  # type: ignore[dict-item]
     (lambda: fb.Mixed({"a": fb.Mixed({"b": fb.DFA()})}), "not Mixed itself"),
-    (lambda: fb.Mixed({"a": fb.DFA(), "b": fb.DSP()}), "DSP is a schedule of the whole network"),
+    (
+        lambda: fb.Mixed({"a": fb.DFA(), "b": fb.rules.DSP()}),
+        "DSP is a schedule of the whole network",
+    ),
     (
         lambda: fb.Mixed({"a": fb.DFA(), "b": fb.FA()}),
         "DFA and FA cannot be mixed: one feeds activities",

@@ -76,7 +76,7 @@ MLP_PARTS = [
     {"model.fc3.weight", "model.fc3.bias", "feedback.act3", "feedback.act3:bias"},
     {"model.head.weight", "model.head.bias"},
 ]
-RULES = [fb.BP(), fb.DFA(), fb.DKP.published(), fb.DTP()]
+RULES = [fb.BP(), fb.DFA(), fb.DKP.published(), fb.rules.DTP()]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
@@ -93,7 +93,7 @@ def test_a_part_gets_what_so_many_steps_ago_gave(rule: fb.Rule, delays: tuple[in
 
 
 @pytest.mark.parametrize(
-    "rule", [*RULES, fb.KolenPollack(), fb.DGL(), fb.LRA()], ids=lambda r: r.name
+    "rule", [*RULES, fb.KolenPollack(), fb.DGL(), fb.rules.LRA()], ids=lambda r: r.name
 )
 def test_no_staleness_is_plain_training(rule: fb.Rule) -> None:
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def test_parts_follow_the_forward_pass_and_not_the_definition() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.act(self.first(x)))
 
-    learner = fb.attach(Backwards(), fb.DSP(blocks=2), example=torch.randn(4, 7))
+    learner = fb.attach(Backwards(), fb.rules.DSP(blocks=2), example=torch.randn(4, 7))
     assert [part.parameters for part in learner.plan.stages] == [
         ("first.weight", "first.bias"),
         ("head.weight", "head.bias"),
@@ -265,7 +265,7 @@ def test_products_are_those_of_the_longest_way_down() -> None:
 
 def test_products_of_signals_that_go_upwards_are_not_counted_but_refused() -> None:
     model, x = chain_net()
-    learner = fb.attach(model, fb.IFA(), example=x)
+    learner = fb.attach(model, fb.rules.IFA(), example=x)
     with pytest.raises(fb.AttachError, match=r"IFA.*upwards.*steps at 0"):
         fb.Delayed(learner, steps=2)
     fb.Delayed(learner, 1)
@@ -275,12 +275,12 @@ def test_products_of_signals_that_go_upwards_are_not_counted_but_refused() -> No
 
 
 def test_dsp_is_backprop_with_older_gradients_further_down() -> None:
-    assert fb.DSP().delays(4) == (4, 4, 2, 0)
-    assert fb.DSP().delays(3) == (4, 2, 0)
-    assert fb.DSP(blocks=3, spacing=1).delays(6) == (2, 2, 1, 1, 0, 0)
-    assert fb.DSP(blocks=9).delays(2) == (2, 0)
-    assert fb.DSP(blocks=1).delays(5) == (0,) * 5
-    learner = MLP.attach(fb.DSP())
+    assert fb.rules.DSP().delays(4) == (4, 4, 2, 0)
+    assert fb.rules.DSP().delays(3) == (4, 2, 0)
+    assert fb.rules.DSP(blocks=3, spacing=1).delays(6) == (2, 2, 1, 1, 0, 0)
+    assert fb.rules.DSP(blocks=9).delays(2) == (2, 0)
+    assert fb.rules.DSP(blocks=1).delays(5) == (0,) * 5
+    learner = MLP.attach(fb.rules.DSP())
     twin = copy.deepcopy(learner.model)
     stale = fb.Delayed(learner)
     gradients(learner, MLP, 0)
@@ -293,7 +293,7 @@ def test_dsp_is_backprop_with_older_gradients_further_down() -> None:
 
 def test_dsp_without_its_schedule_is_refused() -> None:
     """It would be plain backprop, under another name."""
-    learner = MLP.attach(fb.DSP())
+    learner = MLP.attach(fb.rules.DSP())
     x, y = MLP.batch()
     with pytest.raises(fb.FeedbackError, match=r"fb\.Delayed\(learner\)"):
         learner(x)
@@ -307,10 +307,10 @@ def test_dsp_without_its_schedule_is_refused() -> None:
     with pytest.warns(UserWarning, match=r"is gone, so DSP trains by plain backprop.*keep it"):
         learner(x)
     with pytest.raises(fb.AttachError, match=r"fb\.Delayed"):
-        fb.Mixed({"act1": fb.DSP(), "*": fb.DFA()})
+        fb.Mixed({"act1": fb.rules.DSP(), "*": fb.DFA()})
     for wrong in ({"blocks": 0}, {"spacing": -1}):
         with pytest.raises(fb.AttachError, match="blocks >= 1"):
-            fb.DSP(**wrong)
+            fb.rules.DSP(**wrong)
 
 
 # --- state -------------------------------------------------------------------------------------------------------

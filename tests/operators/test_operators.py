@@ -26,7 +26,7 @@ def learnable(form: Form) -> tuple[list[Tensor], fb.Weights]:
 
 def centred(form: Form, h: Tensor) -> Tensor:
     """Kernels are shared over space: their mean is over space as well."""
-    axes = [0, *range(2, h.dim())] if isinstance(form.operator, fb.Kernel) else [0]
+    axes = [0, *range(2, h.dim())] if isinstance(form.operator, fb.operators.Kernel) else [0]
     return h - h.mean(axes, keepdim=True)
 
 
@@ -103,7 +103,10 @@ def test_weights_come_from_the_generator_alone(form: Form) -> None:
 
 def test_shared_columns_are_those_of_the_largest_site() -> None:
     """What a smaller site gets is a part of what the largest gets, and its gradient is zero elsewhere."""
-    operator, (d, h) = fb.Shared(), Form(fb.Shared(), (3,), (5,), FORMS[1].dense, 0, 0).pass_()
+    operator, (d, h) = (
+        fb.operators.Shared(),
+        Form(fb.operators.Shared(), (3,), (5,), FORMS[1].dense, 0, 0).pass_(),
+    )
     weights = tuple(w.double() for w in operator.create((3,), (2, 4), torch.Generator()))
     whole, part = (operator.send(weights, d, site) for site in ((8,), (5,)))
     assert torch.equal(whole[:, :5], part)
@@ -129,12 +132,12 @@ KAIMING, NORMAL, UNIFORM = math.sqrt(2), 1.0, 1 / math.sqrt(3)
 @pytest.mark.parametrize(
     ("operator", "std"),
     [
-        (fb.Shared(), UNIFORM),
-        (fb.Shared("kaiming_uniform", 0.5), KAIMING / 2),
-        (fb.Binary(), KAIMING),
-        (fb.Binary(3.0), 3 * KAIMING),
-        (fb.Seeded(), KAIMING),
-        (fb.Seeded(2.0, "binary"), 2 * KAIMING),
+        (fb.operators.Shared(), UNIFORM),
+        (fb.operators.Shared("kaiming_uniform", 0.5), KAIMING / 2),
+        (fb.operators.Binary(), KAIMING),
+        (fb.operators.Binary(3.0), 3 * KAIMING),
+        (fb.operators.Seeded(), KAIMING),
+        (fb.operators.Seeded(2.0, "binary"), 2 * KAIMING),
         (fb.LowRank(8), KAIMING),
         (fb.LowRank(8, "scaled_normal", 0.1), 0.1 * NORMAL),
         (fb.Pooled(2), KAIMING),
@@ -156,12 +159,12 @@ def test_entries_have_the_variance_of_dense(operator: fb.Operator, std: float) -
         (fb.Pooled(), (40,)),
         (fb.Pooled(4), (40,)),
         (fb.LowRank(20), (40,)),
-        (fb.Kernel(), (40,)),
-        (fb.Kernel(3, groups=4), (40,)),
-        (fb.Kernel(), (40, 16, 16)),
-        (fb.Kernel(5, groups=2), (40, 8, 8)),
-        (fb.Binary(), (40,)),
-        (fb.Seeded(), (40,)),
+        (fb.operators.Kernel(), (40,)),
+        (fb.operators.Kernel(3, groups=4), (40,)),
+        (fb.operators.Kernel(), (40, 16, 16)),
+        (fb.operators.Kernel(5, groups=2), (40, 8, 8)),
+        (fb.operators.Binary(), (40,)),
+        (fb.operators.Seeded(), (40,)),
     ],
     ids=str,
 )
@@ -199,10 +202,10 @@ def test_low_rank_factors_can_both_learn_at_the_start(init: str) -> None:
 
 def test_zeros_and_scale_zero_send_nothing() -> None:
     zero = [
-        fb.Shared("zeros"),
+        fb.operators.Shared("zeros"),
         fb.LowRank(2, "zeros"),
         fb.Pooled(2, "zeros"),
-        fb.Kernel(init="zeros"),
+        fb.operators.Kernel(init="zeros"),
         fb.Sparse(scale=0),
     ]
     for operator in zero:
@@ -247,7 +250,7 @@ def test_supports_take_few_bytes(units: int, dtype: torch.dtype) -> None:
 
 
 def test_binary_bits_are_fair() -> None:
-    B = dense_start(fb.Binary(), (2001,))
+    B = dense_start(fb.operators.Binary(), (2001,))
     assert set(B.unique().tolist()) == {
         s * torch.tensor(math.sqrt(2 / 2001)).item() for s in (-1, 1)
     }
@@ -261,24 +264,24 @@ def test_binary_bits_are_fair() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: fb.Shared("xavier"), r"unknown feedback initialisation 'xavier'.*choose one of zeros, kaiming"),
+        (lambda: fb.operators.Shared("xavier"), r"unknown feedback initialisation 'xavier'.*choose one of zeros, kaiming"),
         (lambda: fb.LowRank(2, "x"), "choose one of zeros"),
         (lambda: fb.Pooled(init="x"), "choose one of zeros"),
-        (lambda: fb.Kernel(init="x"), "choose one of zeros"),
+        (lambda: fb.operators.Kernel(init="x"), "choose one of zeros"),
         (lambda: fb.Dense(scale=-1.0), r"scale=-1.0.*give a finite number"),
-        (lambda: fb.Shared(scale=math.inf), "finite number"),
+        (lambda: fb.operators.Shared(scale=math.inf), "finite number"),
         (lambda: fb.Sparse(scale=math.nan), "finite number"),
-        (lambda: fb.Binary("1"), "finite number"),
-        (lambda: fb.Seeded(True), "finite number"),
+        (lambda: fb.operators.Binary("1"), "finite number"),
+        (lambda: fb.operators.Seeded(True), "finite number"),
         (lambda: fb.Sparse(0), r"nonzeros=0: give a whole number of at least 1"),
         (lambda: fb.Sparse(1.5), "nonzeros=1.5"),
         (lambda: fb.LowRank(0), "rank=0"),
         (lambda: fb.LowRank("4"), "rank='4'"),
         (lambda: fb.Pooled(0), "size=0"),
-        (lambda: fb.Kernel(4), r"size=4.*odd size"),
-        (lambda: fb.Kernel(dilation=0), "dilation=0"),
-        (lambda: fb.Kernel(groups=0), "groups=0"),
-        (lambda: fb.Seeded(distribution="normal"), r"unknown distribution 'normal'.*uniform, binary"),
+        (lambda: fb.operators.Kernel(4), r"size=4.*odd size"),
+        (lambda: fb.operators.Kernel(dilation=0), "dilation=0"),
+        (lambda: fb.operators.Kernel(groups=0), "groups=0"),
+        (lambda: fb.operators.Seeded(distribution="normal"), r"unknown distribution 'normal'.*uniform, binary"),
         (lambda: fb.PerShape(fb.Pooled, fb.Dense()), r"maps must be an instance of an Operator, for example fb\.Dense\(\)"),
         (lambda: fb.PerShape(fb.Pooled(), "dense"), "vectors must be an instance"),
     ],
@@ -295,13 +298,13 @@ def test_options_are_checked(make, words: str) -> None:
         (fb.LowRank(4), (3,), (50,), r"rank=4 for 3 source units and 50 features.*at most 3.*Use Dense"),
         (fb.LowRank(4), (30,), (2,), r"rank at most 2"),
         (fb.Pooled(), (3,), (50,), r"shape \[50\] has none: use fb\.PerShape\(maps=fb\.Pooled"),
-        (fb.Kernel(), (3,), (50,), r"shape \[50\] has none: use fb\.PerShape\(maps=fb\.Kernel"),
-        (fb.Kernel(), (3, 2), (5, 4, 4), r"\[3, 2\] to an activity of shape \[5, 4, 4\]\. Use Dense or Pooled"),
-        (fb.Kernel(), (3,), (5, 2, 2, 2, 2), "one to three dimensions"),
-        (fb.Kernel(), (3, 3, 4), (5, 8, 8), r"no whole stride leads from \[3, 4\] to \[8, 8\].*use Dense or Pooled"),
-        (fb.Kernel(), (3, 8), (5, 4), "no whole stride"),
-        (fb.Kernel(groups=2), (3,), (4, 4), r"groups=2.*3 channels.*4 of the site.*groups=1"),
-        (fb.Kernel(groups=2), (4,), (3, 4), "groups=2"),
+        (fb.operators.Kernel(), (3,), (50,), r"shape \[50\] has none: use fb\.PerShape\(maps=fb\.operators\.Kernel"),
+        (fb.operators.Kernel(), (3, 2), (5, 4, 4), r"\[3, 2\] to an activity of shape \[5, 4, 4\]\. Use Dense or Pooled"),
+        (fb.operators.Kernel(), (3,), (5, 2, 2, 2, 2), "one to three dimensions"),
+        (fb.operators.Kernel(), (3, 3, 4), (5, 8, 8), r"no whole stride leads from \[3, 4\] to \[8, 8\].*use Dense or Pooled"),
+        (fb.operators.Kernel(), (3, 8), (5, 4), "no whole stride"),
+        (fb.operators.Kernel(groups=2), (3,), (4, 4), r"groups=2.*3 channels.*4 of the site.*groups=1"),
+        (fb.operators.Kernel(groups=2), (4,), (3, 4), "groups=2"),
         (fb.PerShape(fb.Pooled(), fb.LowRank(4)), (3,), (50,), "rank=4"),
     ],
     ids=str,

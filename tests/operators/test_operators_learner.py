@@ -17,9 +17,9 @@ from feedbackward.experiment.training.building import make_operator, make_rule
 
 MAPS = fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense())
 PATCHES = fb.PerShape(maps=fb.Pooled(2), vectors=fb.Sparse(2))
-KERNELS = fb.PerShape(maps=fb.Kernel(), vectors=fb.Shared())
-LEARNED = (fb.Shared(), fb.Sparse(1), fb.Sparse(2), fb.LowRank(2), MAPS, PATCHES, KERNELS)
-FIXED = (fb.Binary(), fb.Seeded(), fb.Seeded(distribution="binary"))
+KERNELS = fb.PerShape(maps=fb.operators.Kernel(), vectors=fb.operators.Shared())
+LEARNED = (fb.operators.Shared(), fb.Sparse(1), fb.Sparse(2), fb.LowRank(2), MAPS, PATCHES, KERNELS)
+FIXED = (fb.operators.Binary(), fb.operators.Seeded(), fb.operators.Seeded(distribution="binary"))
 RULES = [fb.DFA(operator=o) for o in (*LEARNED, *FIXED)] + [
     fb.DKP.published(center=True, operator=o) for o in LEARNED
 ]
@@ -91,7 +91,7 @@ def test_refusals_name_the_site() -> None:
         fb.PerShape(maps=fb.Dense("zeros"), vectors=fb.Dense()),
         fb.PerShape(maps=fb.Dense(), vectors=fb.Sparse(scale=0)),
         fb.LowRank(2, "zeros"),
-        fb.Kernel(scale=0.0),
+        fb.operators.Kernel(scale=0.0),
     ],
     ids=str,
 )
@@ -126,7 +126,7 @@ MIXED = Pair(
 
 
 def test_shared_feedback_is_one_matrix_for_each_shape_of_source() -> None:
-    learner, (x, y) = MIXED.attach(fb.DKP.published(operator=fb.Shared())), MIXED.batch()
+    learner, (x, y) = MIXED.attach(fb.DKP.published(operator=fb.operators.Shared())), MIXED.batch()
     weights = dict(learner.feedback.named_parameters())
     assert {name: tuple(B.shape) for name, B in weights.items()} == {
         "Shared/5x7": (35, 30),
@@ -150,7 +150,9 @@ def test_shared_feedback_is_one_matrix_for_each_shape_of_source() -> None:
 
 
 def test_shared_feedback_within_per_shape_is_common_to_the_vectors() -> None:
-    learner = MLP.attach(fb.DFA(operator=fb.PerShape(maps=fb.Dense(), vectors=fb.Shared())))
+    learner = MLP.attach(
+        fb.DFA(operator=fb.PerShape(maps=fb.Dense(), vectors=fb.operators.Shared()))
+    )
     assert [name for name, _ in learner.feedback.named_buffers()] == ["Shared/3"]
     assert learner.feedback_bytes == 3 * 6 * 8
 
@@ -165,7 +167,7 @@ def test_state_round_trip(rule: fb.Rule) -> None:
     learner = CONV.attach(rule, seed=1)
     stores = bool(list(learner.feedback.state_dict()))
     other = CONV.attach(rule, model=CONV.model(seed=3), seed=2 if stores else 1)
-    assert stores != isinstance(getattr(rule, "operator", None), fb.Seeded)
+    assert stores != isinstance(getattr(rule, "operator", None), fb.operators.Seeded)
     before = signals(other, x, y)
     other.load_state_dict(copy.deepcopy(learner.state_dict()))
     expected = signals(learner, x, y)
@@ -247,7 +249,9 @@ def test_the_plan_shows_form_and_bytes(pair: Pair, rule: fb.Rule) -> None:
 def test_sizes_on_vgg16() -> None:
     """200 classes, 32 x 32 pixels; against dense feedback."""
     model = nets.build("vgg16", (3, 32, 32), 200)
-    learner = fb.attach(model, fb.DFA(operator=fb.Seeded()), example=torch.zeros(2, 3, 32, 32))
+    learner = fb.attach(
+        model, fb.DFA(operator=fb.operators.Seeded()), example=torch.zeros(2, 3, 32, 32)
+    )
     assert learner.feedback_bytes == 0
 
     def size(operator: fb.Operator) -> int:
@@ -265,8 +269,8 @@ def test_sizes_on_vgg16() -> None:
     assert dense == 4 * 200 * features
     assert size(fb.Sparse(1)) * 100 <= dense
     assert size(MAPS) * 16 <= dense
-    assert size(fb.Binary()) * 31 <= dense
-    assert size(fb.Seeded()) == 0
+    assert size(fb.operators.Binary()) * 31 <= dense
+    assert size(fb.operators.Seeded()) == 0
 
 
 def feedback_warnings(rule: fb.Rule, pair: Pair = BEFORE_POOL) -> list[str]:
@@ -304,14 +308,14 @@ def test_other_feedback_is_not_told(rule: fb.Rule) -> None:
 
 def test_common_feedback_is_counted_once() -> None:
     """6 x 3 weights in all; as many for each site would be 54, next to 140 parameters of the net."""
-    assert feedback_warnings(fb.DFA(operator=fb.Shared()), MLP) == []
+    assert feedback_warnings(fb.DFA(operator=fb.operators.Shared()), MLP) == []
 
 
 def test_one_patch_serves_inputs_of_any_size() -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
     )  # fmt: skip
-    for operator in (fb.Pooled(), fb.Kernel()):
+    for operator in (fb.Pooled(), fb.operators.Kernel()):
         learner = fb.attach(
             model,
             fb.DKP.published(operator=operator),
@@ -349,8 +353,8 @@ def test_the_probe_reads_every_form(operator: fb.Operator) -> None:
 
 def test_operators_by_name() -> None:
     names = "dense shared sparse binary low_rank pooled per_shape kernel seeded"
-    assert list(fb.OPERATORS) == names.split()
-    assert make_operator("seeded") == fb.Seeded()
+    assert list(fb.operators.OPERATORS) == names.split()
+    assert make_operator("seeded") == fb.operators.Seeded()
     assert make_operator({"name": "low_rank", "rank": 4}) == fb.LowRank(4)
     nested = {"name": "per_shape", "maps": {"name": "pooled", "size": 2}, "vectors": "dense"}
     assert make_operator(nested) == fb.PerShape(maps=fb.Pooled(2), vectors=fb.Dense())
@@ -373,7 +377,7 @@ def test_operators_by_name() -> None:
     ],
 )
 def test_names_and_options_are_checked(spec: object, words: str) -> None:
-    with pytest.raises(fb.ConfigError, match=words):
+    with pytest.raises(fb.errors.ConfigError, match=words):
         make_operator(spec)
 
 
@@ -387,4 +391,4 @@ def test_rules_by_name_take_nested_operators() -> None:
     }
     expected = fb.PerShape(maps=fb.Pooled(), vectors=fb.Sparse(2))
     assert make_rule("dkp", options) == fb.DKP(operator=expected)
-    assert make_rule("dfa", {"operator": "binary"}) == fb.DFA(operator=fb.Binary())
+    assert make_rule("dfa", {"operator": "binary"}) == fb.DFA(operator=fb.operators.Binary())

@@ -20,9 +20,9 @@ from feedbackward.operators.counter import words
 KINDS = ("uniform", "binary")
 
 
-def fitted(kind: str, seed: int = 2**61 + 5, scale: float = 1.0) -> fb.Seeded:
-    operator = fb.Seeded(scale, kind).fit((3,), (5,), seed)
-    assert isinstance(operator, fb.Seeded)
+def fitted(kind: str, seed: int = 2**61 + 5, scale: float = 1.0) -> fb.operators.Seeded:
+    operator = fb.operators.Seeded(scale, kind).fit((3,), (5,), seed)
+    assert isinstance(operator, fb.operators.Seeded)
     return operator
 
 
@@ -57,10 +57,11 @@ def test_dense_feedback_of_the_same_matrix_sends_the_same_bits(
 def test_a_dense_learner_of_the_same_matrices_has_the_same_gradients(kind: str) -> None:
     x, y = CONV.batch()
     made, dense = (
-        CONV.attach(fb.DFA(operator=o)) for o in (fb.Seeded(distribution=kind), fb.Dense())
+        CONV.attach(fb.DFA(operator=o))
+        for o in (fb.operators.Seeded(distribution=kind), fb.Dense())
     )
     for a, b in zip(made.graph.edges, dense.graph.edges, strict=True):
-        assert isinstance(a.operator, fb.Seeded)
+        assert isinstance(a.operator, fb.operators.Seeded)
         dense.feedback_of(b).copy_(a.operator.materialize(a.source_shape, a.site_shape))
     expected = signals(dense, x, y)
     for name, signal in signals(made, x, y).items():
@@ -96,7 +97,9 @@ def test_the_same_bits_on_every_device(kind: str) -> None:
 
 def test_edges_and_seeds_differ() -> None:
     """By the learner's seed and the site's name; the same when attached again, copied or pickled."""
-    one, again, other = (CONV.attach(fb.DFA(operator=fb.Seeded()), seed=s) for s in (0, 0, 1))
+    one, again, other = (
+        CONV.attach(fb.DFA(operator=fb.operators.Seeded()), seed=s) for s in (0, 0, 1)
+    )
     seeds = [[e.operator.seed for e in learner.graph.edges] for learner in (one, again, other)]  # type: ignore[attr-defined]
     assert seeds[0] == seeds[1]
     assert len({*seeds[0], *seeds[2]}) == 6
@@ -105,7 +108,9 @@ def test_edges_and_seeds_differ() -> None:
         pickle.loads(pickle.dumps(one.graph.edges[0].operator)),
     ):
         assert twin == one.graph.edges[0].operator
-    assert one.rule == fb.DFA(operator=fb.Seeded()), "the rule's own operator stays as it was"
+    assert one.rule == fb.DFA(operator=fb.operators.Seeded()), (
+        "the rule's own operator stays as it was"
+    )
     assert "seed=" not in str(one)
     x, y = CONV.batch()
     twin = copy.deepcopy(one)
@@ -117,8 +122,8 @@ def test_edges_and_seeds_differ() -> None:
 
 def test_without_a_seed_nothing_is_made() -> None:
     for call in (
-        lambda: fb.Seeded().materialize((3,), (5,)),
-        lambda: fb.Seeded().send((), torch.ones(1, 3), (5,)),
+        lambda: fb.operators.Seeded().materialize((3,), (5,)),
+        lambda: fb.operators.Seeded().send((), torch.ones(1, 3), (5,)),
     ):
         with pytest.raises(fb.AttachError, match=r"no seed yet: use the operator that fit"):
             call()

@@ -17,14 +17,16 @@ from feedbackward.operators import LayerForm
 from feedbackward.rules.chain import layer_alignment as primitives
 
 ALIGNED = {
-    "information_alignment": fb.InformationAlignment(),
-    "symmetric_alignment": fb.SymmetricAlignment(),
-    "activation_alignment": fb.ActivationAlignment(),
-    "self_alignment": fb.SelfAlignment(self_product=1.0),
-    "information_alignment, raw": fb.InformationAlignment(
+    "information_alignment": fb.rules.InformationAlignment(),
+    "symmetric_alignment": fb.rules.SymmetricAlignment(),
+    "activation_alignment": fb.rules.ActivationAlignment(),
+    "self_alignment": fb.rules.SelfAlignment(self_product=1.0),
+    "information_alignment, raw": fb.rules.InformationAlignment(
         standardize=False, amp=1.0, null=2.0, decay=3.0
     ),
-    "activation_alignment, raw": fb.ActivationAlignment(standardize=False, sparse=2.0, amp=3.0),
+    "activation_alignment, raw": fb.rules.ActivationAlignment(
+        standardize=False, sparse=2.0, amp=3.0
+    ),
 }
 
 
@@ -36,7 +38,7 @@ def angles(learner: fb.Learner) -> list[float]:
 # --- the chain itself --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [fb.WeightMirror(), *ALIGNED.values()], ids=str)
+@pytest.mark.parametrize("rule", [fb.rules.WeightMirror(), *ALIGNED.values()], ids=str)
 @pytest.mark.parametrize("pair", [MLP, CONV], ids=str)
 def test_signals_go_through_b(pair: Pair, rule: fb.Rule) -> None:
     model = pair.model()
@@ -54,7 +56,7 @@ def test_signals_go_through_b(pair: Pair, rule: fb.Rule) -> None:
 def test_mirror_estimates_the_weights(name: str) -> None:
     """-grad at B = 0 is an estimate of W without bias: of 4000 samples, relative errors of sqrt(fan_in / samples)."""
     model, x = awkward(name)
-    learner = fb.attach(model, fb.WeightMirror(samples=4000), example=x)
+    learner = fb.attach(model, fb.rules.WeightMirror(samples=4000), example=x)
     for B in learner.feedback.parameters():
         nn.init.zeros_(B)
     learner.feedback_step(x)
@@ -74,7 +76,7 @@ def test_mirror_phase_turns_b_towards_w_and_nothing_else_moves() -> None:
         nn.Linear(12, 4),
     )  # fmt: skip
     x = torch.randn(4, 2, 8, 8)
-    learner = fb.attach(model, fb.WeightMirror(decay=0.5), example=x)
+    learner = fb.attach(model, fb.rules.WeightMirror(decay=0.5), example=x)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(learner.feedback.parameters(), lr=0.2)
     start = angles(learner)
@@ -92,7 +94,7 @@ def test_mirror_phase_turns_b_towards_w_and_nothing_else_moves() -> None:
 
 
 def test_mirror_learns_in_its_phase_only() -> None:
-    learner = MLP.attach(fb.WeightMirror())
+    learner = MLP.attach(fb.rules.WeightMirror())
     x, y = MLP.batch()
     step(learner, x, y)
     assert all(B.grad is None for B in learner.feedback.parameters())
@@ -107,7 +109,7 @@ def test_mirror_learns_in_its_phase_only() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         learner.feedback_step(x)
     with pytest.raises(fb.AttachError, match=r"samples >= 1 .* got 0"):
-        fb.WeightMirror(samples=0)
+        fb.rules.WeightMirror(samples=0)
 
 
 # --- Kunin et al. 2020: each primitive against autograd on its formula --------------------------------------------
@@ -147,7 +149,7 @@ def test_primitives_are_the_gradients_of_their_formulas(layer: str, name: str) -
     W = module.weight.detach()
     B = torch.randn_like(W).requires_grad_()
     (expected,) = torch.autograd.grad(formula(name, module, W, B, x), B)
-    seen = primitives.Seen(fb.LayerShaped(LayerForm.of(module)), W, B.detach(), x)
+    seen = primitives.Seen(fb.operators.LayerShaped(LayerForm.of(module)), W, B.detach(), x)
     assert_close(getattr(primitives, name)(seen), expected, name)
 
 
@@ -228,10 +230,10 @@ def test_feedback_turns_towards_the_weights_in_training(
 def test_information_alignment_settles_where_the_theory_says() -> None:
     """On white inputs at alpha/2 (gamma + beta W W^T)^-1 W."""
     torch.manual_seed(0)
-    rule = fb.InformationAlignment(amp=1.5, null=0.3, decay=0.2)
+    rule = fb.rules.InformationAlignment(amp=1.5, null=0.3, decay=0.2)
     x = torch.linalg.qr(torch.randn(9, 6, dtype=F64))[0] * 3.0  # E x^T x = 1
     W, B = torch.randn(4, 6, dtype=F64), torch.randn(4, 6, dtype=F64)
-    layer = fb.LayerShaped(LayerForm.of(nn.Linear(6, 4)))
+    layer = fb.operators.LayerShaped(LayerForm.of(nn.Linear(6, 4)))
     for _ in range(3000):
         seen = primitives.Seen(layer, W, B, x)
         B = B - 0.05 * sum(factor * primitive(seen) for factor, primitive in rule.terms)
@@ -240,7 +242,7 @@ def test_information_alignment_settles_where_the_theory_says() -> None:
 
 
 def test_alignment_cannot_be_scaled_with_the_loss() -> None:
-    learner = MLP.attach(fb.SymmetricAlignment())
+    learner = MLP.attach(fb.rules.SymmetricAlignment())
     with (
         torch.autocast("cpu", torch.float16),
         pytest.raises(fb.FeedbackError, match="GradScaler would shrink"),

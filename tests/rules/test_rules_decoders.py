@@ -53,11 +53,11 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
 @pytest.mark.parametrize("pair", [MLP, CONV], ids=str)
 @pytest.mark.parametrize(
     "rule",
-    [fb.DTP(activation="tanh", sigma=0.2), fb.SDTP(activation="relu", sigma=0.2)],
+    [fb.rules.DTP(activation="tanh", sigma=0.2), fb.rules.SDTP(activation="relu", sigma=0.2)],
     ids=lambda r: r.name,
 )
 def test_reconstruction_gradients(
-    pair: Pair, rule: fb.DTP, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, rule: fb.rules.DTP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of |g(f(h + eps)) - (h + eps)|^2 / (N sigma^2), each segment from a clean h."""
     drawn = recorded_noise(monkeypatch)
@@ -88,7 +88,7 @@ def test_reconstruction_gradients(
 def test_difference_reconstruction_gradients(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = recorded_noise(monkeypatch)
     model, sigma, damping = pair.model(), 0.3, 0.7
-    learner = pair.attach(fb.DDTP(activation="tanh", sigma=sigma, damping=damping), model)
+    learner = pair.attach(fb.rules.DDTP(activation="tanh", sigma=sigma, damping=damping), model)
     x, _ = pair.batch()
     learner.feedback_step(x)
     net, n = pair.mirror(model), len(x)
@@ -128,7 +128,7 @@ def learn_decoders(learner: fb.Learner, x: Tensor, steps: int = 600) -> None:
 def test_the_phase_drives_decoders_to_the_inverse_of_the_layer() -> None:
     model = linear_net(5, 5, 5, 5)
     x = torch.randn(64, 5, dtype=F64)
-    learner = fb.attach(model, fb.DTP(), example=x)
+    learner = fb.attach(model, fb.rules.DTP(), example=x)
     learn_decoders(learner, x)
     for edge in learner.graph.edges:
         layer = model[int(edge.source.name)]
@@ -143,7 +143,7 @@ def test_the_phase_drives_direct_decoders_to_the_pseudo_inverse(damping: float) 
     """J^T (J J^T + damping)^-1 of the whole path, also where a layer loses dimensions."""
     model = linear_net(6, 5, 4, 3)
     x = torch.randn(256, 6, dtype=F64)
-    learner = fb.attach(model, fb.DDTP(damping=damping), example=x)
+    learner = fb.attach(model, fb.rules.DDTP(damping=damping), example=x)
     learn_decoders(learner, x)
     for edge in learner.graph.edges:
         J = path(model, edge.site.name)
@@ -174,7 +174,7 @@ def test_decoders_learn_in_their_phase_only(rule: fb.Rule) -> None:
 def test_the_phase_in_bf16_sees_the_noise() -> None:
     """sigma is lost in a bf16 activity: the phase runs in full precision under autocast."""
     x = torch.randn(8, 7)
-    rule = fb.DDTP(sigma=1e-3)
+    rule = fb.rules.DDTP(sigma=1e-3)
     got = []
     for enabled in (False, True):
         torch.manual_seed(0)

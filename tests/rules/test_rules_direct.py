@@ -15,7 +15,7 @@ import feedbackward as fb
 
 def test_ebd_feedback_is_the_moving_average_of_the_correlation() -> None:
     """R <- lambda R + (1 - lambda) / N sum_n g(h_n) eps_n^T while the network trains, with eps = softmax - onehot."""
-    memory, learner = 0.8, MLP.attach(fb.EBD())
+    memory, learner = 0.8, MLP.attach(fb.rules.EBD())
     B = learner.feedback_of(learner.graph.edges[1])
     model = learner.model
     groups = fb.param_groups(learner, model={"lr": 0.3}, feedback={"lr": 1 - memory})
@@ -38,7 +38,10 @@ def test_ebd_signal_descends_the_correlation() -> None:
     """For B = e^T h the signal is the gradient of half of |e^T h|^2 by h; DKP's feedback is minus a sum of the same."""
     x, y = MLP.batch()
     after = {}
-    for rule in (fb.EBD(operator=fb.Dense("zeros")), fb.DKP.published(operator=fb.Dense("zeros"))):
+    for rule in (
+        fb.rules.EBD(operator=fb.Dense("zeros")),
+        fb.DKP.published(operator=fb.Dense("zeros")),
+    ):
         learner = MLP.attach(rule)
         optimizer = torch.optim.SGD(learner.feedback.parameters(), lr=1.0)
         step(learner, x, y)
@@ -57,7 +60,7 @@ def test_ebd_signal_descends_the_correlation() -> None:
 
 def test_the_sign_of_the_error_is_a_projection_of_the_target() -> None:
     """For softmax and cross-entropy sign(e) = 1 - 2y; the scale of the loss is not seen."""
-    learner = MLP.attach(fb.SignDFA())
+    learner = MLP.attach(fb.rules.SignDFA())
     x, y = MLP.batch()
     for factor in (1.0, 1e-3):
         got = signals(learner, x, y, lambda output, f=factor: f * loss_fn(y)(output))
@@ -69,11 +72,11 @@ def test_the_sign_of_the_error_is_a_projection_of_the_target() -> None:
 
 def test_zero_signs_are_refused() -> None:
     with pytest.raises(fb.AttachError, match="zero feedback"):
-        fb.SignDFA(operator=fb.Dense("zeros"))
+        fb.rules.SignDFA(operator=fb.Dense("zeros"))
 
 
 def test_an_error_of_zero_has_no_sign() -> None:
-    learner = TOKENS.attach(fb.SignDFA())
+    learner = TOKENS.attach(fb.rules.SignDFA())
     x, y = TOKENS.batch()
     y[:, 2] = -100
     got = signals(learner, x, y)
@@ -86,13 +89,13 @@ def test_an_error_of_zero_has_no_sign() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [fb.DKP.published(), fb.DFA(), fb.DRTP(), fb.FDFA(operator=fb.Dense())],
+    [fb.DKP.published(), fb.DFA(), fb.DRTP(), fb.rules.FDFA(operator=fb.Dense())],
     ids=lambda r: r.name,
 )
 def test_flipped_negates_hidden_gradients_and_nothing_else(rule: fb.Rule) -> None:
     x, y = MLP.batch()
     found = []
-    for used in (rule, fb.Flipped(rule)):
+    for used in (rule, fb.rules.Flipped(rule)):
         learner = MLP.attach(used)
         torch.manual_seed(5)
         if used.needs == "target":
@@ -112,11 +115,11 @@ def test_flipped_negates_hidden_gradients_and_nothing_else(rule: fb.Rule) -> Non
 def test_flipped_refuses_what_has_no_one_sign() -> None:
     for rule in (fb.FA(), fb.Frozen(), fb.BP(), fb.DGL()):
         with pytest.raises(fb.AttachError, match=r"cannot be flipped.*Flip a direct rule"):
-            MLP.attach(fb.Flipped(rule))
+            MLP.attach(fb.rules.Flipped(rule))
     with pytest.raises(
         fb.AttachError, match=r"needs an instance of a Rule, for example fb\.DKP\(\)"
     ):
-        fb.Flipped(fb.DKP)  # type: ignore[arg-type]
+        fb.rules.Flipped(fb.DKP)  # type: ignore[arg-type]
 
 
 # --- what a loss scale cannot reach ----------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def check_gradients(learner: fb.Learner, case: Case) -> None:
 def check_round_trip(learner: fb.Learner, name: str, case: Case) -> None:
     """Another net, attached with another seed, goes on as this one does once it has its state."""
     seeded = any(
-        isinstance(edge.operator, fb.Seeded) for edge in learner.graph.edges
+        isinstance(edge.operator, fb.operators.Seeded) for edge in learner.graph.edges
     )  # its feedback is no state
     other = attach(name, case, seed=0 if seeded else 5)
     other.load_state_dict(learner.state_dict())

@@ -73,7 +73,12 @@ def matrices(learner: fb.Learner) -> dict[str, Array]:
     return found
 
 
-DIRECT = (fb.SharedDFA(scale=2.0), fb.SparseDFA(nonzeros=2), fb.BinaryDFA(), fb.PDFA())
+DIRECT = (
+    fb.rules.SharedDFA(scale=2.0),
+    fb.rules.SparseDFA(nonzeros=2),
+    fb.rules.BinaryDFA(),
+    fb.rules.PDFA(),
+)
 
 
 @pytest.mark.parametrize("pair", [MLP, CONV, TOKENS], ids=str)
@@ -98,7 +103,7 @@ def attached(rule: fb.Rule, *widths: int) -> dict[str, Array]:
 def test_shared_one_matrix_whose_scale_is_independent_of_width() -> None:
     """Each layer's matrix is the first columns of the widest one's, U(-1, 1) / sqrt(m); so its entries have the same
     standard deviation in a dominates layer, where DFA's own grow as 1 / sqrt(n)."""
-    found = attached(fb.SharedDFA(), 40, 4000, 400)
+    found = attached(fb.rules.SharedDFA(), 40, 4000, 400)
     whole = found["3"]
     for B, n in zip(found.values(), (40, 4000, 400), strict=True):
         assert np.array_equal(B, whole[:, :n])
@@ -109,14 +114,16 @@ def test_shared_one_matrix_whose_scale_is_independent_of_width() -> None:
 
 
 def test_shared_takes_the_memory_of_the_widest() -> None:
-    learner = fb.attach(wide(40, 4000, 400), fb.SharedDFA(), example=torch.randn(3, 5))
+    learner = fb.attach(wide(40, 4000, 400), fb.rules.SharedDFA(), example=torch.randn(3, 5))
     assert learner.feedback_bytes == 4 * 10 * 4000
 
 
 @pytest.mark.parametrize("s", [1, 3])
 def test_sparse_listens_to_s_classes(s: int) -> None:
     """Exactly s weights per unit, within the authors' bounds, and classes with as many listeners."""
-    for n, B in zip((60, 300), attached(fb.SparseDFA(nonzeros=s), 60, 300).values(), strict=True):
+    for n, B in zip(
+        (60, 300), attached(fb.rules.SparseDFA(nonzeros=s), 60, 300).values(), strict=True
+    ):
         assert (np.count_nonzero(B, axis=0) == s).all()
         listeners = np.count_nonzero(B, axis=1)
         assert listeners.max() - listeners.min() <= 1
@@ -125,7 +132,7 @@ def test_sparse_listens_to_s_classes(s: int) -> None:
 
 
 def test_binary_and_generated_feedback_are_signs_of_one_magnitude() -> None:
-    for rule in (fb.BinaryDFA(), fb.PDFA()):
+    for rule in (fb.rules.BinaryDFA(), fb.rules.PDFA()):
         for n, B in zip((60, 300), attached(rule, 60, 300).values(), strict=True):
             np.testing.assert_allclose(np.abs(B), math.sqrt(2 / n), rtol=1e-6)
             assert abs((B > 0).mean() - 0.5) < 4 * 0.5 / math.sqrt(B.size)
@@ -134,15 +141,15 @@ def test_binary_and_generated_feedback_are_signs_of_one_magnitude() -> None:
 def test_what_each_stores() -> None:
     """One bit per weight, and nothing."""
     x, model = torch.randn(3, 5), wide(60, 300)
-    assert fb.attach(model, fb.BinaryDFA(), example=x).feedback_bytes == 10 * 360 / 8
-    learner = fb.attach(model, fb.PDFA(), example=x)
+    assert fb.attach(model, fb.rules.BinaryDFA(), example=x).feedback_bytes == 10 * 360 / 8
+    learner = fb.attach(model, fb.rules.PDFA(), example=x)
     assert learner.feedback_bytes == 0
     assert not list(learner.feedback.state_dict())
 
 
 @pytest.mark.parametrize(
     "rule",
-    [fb.SharedDFA, fb.SparseDFA, fb.BinaryDFA, fb.PDFA, fb.KernelDFA],
+    [fb.rules.SharedDFA, fb.rules.SparseDFA, fb.rules.BinaryDFA, fb.rules.PDFA, fb.rules.KernelDFA],
     ids=lambda kind: kind.name,
 )
 def test_zero_feedback_is_refused(rule: type[fb.Rule]) -> None:
@@ -154,11 +161,11 @@ def test_zero_feedback_is_refused(rule: type[fb.Rule]) -> None:
 
 
 @pytest.mark.parametrize("pair", [p for p in PAIRS if p is CONV or len(p.shape) == 1], ids=str)
-@pytest.mark.parametrize("operator", [fb.Dense(), fb.Binary()], ids=["dense", "binary"])
+@pytest.mark.parametrize("operator", [fb.Dense(), fb.operators.Binary()], ids=["dense", "binary"])
 def test_cdfa_is_backprop_below_the_flattened_map(pair: Pair, operator: fb.Operator) -> None:
     """What enters the top convolution is DFA's signal of the flattened features; below it is true."""
     laws = {cut: Law(BP if cut.startswith("pool") else DFA) for cut in pair.cuts}
-    learner = check(pair, fb.CDFA(operator=operator), laws, matrices)
+    learner = check(pair, fb.rules.CDFA(operator=operator), laws, matrices)
     assert [site.name for site in learner.graph.sites] == [
         cut for cut in pair.cuts if cut != "pool1"
     ]
@@ -166,9 +173,9 @@ def test_cdfa_is_backprop_below_the_flattened_map(pair: Pair, operator: fb.Opera
 
 def test_cdfa_needs_features_that_are_no_map() -> None:
     with pytest.raises(fb.AttachError, match=r"every site here is a map \('act2': \[6, 2, 2\]\)"):
-        CONV.attach(fb.CDFA(), sites=["pool1", "act2"])
+        CONV.attach(fb.rules.CDFA(), sites=["pool1", "act2"])
     with pytest.raises(fb.AttachError, match="fixed"):
-        fb.CDFA(operator=fb.Dense("zeros"))
+        fb.rules.CDFA(operator=fb.Dense("zeros"))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def test_kernel_dfa_sends_a_constant_map_through_the_layers_geometry() -> None:
     laws = {"pool1": Law(kernel_signal), "flat": Law(DFA), "act3": Law(DFA)}
     names = {"conv2.input": "pool1", "fc1.input": "flat", "head.input": "act3"}
     model, (x, y) = CONV.model(), CONV.batch()
-    learner = CONV.attach(fb.KernelDFA(), model)
+    learner = CONV.attach(fb.rules.KernelDFA(), model)
     feedback = {names[e.site.name]: learner.feedback_of(e).numpy() for e in learner.graph.edges}
     assert [B.shape for B in feedback.values()] == [(3, 4, 3, 3), (3, 24), (3, 5)]
     expected = oracles.step(CONV.mirror(model), x.numpy(), y.numpy(), Equations(laws), feedback)  # type: ignore[arg-type]
@@ -222,7 +229,7 @@ def test_kernel_dfa_is_backprop_where_the_error_is_a_constant_map(layer: nn.Modu
     model = nn.Sequential(below, layer, SpaceSum(), nn.Linear(6, 3)).double()
     x, y = torch.randn(5, 2, *[7, 6, 5][:dims], dtype=F64), torch.randint(3, (5,))
     truth = exact_grads(model, x, y)
-    learner = fb.attach(model, fb.KernelDFA(), example=x, sites=["1"])
+    learner = fb.attach(model, fb.rules.KernelDFA(), example=x, sites=["1"])
     W = layer.weight.detach()
     if groups > 1:  # written without groups
         blocks = [
@@ -249,7 +256,7 @@ def test_kernels_fit_images_of_other_sizes_and_cost_little() -> None:
         nn.Flatten(),
         nn.Linear(8, 3),
     )
-    learner = fb.attach(model, fb.KernelDFA(), example=torch.randn(2, 1, 8, 8))
+    learner = fb.attach(model, fb.rules.KernelDFA(), example=torch.randn(2, 1, 8, 8))
     learner(torch.randn(3, 1, 11, 7)).sum().backward()
     assert model[0].weight.grad.abs().max() > 0
     kernel, dense = (edge.operator for edge in learner.graph.edges)
@@ -288,7 +295,7 @@ def routes(learner: fb.Learner) -> list[tuple[str, str, int | None]]:
 
 
 def test_han2020_direct_within_stages_and_backprop_between() -> None:
-    learner = fb.attach(stages(), fb.Han2020(), example=STAGED)
+    learner = fb.attach(stages(), fb.rules.Han2020(), example=STAGED)
     fed = [
         ("a3", "a1", 2),
         ("a3", "a2", 1),
@@ -311,7 +318,7 @@ def test_han2020_direct_within_stages_and_backprop_between() -> None:
 )
 def test_han2020_sites_per_module(most: int, outputs: list[str]) -> None:
     """From the top of a stage; a module of one site is its own output, which backprop feeds."""
-    learner = fb.attach(stages(), fb.Han2020(most=most), example=STAGED)
+    learner = fb.attach(stages(), fb.rules.Han2020(most=most), example=STAGED)
     assert [source for source, _, _ in routes(learner)] == outputs
 
 
@@ -321,7 +328,7 @@ def test_han2020_is_backprop_in_a_linear_net_with_the_paths_products() -> None:
     model = stages(nn.Identity)
     truth = exact_grads(model, STAGED, LABELS)
     sites = ["stem", "conv2", "conv3", "pool1", "conv5", "flat", "fc"]  # not the identities
-    learner = fb.attach(model, fb.Han2020(), example=STAGED, sites=sites)
+    learner = fb.attach(model, fb.rules.Han2020(), example=STAGED, sites=sites)
     W = {
         name: p.detach().flatten(1)
         for name, p in model.named_parameters()
@@ -345,7 +352,7 @@ def test_han2020_is_backprop_in_a_linear_net_with_the_paths_products() -> None:
 def test_han2020_dilated_kernels_reach_as_far_as_the_layers_they_skip() -> None:
     """An error at one place of a module's output comes to the places that the skipped 3x3 layers could reach: the corners,
     edges and centre of their field."""
-    learner = fb.attach(stages(size=3), fb.Han2020(), example=STAGED)
+    learner = fb.attach(stages(size=3), fb.rules.Han2020(), example=STAGED)
     for edge in learner.graph.edges:
         if edge.source.name != "a3":
             continue
@@ -361,7 +368,7 @@ def test_han2020_dilated_kernels_reach_as_far_as_the_layers_they_skip() -> None:
 def test_han2020_signals_against_loops() -> None:
     """delta_i(y) = sum over the points t of B[:, :, t]^T delta_o(y - dilation (t - 1))."""
     model = stages(size=3)
-    learner = fb.attach(model, fb.Han2020(), example=STAGED)
+    learner = fb.attach(model, fb.rules.Han2020(), example=STAGED)
     found = signals(learner, STAGED, LABELS)
     for edge in learner.graph.edges[:3]:
         B, r = learner.feedback_of(edge), edge.operator.dilation
@@ -388,15 +395,15 @@ def test_han2020_groups() -> None:
         nn.Linear(256, 3),
     ]
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), *top).double()
-    learner = fb.attach(model, fb.Han2020(groups=2), example=STAGED)
+    learner = fb.attach(model, fb.rules.Han2020(groups=2), example=STAGED)
     assert learner.feedback_of(learner.graph.edges[0]).shape == (6, 2, 3, 3)
     with pytest.raises(fb.AttachError, match=r"site 'a2': groups=2 does not divide"):
-        fb.attach(stages(), fb.Han2020(groups=2), example=STAGED)
+        fb.attach(stages(), fb.rules.Han2020(groups=2), example=STAGED)
     with pytest.raises(fb.AttachError, match="most >= 0"):
-        fb.Han2020(most=-1)
+        fb.rules.Han2020(most=-1)
 
 
 def test_errors_that_no_module_makes_cannot_be_sent_on() -> None:
     model, example = build(case("resnet_functional"))
     with pytest.raises(fb.AttachError, match=r"'b.input', but no module makes that tensor"):
-        fb.attach(model, fb.Han2020(), example=example)
+        fb.attach(model, fb.rules.Han2020(), example=example)

@@ -21,7 +21,7 @@ def test_ifa_is_the_published_rule() -> None:
     """delta a_1 = (e B_1) f'(a_1), delta a_l = (delta a_{l-1} W_l^T) f'(a_l), in loops; the output layer by its gradient."""
     model = MLP.model()
     x, labels = MLP.batch()
-    learner = MLP.attach(fb.IFA(), model)
+    learner = MLP.attach(fb.rules.IFA(), model)
     signals(learner, x, labels)
     layers = {name: mirrored(name, module) for name, module in model.named_children()}
     values = {"x": x.numpy()}
@@ -72,7 +72,7 @@ def test_signals_move_as_the_layers_outputs_would(build, shape, labels, sites, o
     torch.manual_seed(0)
     model = build().to(F64)
     x, y = torch.randn(4, *shape, dtype=F64), torch.randint(3, (4, *labels))
-    learner = fb.attach(model, fb.IFA(), example=x, sites=sites)
+    learner = fb.attach(model, fb.rules.IFA(), example=x, sites=sites)
     torch.manual_seed(1)
     got = signals(learner, x, y)
     found: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def _error(output: Tensor, y: Tensor) -> Tensor:
 
 
 def test_only_the_first_site_has_feedback() -> None:
-    learner = MLP.attach(fb.IFA())
+    learner = MLP.attach(fb.rules.IFA())
     assert [tuple(B.shape) for B in learner.feedback.buffers()] == [(3, 6)]
     assert not list(learner.feedback.parameters())
     assert "up from act1" in str(learner)
@@ -123,7 +123,7 @@ def test_only_the_first_site_has_feedback() -> None:
 
 def test_no_true_gradient_leaks() -> None:
     """With B_1 = 0 only the head learns."""
-    learner = MLP.attach(fb.IFA())
+    learner = MLP.attach(fb.rules.IFA())
     learner.feedback.act1.zero_()
     x, y = MLP.batch()
     loss_fn(y)(learner(x)).backward()
@@ -136,7 +136,7 @@ def test_no_true_gradient_leaks() -> None:
 
 
 def test_probe_and_accumulation() -> None:
-    learner = MLP.attach(fb.IFA())
+    learner = MLP.attach(fb.rules.IFA())
     x, y = MLP.batch()
     before = fb.probe(learner, loss_fn(y), x)
     assert all(-1 <= site.cosine <= 1 for site in before.sites.values())
@@ -151,11 +151,11 @@ def test_probe_and_accumulation() -> None:
 
 def test_mixed_and_flipped() -> None:
     x, y = MLP.batch()
-    plain, flipped = MLP.attach(fb.IFA()), MLP.attach(fb.Flipped(fb.IFA()))
+    plain, flipped = MLP.attach(fb.rules.IFA()), MLP.attach(fb.rules.Flipped(fb.rules.IFA()))
     one, other = signals(plain, x, y), signals(flipped, x, y)
     for name, signal in one.items():
         assert_close(other[name], -signal, name, tolerance=0.0)  # type: ignore[operator]
-    mixed = MLP.attach(fb.Mixed({"act3": fb.DFA(), "*": fb.IFA()}))
+    mixed = MLP.attach(fb.Mixed({"act3": fb.DFA(), "*": fb.rules.IFA()}))
     part = signals(mixed, x, y)
     assert_close(part["act2"], one["act2"])
     assert (part["act3"] - one["act3"]).abs().max() > 1e-3  # type: ignore[operator]
@@ -196,32 +196,32 @@ def turned() -> nn.Module:
 )  # fmt: skip
 def test_what_is_no_plain_chain_is_refused(build, shape, sites, told) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises((fb.AttachError, fb.SiteError), match=told):
-        fb.attach(build(), fb.IFA(), example=torch.randn(3, *shape), sites=sites)
+        fb.attach(build(), fb.rules.IFA(), example=torch.randn(3, *shape), sites=sites)
 
 
 def test_frozen_first_layers_are_refused() -> None:
     model = MLP.model()
     model.fc1.requires_grad_(False)
     with pytest.raises(fb.AttachError, match=r"those below 'act1' are frozen: leave out its site"):
-        MLP.attach(fb.IFA(), model)
-    learner = MLP.attach(fb.IFA(), model, sites=["act2", "act3"])
+        MLP.attach(fb.rules.IFA(), model)
+    learner = MLP.attach(fb.rules.IFA(), model, sites=["act2", "act3"])
     x, y = MLP.batch()
     assert set(signals(learner, x, y)) == {"act2", "act3"}
 
 
 def test_frozen_layers_in_the_middle_pass_signals_on() -> None:
     x, y = MLP.batch()
-    whole = signals(MLP.attach(fb.IFA()), x, y)
+    whole = signals(MLP.attach(fb.rules.IFA()), x, y)
     model = MLP.model()
     model.fc2.requires_grad_(False)
-    part = signals(MLP.attach(fb.IFA(), model), x, y)
+    part = signals(MLP.attach(fb.rules.IFA(), model), x, y)
     assert_close(part["act3"], whole["act3"])
     assert model.fc2.weight.grad is None
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compilation_leaves_it_to_autograd(backend: str) -> None:
-    learner = MLP.attach(fb.IFA())
+    learner = MLP.attach(fb.rules.IFA())
     x, y = MLP.batch()
     loss_fn(y)(learner(x)).backward()
     truth = grads(learner.model)
@@ -236,7 +236,7 @@ def test_compilation_leaves_it_to_autograd(backend: str) -> None:
 
 
 def test_replay_is_refused() -> None:
-    learner = MLP.attach(fb.IFA())
+    learner = MLP.attach(fb.rules.IFA())
     x, y = MLP.batch()
     with pytest.raises(fb.AttachError, match=r"IFA's signals go up .*schedule=\"joint\""):
         learner.backward(x, loss_fn(y), schedule="replay")
@@ -245,4 +245,6 @@ def test_replay_is_refused() -> None:
 def test_inplace_changes_are_refused() -> None:
     layers = nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)
     with pytest.raises(fb.SiteError, match=r"'2' was changed in place"):
-        fb.attach(nn.Sequential(*layers), fb.IFA(), example=torch.randn(3, 4), sites=["1", "2"])
+        fb.attach(
+            nn.Sequential(*layers), fb.rules.IFA(), example=torch.randn(3, 4), sites=["1", "2"]
+        )

@@ -83,7 +83,7 @@ def estimates(learner: fb.Learner, x: Tensor, noise: list[Tensor]) -> list[Tenso
 @pytest.mark.parametrize("pair", [MLP, CONV, TOKENS, VIT], ids=str)
 def test_fdfa_estimates_the_jacobian_along_its_noise(pair: Pair, noise: list[Tensor]) -> None:
     """grad B = B - (1/M) d^T u, with d by reverse mode, whatever norm or pool lies above the sites."""
-    learner = pair.attach(fb.FDFA(operator=fb.Dense()))
+    learner = pair.attach(fb.rules.FDFA(operator=fb.Dense()))
     x, _ = pair.batch(3)
     learner.feedback_step(x)
     assert len(noise) == len(learner.sites)
@@ -95,7 +95,7 @@ def test_fdfa_estimates_the_jacobian_along_its_noise(pair: Pair, noise: list[Ten
 def test_fdfa_is_the_product_of_the_weights_on_a_linear_net() -> None:
     """E[J_hat] = W_L ... W_{l+1}. The entry (c, j) has the variance (sum_ki J_k[c, i]^2 + J_l[c, j]^2) / samples."""
     model, x = linear_net()
-    learner = fb.attach(model, fb.FDFA(), example=x)
+    learner = fb.attach(model, fb.rules.FDFA(), example=x)
     phases = 400
     for _ in range(phases):
         learner.feedback_step(x)
@@ -113,7 +113,7 @@ def test_fdfa_is_the_product_of_the_weights_on_a_linear_net() -> None:
 def test_fdfa_feedback_is_a_moving_average() -> None:
     """B after SGD steps of rate alpha: sum_t alpha (1 - alpha)^(T - t) J_hat_t."""
     model, x = linear_net()
-    learner = fb.attach(model, fb.FDFA(), example=x)
+    learner = fb.attach(model, fb.rules.FDFA(), example=x)
     edge = learner.graph.edges[0]
     B = learner.feedback_of(edge)
     optimizer = torch.optim.SGD(learner.feedback.parameters(), lr=0.1)
@@ -128,7 +128,7 @@ def test_fdfa_feedback_is_a_moving_average() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.FDFA(), fb.EBD(operator=fb.Dense("zeros"))], ids=["fdfa", "ebd"]
+    "rule", [fb.rules.FDFA(), fb.rules.EBD(operator=fb.Dense("zeros"))], ids=["fdfa", "ebd"]
 )
 def test_feedback_that_starts_at_zero_trains_hidden_layers_from_the_second_step(
     rule: fb.Rule,
@@ -147,7 +147,7 @@ def test_feedback_that_starts_at_zero_trains_hidden_layers_from_the_second_step(
 def test_every_phase_has_noise_of_its_own() -> None:
     """A pass restores torch's generators; the noise must not come from them. The seed still decides all of it."""
     model, x = linear_net()
-    learner = fb.attach(model, fb.FDFA(), example=x)
+    learner = fb.attach(model, fb.rules.FDFA(), example=x)
 
     def phase() -> Tensor:
         learner.zero_grad()
@@ -161,7 +161,7 @@ def test_every_phase_has_noise_of_its_own() -> None:
     assert torch.equal(phase(), first)
 
 
-@pytest.mark.parametrize("rule", [fb.FDFA(), fb.GrAPE()], ids=["fdfa", "grape"])
+@pytest.mark.parametrize("rule", [fb.rules.FDFA(), fb.rules.GrAPE()], ids=["fdfa", "grape"])
 def test_a_phase_changes_the_feedback_gradient_only(rule: fb.Rule) -> None:
     learner = CONV.attach(rule)
     x, _ = CONV.batch()
@@ -204,7 +204,7 @@ class Factors(fb.Operator):
 
 def test_fdfa_with_factors_descends_the_distance_to_the_jacobian(noise: list[Tensor]) -> None:
     """Of half of |B - J_hat|^2, by autograd."""
-    learner = MLP.attach(fb.FDFA(operator=Factors()))
+    learner = MLP.attach(fb.rules.FDFA(operator=Factors()))
     x, _ = MLP.batch()
     learner.feedback_step(x)
     for edge, J in zip(learner.graph.edges, estimates(learner, x, noise), strict=True):
@@ -218,7 +218,7 @@ def test_attention_has_a_forward_mode_derivative() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3))
-    learner = fb.attach(model, fb.FDFA(), example=torch.randn(2, 5, 4), sites="blocks")
+    learner = fb.attach(model, fb.rules.FDFA(), example=torch.randn(2, 5, 4), sites="blocks")
     learner.feedback_step(torch.randn(2, 5, 4))
     assert all(B.grad.any() for B in learner.feedback.parameters())
 
@@ -239,7 +239,7 @@ def test_layers_without_a_forward_mode_derivative_are_refused() -> None:
         act=nn.ReLU(),
         out=nn.Linear(5, 3),
     )
-    learner = fb.attach(model, fb.FDFA(), example=torch.randn(2, 4), sites=["act"])
+    learner = fb.attach(model, fb.rules.FDFA(), example=torch.randn(2, 4), sites=["act"])
     with pytest.raises(
         fb.FeedbackError, match=r"FDFA differentiates .* forward mode.*Replace that layer"
     ):
@@ -257,7 +257,7 @@ def mean_cosine(B: Tensor, J: Tensor) -> Tensor:
 @pytest.mark.parametrize("pair", [MLP, CONV, TOKENS], ids=str)
 def test_grape_descends_the_alignment_loss(pair: Pair, noise: list[Tensor]) -> None:
     """The gradient of 1 - mean cos(B_c, J_hat_c), by autograd, where each |B_c| is 1; only its norm is put right."""
-    learner = pair.attach(fb.GrAPE())
+    learner = pair.attach(fb.rules.GrAPE())
     x, _ = pair.batch(3)
     with torch.no_grad():
         for B in learner.feedback.parameters():
@@ -279,7 +279,7 @@ def test_grape_descends_the_alignment_loss(pair: Pair, noise: list[Tensor]) -> N
 
 def test_grape_steps_as_published(noise: list[Tensor]) -> None:
     """A gradient step, then every column back to norm 1: that is what is sent, whatever is stored."""
-    learner = MLP.attach(fb.GrAPE())
+    learner = MLP.attach(fb.rules.GrAPE())
     x, y = MLP.batch()
     optimizer = torch.optim.SGD(learner.feedback.parameters(), lr=0.7)
     edge = learner.graph.edges[1]
@@ -300,7 +300,7 @@ def test_grape_steps_as_published(noise: list[Tensor]) -> None:
 
 
 def test_grape_between_forward_and_backward_changes_no_signal() -> None:
-    learner = MLP.attach(fb.GrAPE())
+    learner = MLP.attach(fb.rules.GrAPE())
     x, y = MLP.batch()
     with torch.no_grad():
         for B in learner.feedback.parameters():
@@ -323,7 +323,7 @@ def test_grape_between_forward_and_backward_changes_no_signal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "rate"), [(fb.FDFA(), 0.01), (fb.GrAPE(), 0.3)], ids=["fdfa", "grape"]
+    ("rule", "rate"), [(fb.rules.FDFA(), 0.01), (fb.rules.GrAPE(), 0.3)], ids=["fdfa", "grape"]
 )
 def test_probe_sees_feedback_near_the_jacobian(rule: fb.Rule, rate: float) -> None:
     model, x = linear_net()
@@ -347,7 +347,7 @@ def test_probe_sees_feedback_near_the_jacobian(rule: fb.Rule, rate: float) -> No
     assert "B vs J" in str(found)
 
 
-@pytest.mark.parametrize("rule", [fb.FDFA(), fb.GrAPE()], ids=["fdfa", "grape"])
+@pytest.mark.parametrize("rule", [fb.rules.FDFA(), fb.rules.GrAPE()], ids=["fdfa", "grape"])
 def test_a_phase_under_autocast(rule: fb.Rule) -> None:
     """bf16 is fine; under fp16 the loss scale would divide the phase's gradients."""
     learner = fb.attach(CONV.model().float(), rule, example=CONV.batch()[0].float())
@@ -366,4 +366,4 @@ def test_a_phase_under_autocast(rule: fb.Rule) -> None:
 
 def test_zero_feedback_has_no_direction() -> None:
     with pytest.raises(fb.AttachError, match="zero feedback"):
-        fb.GrAPE(init="zeros")
+        fb.rules.GrAPE(init="zeros")

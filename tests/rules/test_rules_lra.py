@@ -67,7 +67,7 @@ def lra_step(
 def test_lra_equals_the_published_recursion(pair: Pair, beta: float) -> None:
     model = pair.model()
     x, y = pair.batch()
-    learner = pair.attach(fb.LRA(beta=beta), model)
+    learner = pair.attach(fb.rules.LRA(beta=beta), model)
     E = {e.source.name: learner.feedback_of(e).detach().numpy().copy() for e in learner.graph.edges}
     expected = lra_step(model, x.numpy(), y.numpy(), E, beta)
     loss_fn(y)(learner(x)).backward()
@@ -82,7 +82,7 @@ def test_lra_with_near_targets_and_true_weights_is_backprop() -> None:
     model, beta = MLP.model(), 1e-4
     x, y = MLP.batch()
     truth = exact_grads(model, x, y)
-    learner = MLP.attach(fb.LRA(beta=beta), model)
+    learner = MLP.attach(fb.rules.LRA(beta=beta), model)
     for edge in learner.graph.edges:
         with torch.no_grad():
             learner.feedback_of(edge).copy_(model.get_parameter(edge.shares))
@@ -97,7 +97,7 @@ def test_lra_may_start_its_synapses_as_published() -> None:
     model = nn.Sequential(
         nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3)
     )
-    learner = fb.attach(model, fb.LRA(init="normal"), example=torch.randn(2, 4))
+    learner = fb.attach(model, fb.rules.LRA(init="normal"), example=torch.randn(2, 4))
     E = learner.feedback_of(learner.graph.edges[0])
     assert E.shape == (200, 300)
     assert E.std().item() == pytest.approx(1.0, abs=0.02)
@@ -128,14 +128,14 @@ def test_what_lra_cannot_see_through_is_refused_by_name() -> None:
     with pytest.raises(
         fb.AttachError, match=r"before layer 'conv2' stands 'pool1' \(MaxPool2d\).*KP"
     ):
-        CONV.attach(fb.LRA())
+        CONV.attach(fb.rules.LRA())
     with pytest.raises(fb.AttachError, match="'head' stands an operation that is no module"):
-        fb.attach(Functional(), fb.LRA(), example=torch.randn(2, 7))
+        fb.attach(Functional(), fb.rules.LRA(), example=torch.randn(2, 7))
     twice = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.ReLU(), nn.Linear(5, 3))
     with pytest.raises(fb.AttachError, match=r"'3' stands '1' \(Tanh\)"):
-        fb.attach(twice, fb.LRA(), example=torch.randn(2, 7))
+        fb.attach(twice, fb.rules.LRA(), example=torch.randn(2, 7))
     with pytest.raises(fb.AttachError, match="output of 'fc1' enters both 'left' and 'right'"):
-        fb.attach(Branches(), fb.LRA(), example=torch.randn(2, 7))
+        fb.attach(Branches(), fb.rules.LRA(), example=torch.randn(2, 7))
 
 
 # --- rec-LRA -----------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_rec_lra_moves_pre_activations_and_learns_by_the_outer_product(activatio
     ).to(F64)
     x, y = MLP.batch(8)
     beta = 1.5
-    learner = fb.attach(model, fb.RecLRA(beta=beta, activation=activation), example=x)
+    learner = fb.attach(model, fb.rules.RecLRA(beta=beta, activation=activation), example=x)
     loss_fn(y)(learner(x)).backward()
     value = x.numpy()
     f = ACTIVATIONS[activation]
@@ -179,7 +179,7 @@ def test_rec_lra_moves_pre_activations_and_learns_by_the_outer_product(activatio
 def test_rec_lra_without_an_activation_is_dkp() -> None:
     x, y = CONV.batch()
     found = []
-    for rule in (fb.DKP.published(), fb.RecLRA(activation="linear")):
+    for rule in (fb.DKP.published(), fb.rules.RecLRA(activation="linear")):
         learner = CONV.attach(rule)
         loss_fn(y)(learner(x)).backward()
         found.append(grads(learner))
@@ -188,13 +188,15 @@ def test_rec_lra_without_an_activation_is_dkp() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.LRA(beta=0.1, init="normal"), fb.RecLRA(activation="tanh")], ids=lambda r: r.name
+    "rule",
+    [fb.rules.LRA(beta=0.1, init="normal"), fb.rules.RecLRA(activation="tanh")],
+    ids=lambda r: r.name,
 )
 def test_hidden_layers_learn(rule: fb.Rule) -> None:
     assert accuracy(rule) > accuracy(fb.Frozen()) + 0.1
 
 
-@pytest.mark.parametrize("rule", [fb.LRA(), fb.RecLRA()], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", [fb.rules.LRA(), fb.rules.RecLRA()], ids=lambda r: r.name)
 def test_signals_that_do_not_scale_with_the_loss_refuse_fp16(rule: fb.Rule) -> None:
     x, _ = MLP.batch()
     learner = MLP.attach(rule)
@@ -204,9 +206,9 @@ def test_signals_that_do_not_scale_with_the_loss_refuse_fp16(rule: fb.Rule) -> N
 
 def test_wrong_options_are_refused() -> None:
     for make in (
-        lambda: fb.LRA(beta=0.0),
-        lambda: fb.RecLRA(beta=-1.0),
-        lambda: fb.RecLRA(activation="sine"),
+        lambda: fb.rules.LRA(beta=0.0),
+        lambda: fb.rules.RecLRA(beta=-1.0),
+        lambda: fb.rules.RecLRA(activation="sine"),
     ):
         with pytest.raises(fb.AttachError):
             make()

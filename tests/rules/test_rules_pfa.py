@@ -34,9 +34,11 @@ def products(learner: fb.Learner) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("rule", [fb.PFA(expand=3), fb.PFA(kind="orthogonal")], ids=str)
+@pytest.mark.parametrize("rule", [fb.rules.PFA(expand=3), fb.rules.PFA(kind="orthogonal")], ids=str)
 @pytest.mark.parametrize("pair", [MLP, CONV], ids=str)
-def test_pfa_sends_by_the_product_and_r_gets_b_times_the_gradient(pair: Pair, rule: fb.PFA) -> None:
+def test_pfa_sends_by_the_product_and_r_gets_b_times_the_gradient(
+    pair: Pair, rule: fb.rules.PFA
+) -> None:
     model = pair.model()
     learner = pair.attach(rule, model)
     got = step(learner, *pair.batch())
@@ -60,7 +62,7 @@ def test_pfa_is_feedback_alignment_by_its_product(name: str) -> None:
     """On every kind of convolution; and its gradient is that of (delta a B)^T h, the layer-shaped product."""
     model, x = awkward(name)
     y = torch.arange(5)
-    learner = fb.attach(model, fb.PFA(expand=2), example=x)
+    learner = fb.attach(model, fb.rules.PFA(expand=2), example=x)
     F.cross_entropy(learner(x), y).backward()
     got, product = grads(model), products(learner)
     for edge in learner.graph.edges:
@@ -81,7 +83,7 @@ def test_pfa_is_feedback_alignment_by_its_product(name: str) -> None:
 
 
 def test_pfa_with_the_identity_is_kolen_pollack() -> None:
-    one, two = CONV.attach(fb.PFA(kind="identity")), CONV.attach(fb.KolenPollack())
+    one, two = CONV.attach(fb.rules.PFA(kind="identity")), CONV.attach(fb.KolenPollack())
     for edge, other in zip(one.graph.edges, two.graph.edges, strict=True):
         with torch.no_grad():
             one.feedback_of(edge).copy_(two.feedback_of(other))
@@ -95,7 +97,7 @@ def test_pfa_with_the_identity_is_kolen_pollack() -> None:
 def test_pfa_nears_the_direction_of_the_weights() -> None:
     """R - B^T W shrinks as (1 - lr decay)^t, so that B R tends to B B^T W: nearly W's direction, as B B^T is nearly 1."""
     model = CONV.model()
-    learner = CONV.attach(fb.PFA(expand=40), model)
+    learner = CONV.attach(fb.rules.PFA(expand=40), model)
     lr, decay, steps = 0.1, 0.05, 600
     optimizer = torch.optim.SGD(learner.parameters(), lr=lr, weight_decay=decay)
     x, y = CONV.batch()
@@ -127,7 +129,7 @@ def test_pfa_forms_no_second_sum_over_the_batch() -> None:
     for size in (10, 20):
         x, y = torch.randn(size, 6), torch.arange(size) % 3
         flops = {}
-        for rule in (fb.FA(), fb.PFA(expand=2)):
+        for rule in (fb.FA(), fb.rules.PFA(expand=2)):
             torch.manual_seed(0)
             learner = fb.attach(
                 nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), rule, example=x
@@ -142,7 +144,9 @@ def test_pfa_forms_no_second_sum_over_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.PFA(expand=2), fb.InformationAlignment(standardize=False)], ids=["pfa", "ia"]
+    "rule",
+    [fb.rules.PFA(expand=2), fb.rules.InformationAlignment(standardize=False)],
+    ids=["pfa", "ia"],
 )
 def test_accumulation_state_and_compile(rule: fb.Rule) -> None:
     torch._dynamo.reset()
@@ -158,7 +162,9 @@ def test_accumulation_state_and_compile(rule: fb.Rule) -> None:
     learner.zero_grad()
     for part in (slice(0, 2), slice(2, 4)):
         (loss_fn(y[part])(learner(x[part])) / 2).backward()
-    scale = 1 if isinstance(rule, fb.PFA) else 2  # the regulariser is not scaled with the loss
+    scale = (
+        1 if isinstance(rule, fb.rules.PFA) else 2
+    )  # the regulariser is not scaled with the loss
     for name, p in learner.named_parameters():
         factor = scale if name.startswith("feedback") else 1
         assert_close(p.grad, factor * whole[name], name)
@@ -172,9 +178,9 @@ def test_accumulation_state_and_compile(rule: fb.Rule) -> None:
 
 def test_pfa_refuses_what_it_does_not_know() -> None:
     with pytest.raises(fb.AttachError, match="expand >= 1"):
-        fb.PFA(expand=0)
+        fb.rules.PFA(expand=0)
     with pytest.raises(fb.AttachError, match="random, orthogonal, identity, got 10 and 'normal'"):
-        fb.PFA(kind="normal")
+        fb.rules.PFA(kind="normal")
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,15 @@ import feedbackward as fb
 from feedbackward.operators.counter import uniform
 
 SIGNED = {
-    "usf": fb.USF(),
-    "usf, like the layer": fb.USF(init="like_layer", scale=2.0),
-    "usf, following": fb.USF(follow_norm=True),
-    "frsf": fb.FRSF(),
-    "frsf, following": fb.FRSF(follow_norm=True),
-    "brsf": fb.BRSF(),
-    "brsf, following": fb.BRSF(follow_norm=True),
-    "sign_symmetry": fb.SignSymmetry(),
-    "sign_symmetry, random": fb.SignSymmetry(magnitude="random", scale=0.5),
+    "usf": fb.rules.USF(),
+    "usf, like the layer": fb.rules.USF(init="like_layer", scale=2.0),
+    "usf, following": fb.rules.USF(follow_norm=True),
+    "frsf": fb.rules.FRSF(),
+    "frsf, following": fb.rules.FRSF(follow_norm=True),
+    "brsf": fb.rules.BRSF(),
+    "brsf, following": fb.rules.BRSF(follow_norm=True),
+    "sign_symmetry": fb.rules.SignSymmetry(),
+    "sign_symmetry, random": fb.rules.SignSymmetry(magnitude="random", scale=0.5),
 }
 
 
@@ -48,19 +48,19 @@ def expected_feedback(learner: fb.Learner, edge: fb.Edge) -> np.ndarray:
     rule, W = learner.rule, weight_of(learner, edge).detach().numpy()
     out, into, field = W.shape[0], W.shape[1], math.prod(W.shape[2:])
     xavier = math.sqrt(6 / ((out + into) * field))  # the bound of the law
-    if isinstance(rule, fb.USF):
+    if isinstance(rule, fb.rules.USF):
         std = (
             1 / math.sqrt(3 * into * field) if rule.init == "like_layer" else xavier / math.sqrt(3)
         )
         M = rule.scale * std * np.ones(W.shape)
-    elif isinstance(rule, fb.SignSymmetry) and rule.magnitude == "uniform":
+    elif isinstance(rule, fb.rules.SignSymmetry) and rule.magnitude == "uniform":
         M = math.sqrt(2 / (field * out)) * np.ones(W.shape)
-    elif isinstance(rule, fb.BRSF):
+    elif isinstance(rule, fb.rules.BRSF):
         key, count = learner.feedback_of(edge).tolist()
         M = xavier * hashed(key, count, W.size).reshape(W.shape)
     else:
         M = learner.feedback_of(edge).numpy()
-        bound = xavier if isinstance(rule, fb.FRSF) else 0.5 * math.sqrt(6 / (field * out))
+        bound = xavier if isinstance(rule, fb.rules.FRSF) else 0.5 * math.sqrt(6 / (field * out))
         assert M.min() >= 0
         assert 0.7 * bound < M.max() <= bound * (1 + 1e-6)
     B = M * np.sign(W)
@@ -81,7 +81,10 @@ def test_gradients_equal_the_oracle_in_every_pass(pair: Pair, rule: fb.Rule) -> 
         assert len(B) == 3
         for name, gradient in chain_step(pair, model, B).items():
             assert_close(
-                got[name], gradient, name, tolerance=1e-6 if isinstance(rule, fb.BRSF) else 1e-11
+                got[name],
+                gradient,
+                name,
+                tolerance=1e-6 if isinstance(rule, fb.rules.BRSF) else 1e-11,
             )
         with torch.no_grad():
             model.get_submodule("head").weight[:, ::2].neg_()
@@ -139,7 +142,7 @@ def test_outputs_and_random_state_are_those_of_the_plain_model(name: str) -> Non
 
 
 def test_fresh_magnitudes_differ_in_every_pass_and_between_layers() -> None:
-    learner = MLP.attach(fb.BRSF())
+    learner = MLP.attach(fb.rules.BRSF())
     x, y = MLP.batch()
     first, second = step(learner, x, y), step(learner, x, y)
     for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
@@ -152,7 +155,7 @@ def test_fresh_magnitudes_differ_in_every_pass_and_between_layers() -> None:
 
 def test_each_pass_sends_by_its_own_magnitudes() -> None:
     """Two forward passes before the first backward."""
-    one, two = MLP.attach(fb.BRSF()), MLP.attach(fb.BRSF())
+    one, two = MLP.attach(fb.rules.BRSF()), MLP.attach(fb.rules.BRSF())
     x, y = MLP.batch()
     expected = [step(one, x, y), step(one, x, y)]
     losses = [loss_fn(y)(two(x)), loss_fn(y)(two(x))]
@@ -166,7 +169,10 @@ def test_each_pass_sends_by_its_own_magnitudes() -> None:
 def test_fresh_magnitudes_go_on_after_loading() -> None:
     """In a learner of another seed, from the state alone; what was drawn globally does not matter (nor does a rank)."""
     x, y = MLP.batch()
-    first, second = MLP.attach(fb.BRSF()), MLP.attach(fb.BRSF(), MLP.model(seed=4), seed=5)
+    first, second = (
+        MLP.attach(fb.rules.BRSF()),
+        MLP.attach(fb.rules.BRSF(), MLP.model(seed=4), seed=5),
+    )
     step(first, x, y)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     torch.manual_seed(11)
@@ -178,7 +184,7 @@ def test_fresh_magnitudes_go_on_after_loading() -> None:
 
 
 def test_evaluations_and_probes_do_not_count_as_passes() -> None:
-    learner = MLP.attach(fb.BRSF())
+    learner = MLP.attach(fb.rules.BRSF())
     x, y = MLP.batch()
     fb.probe(learner, loss_fn(y), x, jacobian=True)
     with torch.no_grad():
@@ -232,7 +238,7 @@ def test_hashed_numbers_are_uniform_and_independent() -> None:
 def test_a_weight_of_zero_feeds_nothing_back() -> None:
     model = MLP.model()
     nn.init.zeros_(model.get_submodule("head").weight)
-    for rule in (fb.USF(), fb.FRSF(), fb.BRSF(follow_norm=True)):
+    for rule in (fb.rules.USF(), fb.rules.FRSF(), fb.rules.BRSF(follow_norm=True)):
         learner = MLP.attach(rule, model)
         got = step(learner, *MLP.batch())
         assert got["fc3.weight"].abs().max() == 0
@@ -240,27 +246,29 @@ def test_a_weight_of_zero_feeds_nothing_back() -> None:
         learner.detach()
 
 
-@pytest.mark.parametrize("kind", [fb.USF, fb.FRSF, fb.BRSF, fb.SignSymmetry])
+@pytest.mark.parametrize(
+    "kind", [fb.rules.USF, fb.rules.FRSF, fb.rules.BRSF, fb.rules.SignSymmetry]
+)
 def test_zero_feedback_and_unknown_options_are_refused(kind: type[fb.Rule]) -> None:
     with pytest.raises(fb.AttachError, match="zero feedback"):
         kind(scale=0.0)
-    wrong = {"magnitude": "fresh"} if kind is fb.SignSymmetry else {"init": "cauchy"}
+    wrong = {"magnitude": "fresh"} if kind is fb.rules.SignSymmetry else {"init": "cauchy"}
     with pytest.raises(fb.AttachError, match="choose one of"):
         MLP.attach(kind(**wrong))
 
 
 def test_what_is_transported_and_stored() -> None:
-    learner = MLP.attach(fb.USF())
+    learner = MLP.attach(fb.rules.USF())
     assert learner.rule.properties.weight_transport == "signs"
     assert learner.feedback_bytes == 0
     assert "made from fc2.weight" in str(learner)
-    assert MLP.attach(fb.BRSF()).feedback_bytes == 3 * 16
+    assert MLP.attach(fb.rules.BRSF()).feedback_bytes == 3 * 16
 
 
 def test_kept_norms_train() -> None:
     """W <- W |W_0| / |W| after every step: the norms stay, the weights move, and the loss falls."""
     model = with_dropout().eval()
-    learner = fb.attach(model, fb.USF(), example=X)
+    learner = fb.attach(model, fb.rules.USF(), example=X)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
     handle = fb.renormalize_weights(learner.model.parameters(), optimizer)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

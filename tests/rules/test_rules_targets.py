@@ -90,12 +90,12 @@ def targets_step(
 
 
 TARGETS = [
-    (fb.DTP(beta=0.3), 0.3),
-    (fb.DTP(beta=0.3, activation="tanh"), 0.3),
-    (fb.DTP(beta=2.0, activation="relu"), 2.0),
-    (fb.DDTP(beta=0.3, activation="tanh"), 0.3),
-    (fb.DDTP(beta=0.3, hidden=5), 0.3),
-    (fb.SDTP(activation="tanh"), 1.0),
+    (fb.rules.DTP(beta=0.3), 0.3),
+    (fb.rules.DTP(beta=0.3, activation="tanh"), 0.3),
+    (fb.rules.DTP(beta=2.0, activation="relu"), 2.0),
+    (fb.rules.DDTP(beta=0.3, activation="tanh"), 0.3),
+    (fb.rules.DDTP(beta=0.3, hidden=5), 0.3),
+    (fb.rules.SDTP(activation="tanh"), 1.0),
 ]
 
 
@@ -116,7 +116,7 @@ def test_targets_equal_the_oracle(pair: Pair, rule: fb.Rule, beta: float) -> Non
         assert_close(gradient, expected.parameters[name], name)
 
 
-PHASED = [fb.DTP(), fb.DDTP(hidden=4), fb.SDTP()]
+PHASED = [fb.rules.DTP(), fb.rules.DDTP(hidden=4), fb.rules.SDTP()]
 
 
 def linear_net(*sizes: int) -> nn.Sequential:
@@ -138,8 +138,12 @@ def path(model: nn.Sequential, site: str) -> Tensor:
     return J
 
 
-@pytest.mark.parametrize("rule", [fb.DTP(beta=0.7), fb.DDTP(beta=0.7)], ids=lambda r: r.name)
-def test_exact_inverses_give_the_targets_of_gauss_newton(rule: fb.DTP | fb.DDTP) -> None:
+@pytest.mark.parametrize(
+    "rule", [fb.rules.DTP(beta=0.7), fb.rules.DDTP(beta=0.7)], ids=lambda r: r.name
+)
+def test_exact_inverses_give_the_targets_of_gauss_newton(
+    rule: fb.rules.DTP | fb.rules.DDTP,
+) -> None:
     """The least change of h_l that moves the output by -beta N e, sample by sample."""
     model = linear_net(5, 5, 5, 5)
     x, y = torch.randn(6, 5, dtype=F64), torch.randint(5, (6,))
@@ -162,8 +166,8 @@ def test_exact_inverses_give_the_targets_of_gauss_newton(rule: fb.DTP | fb.DDTP)
         assert_close(-rule.beta * len(x) * got[name], step, name)
 
 
-@pytest.mark.parametrize("rule", [fb.DTP, fb.DDTP])
-def test_near_targets_send_the_derivative_of_the_decoder(rule: type[fb.DTP]) -> None:
+@pytest.mark.parametrize("rule", [fb.rules.DTP, fb.rules.DDTP])
+def test_near_targets_send_the_derivative_of_the_decoder(rule: type[fb.rules.DTP]) -> None:
     """With beta to zero the signal is d dg/ds."""
     x, y = MLP.batch()
     learner = MLP.attach(rule(beta=1e-6, activation="tanh"))
@@ -197,7 +201,7 @@ def test_near_targets_send_the_derivative_of_the_decoder(rule: type[fb.DTP]) -> 
 def test_sdtp_with_a_cross_entropy_sends_the_error_through_its_topmost_decoder() -> None:
     """N e = p - y: no gradient is needed to know it, and none is used."""
     x, y = MLP.batch()
-    learner = MLP.attach(fb.SDTP())
+    learner = MLP.attach(fb.rules.SDTP())
     learner.target(y)
     got = signals(learner, x, y)
     _, e = oracles.cross_entropy(learner.model(x).detach().numpy(), y.numpy())
@@ -211,7 +215,7 @@ def test_sdtp_with_a_cross_entropy_sends_the_error_through_its_topmost_decoder()
 
 def test_sdtp_by_the_scale_goes_part_of_the_way_and_ignores_unknown_labels() -> None:
     x, y = MLP.batch()
-    learner = MLP.attach(fb.SDTP())
+    learner = MLP.attach(fb.rules.SDTP())
     learner.target(y)
     full = signals(learner, x, y)
     learner.target(y, scale=0.25)
@@ -226,9 +230,9 @@ def test_sdtp_by_the_scale_goes_part_of_the_way_and_ignores_unknown_labels() -> 
 def test_sdtp_needs_targets_and_classes() -> None:
     x, _ = MLP.batch()
     with pytest.raises(fb.FeedbackError, match=r"learner\.target"):
-        MLP.attach(fb.SDTP())(x)
+        MLP.attach(fb.rules.SDTP())(x)
     with pytest.raises(fb.AttachError, match="use DTP"):
-        CONV.attach(fb.SDTP(), error_at="conv2", sites=["act1"])
+        CONV.attach(fb.rules.SDTP(), error_at="conv2", sites=["act1"])
 
 
 # --- what cannot be done -----------------------------------------------------------------------------------------
@@ -263,11 +267,14 @@ def test_decoders_that_no_machine_holds_are_refused() -> None:
 
 def test_targets_between_sites_with_and_without_tokens_are_refused() -> None:
     with pytest.raises(fb.AttachError, match=r"token dimensions .*'norm1' and 'act1'.*DDTP"):
-        VIT.attach(fb.DTP(), sites=["norm1", "act1"])
+        VIT.attach(fb.rules.DTP(), sites=["norm1", "act1"])
     x, y = TOKENS.batch()
-    learner = TOKENS.attach(fb.DTP(beta=0.5))
+    learner = TOKENS.attach(fb.rules.DTP(beta=0.5))
     assert all(signal.any() for signal in signals(learner, x, y).values())
-    for pair, rule, sites in ((VIT, fb.DTP(), "layers"), (VIT, fb.DDTP(), ["norm1", "act1"])):
+    for pair, rule, sites in (
+        (VIT, fb.rules.DTP(), "layers"),
+        (VIT, fb.rules.DDTP(), ["norm1", "act1"]),
+    ):
         x, y = pair.batch()
         assert all(
             signal.any() for signal in signals(pair.attach(rule, sites=sites), x, y).values()
@@ -276,11 +283,11 @@ def test_targets_between_sites_with_and_without_tokens_are_refused() -> None:
 
 def test_wrong_options_are_refused() -> None:
     for make in (
-        lambda: fb.DTP(sigma=0.0),
-        lambda: MLP.attach(fb.DTP(beta=0.0)),
-        lambda: MLP.attach(fb.DTP(activation="sine")),
-        lambda: fb.DDTP(damping=-1.0),
-        lambda: fb.DDTP(hidden=-1),
+        lambda: fb.rules.DTP(sigma=0.0),
+        lambda: MLP.attach(fb.rules.DTP(beta=0.0)),
+        lambda: MLP.attach(fb.rules.DTP(activation="sine")),
+        lambda: fb.rules.DDTP(damping=-1.0),
+        lambda: fb.rules.DDTP(hidden=-1),
     ):
         with pytest.raises(fb.AttachError):
             make()
@@ -312,7 +319,9 @@ def accuracy(rule: fb.Rule) -> float:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.DTP(activation="tanh"), fb.DDTP(), fb.SDTP()], ids=lambda r: r.name
+    "rule",
+    [fb.rules.DTP(activation="tanh"), fb.rules.DDTP(), fb.rules.SDTP()],
+    ids=lambda r: r.name,
 )
 def test_hidden_layers_learn(rule: fb.Rule) -> None:
     assert accuracy(rule) > accuracy(fb.Frozen()) + 0.1

@@ -143,17 +143,38 @@ def _known(name: str, root: str | None) -> Source:
 
 
 def _image_folder(folder: Path) -> Source:
-    present = {split for split in ("train", "validation", "test") if (folder / split).is_dir()}
-    if "train" not in present:
+    splits = _split_folders(folder)
+    if "train" not in splits:
         raise DataError(f"Image folder {folder} has no train/: put the images in train/<class>/.")
-    if present == {"train", "validation"}:
-        splits = {"train": "train", "test": "validation"}
-    else:
-        splits = {split: split for split in sorted(present)}
+    if splits.keys() == {"train", "validation"}:
+        splits = {"train": splits["train"], "test": splits["validation"]}
     source = Source(folder.name, "images", DatasetSpec(None), splits, folder)
     for split in splits.values():
         _check_layout(source, split)
     return source
+
+
+# what people call the folders of a split, in any case
+_SPLIT_NAMES = {
+    "train": ("train", "training", "trn"),
+    "validation": ("validation", "val", "valid", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+
+
+def _split_folders(folder: Path) -> dict[str, str]:
+    """Our name of each split and its folder's. Raises DataError where two folders are the same split."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        for split, names in _SPLIT_NAMES.items():
+            if path.name.lower() in names and path.is_dir():
+                if split in found:
+                    raise DataError(
+                        f"Image folder {folder} has two folders for the {split} split, {found[split]}/ and "
+                        f"{path.name}/: keep one of them."
+                    )
+                found[split] = path.name
+    return dict(sorted(found.items()))
 
 
 def _check_layout(source: Source, split: str) -> None:

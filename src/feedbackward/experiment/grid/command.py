@@ -7,11 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.config.files import check_keys
+from feedbackward.experiment.config.files import check_keys, parse_yaml
 from feedbackward.experiment.config.parser import Parser
 from feedbackward.experiment.config.schema import CompareConfig, slug
 from feedbackward.experiment.grid.definition import Study, load_study, nested, shipped
@@ -179,4 +178,4 @@ def _setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"--set {text} must have the form key=value, as in --set epochs=1")
     check_keys(CompareConfig, nested(key, None), "--set")
-    return key, yaml.safe_load(value)
+    return key, parse_yaml(value)
