@@ -56,6 +56,7 @@ FORMS: dict[str, fb.Rule] = {
     "centred / s, 3": Scaled(ratio=3.0, power=1),
     "centred / s, 10": Scaled(ratio=10.0, power=1),
     "centred / s^2, 1": Scaled(power=2),
+    "centred / s^2, 10": Scaled(ratio=10.0, power=2),
     "centred / s^2, 30": Scaled(ratio=30.0, power=2),
     "centred, 1/30, random start": Scaled(ratio=1 / 30, operator=fb.Dense()),
 }
@@ -71,14 +72,14 @@ def convolution(inputs: int, outputs: int, pool: bool) -> list[nn.Module]:
 
 
 def net(depth: int) -> nn.Sequential:
-    """`depth` convolutions of 32, 64 and 128 channels, three pools, and two linear layers."""
+    """`depth` convolutions of 16, 32 and 64 channels, three pools, and two linear layers."""
     layers: list[nn.Module] = []
     before = 3
-    for channels in (32, 64, 128):
+    for channels in (16, 32, 64):
         for i in range(depth // 3):
             layers += convolution(before, channels, pool=i == depth // 3 - 1)
             before = channels
-    top = [nn.Flatten(), nn.Linear(2048, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)]
+    top = [nn.Flatten(), nn.Linear(1024, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)]
     return nn.Sequential(*layers, *top).to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
