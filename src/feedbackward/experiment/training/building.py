@@ -7,12 +7,13 @@ import functools
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedbackward.errors import ConfigError
 from feedbackward.experiment import nets
@@ -138,6 +139,23 @@ def shared_data(config: DataConfig) -> Data:
     return load_data(config)
 
 
+def warn_of_channels_last(model: nn.Module, device: torch.device) -> None:
+    """Name a convolution in which oneDNN 3.12 corrupts memory on CPUs without AVX-512."""
+    for name, module in model.named_modules():
+        strided = (
+            isinstance(module, nn.Conv2d)
+            and set(module.kernel_size) == {1}
+            and max(module.stride) > 1
+        )
+        if device.type == "cpu" and strided and (module.in_channels % 8 or module.out_channels % 8):
+            warnings.warn(
+                f"{name!r} is a strided 1x1 convolution whose channels are no multiple of 8: channels-last, PyTorch can "
+                "crash in it on CPUs without AVX-512. Leave channels_last off, or use multiples of 8.",
+                stacklevel=3,
+            )
+            return
+
+
 def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Learner:
     """The net with its rule attached, on the device; everything random comes from ``config.seed``."""
     seed_everything(config.seed)
@@ -146,6 +164,7 @@ def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Lear
     if config.dropout is not None:
         nets.set_dropout(model, config.dropout)
     if config.channels_last:
+        warn_of_channels_last(model, device)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sites: Any = nets.default_sites(config.model) if config.sites is None else config.sites
     if sites == "published":
