@@ -14,7 +14,7 @@ from torch import nn
 
 import feedbackward as fb
 from feedbackward.errors import CheckpointError, ConfigError, DivergenceError
-from feedbackward.experiment.config.recipes import Optimizer
+from feedbackward.experiment.config.recipes import Optimizer, find_recipe
 from feedbackward.experiment.config.schema import Changes, TrainConfig
 from feedbackward.experiment.data.dataset import DataConfig, load_data
 from feedbackward.experiment.training import checkpoint
@@ -261,8 +261,9 @@ def test_what_is_not_finite_is_named():
 
 def test_an_exploding_rate_is_told(tmp_path):
     wild = Changes(lr=1e30, schedule="constant")
+    own = find_recipe("default").rates["dkp"].feedback_lr
     with pytest.raises(
-        DivergenceError, match=r"--forward.lr \(now 1e\+30\) or --feedback.lr \(now 0.003\)"
+        DivergenceError, match=rf"--forward.lr \(now 1e\+30\) or --feedback.lr \(now {own}\)"
     ):
         run(config(tmp_path, forward=wild, probe_every=0))
     assert RunFolder(tmp_path / "run").result()["status"] == "diverged"
