@@ -162,10 +162,10 @@ class Learner(nn.Module):
                 else self.model(*args, **kwargs)
             )
 
-    @torch.compiler.disable
     def _uncompiled(self, args: Any, kwargs: Any) -> Any:
         """For signals that go up: they are derivatives of derivatives, which compiled layers do not have."""
-        return self._cut(args, kwargs)
+        # a decorator would import torch._dynamo together with this file, which takes seconds
+        return torch.compiler.disable(self._cut)(args, kwargs)
 
     def backward(
         self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint", keep_inputs: bool = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -68,3 +70,11 @@ def test_ahead_of_time_backward(name: str, rule: fb.Rule) -> None:
 @pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
 def test_inductor(name: str) -> None:
     check(name, fb.DKP.published(center=True), "inductor", 1e-4)
+
+
+def test_an_import_leaves_the_compiler_alone() -> None:
+    """`torch._dynamo` takes longer to import than the library itself, and only a compiled learner needs it."""
+    code = "import sys, torch\nbefore = set(sys.modules)\nimport feedbackward\n"
+    code += "print('torch._dynamo' in set(sys.modules) - before)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False"]
