@@ -54,13 +54,15 @@ def expected_feedback(learner: fb.Learner, edge: fb.Edge) -> np.ndarray:
         )
         M = rule.scale * std * np.ones(W.shape)
     elif isinstance(rule, fb.rules.SignSymmetry) and rule.magnitude == "uniform":
-        M = math.sqrt(2 / (field * out)) * np.ones(W.shape)
+        s = math.sqrt(2 / (field * out)) if W.ndim > 2 else 1 / math.sqrt(into)
+        M = s * np.ones(W.shape)
     elif isinstance(rule, fb.rules.BRSF):
         key, count = learner.feedback_of(edge).tolist()
         M = xavier * hashed(key, count, W.size).reshape(W.shape)
     else:
         M = learner.feedback_of(edge).numpy()
-        bound = xavier if isinstance(rule, fb.rules.FRSF) else 0.5 * math.sqrt(6 / (field * out))
+        authors = math.sqrt(6 / (field * out)) if W.ndim > 2 else 1 / math.sqrt(into)
+        bound = xavier if isinstance(rule, fb.rules.FRSF) else 0.5 * authors
         assert M.min() >= 0
         assert 0.7 * bound < M.max() <= bound * (1 + 1e-6)
     B = M * np.sign(W)
@@ -88,6 +90,47 @@ def test_gradients_equal_the_oracle_in_every_pass(pair: Pair, rule: fb.Rule) -> 
             )
         with torch.no_grad():
             model.get_submodule("head").weight[:, ::2].neg_()
+
+
+# s of a layer by hand, from the code of Xiao et al. 2019
+SCALES = [
+    (nn.Linear(400, 10), 0.05),  # 1 / sqrt(400), whatever the width of the output
+    (nn.Linear(400, 1000), 0.05),
+    (nn.Linear(16, 4), 0.25),
+    (nn.Conv2d(3, 8, 5), 0.1),  # sqrt(2 / (25 * 8)), whatever the number of input channels
+    (nn.Conv2d(64, 8, 5), 0.1),
+    (nn.Conv2d(4, 50, 2), 0.1),
+    (nn.Conv1d(3, 50, 4), 0.1),
+    (nn.Conv2d(3, 200, 1), 0.1),
+]
+
+
+@pytest.mark.parametrize("magnitude", ["uniform", "random"])
+@pytest.mark.parametrize(("layer", "scale"), SCALES, ids=str)
+def test_the_scale_of_sign_symmetry_is_that_of_its_authors(
+    layer: nn.Module, scale: float, magnitude: str
+) -> None:
+    """The input is as large as the kernel, so one unit's error is sent back as its row of B."""
+    channels, *kernel = layer.weight.shape[1:]
+    first = nn.Conv2d if len(kernel) == 2 else nn.Conv1d
+    below = first(2, channels, 1) if kernel else nn.Linear(2, channels)
+    rule = fb.rules.SignSymmetry(magnitude=magnitude)
+    model = nn.Sequential(below, nn.Tanh(), layer, nn.Flatten()).to(F64)
+    learner = fb.attach(model, rule, example=torch.ones(2, 2, *kernel, dtype=F64))
+    (edge,) = learner.graph.edges
+    own = () if magnitude == "uniform" else (learner.feedback_of(edge),)
+    units = torch.eye(len(layer.weight), dtype=F64).view(
+        -1, len(layer.weight), *(1 for _ in kernel)
+    )
+    B = edge.operator.send((*own, layer.weight), units, (channels, *kernel)).detach()
+    assert torch.equal(B.sign(), layer.weight.sign())
+    if magnitude == "uniform":
+        torch.testing.assert_close(B.abs(), torch.full_like(B, scale), rtol=1e-12, atol=0)
+        return
+    bound = scale * math.sqrt(3) if kernel else scale
+    assert B.abs().max() <= bound * (1 + 1e-6)
+    # U(0, b) has the mean b / 2 and the variance b**2 / 12: five standard errors
+    assert abs(B.abs().mean() - bound / 2) < 5 * bound / math.sqrt(12 * B.numel())
 
 
 @pytest.mark.parametrize("mode", ["fa", "usf", "frsf"])

@@ -76,6 +76,8 @@ MUTATIONS = (
     ("operators/signed.py", "W.sign() * self.magnitudes", "W.sign().abs() * self.magnitudes", SIGNS),
     ("operators/signed.py", "return self.layer.bound / 3**0.5", "return self.layer.bound", SIGNS),
     ("operators/signed.py", "weights[0][1] += 1", "pass", SIGNS),
+    ("rules/chain/sign_symmetry.py", '(form, "like_layer",', '(form, "kaiming_fan_out",', SIGNS),
+    ("rules/chain/sign_symmetry.py", "widened * self.scale", "self.scale", SIGNS),
     (CUTS, "own = tuple(B.clone() for B in own)", "pass", SIGNS),
     ("optim.py", "W.mul_(torch.where(now > 0, norm / now, 1.0))", "pass", SIGNS),
     ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", ALIGNED),

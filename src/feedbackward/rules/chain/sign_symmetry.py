@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
-from feedbackward.operators.signed import FixedSigned, UniformSigned
+from feedbackward.operators.signed import FixedSigned, Signed, UniformSigned
 from feedbackward.rule import Properties, Rule, refuse_zeros
 from feedbackward.topologies import chain
 
-_MAGNITUDES = {"uniform": UniformSigned, "random": FixedSigned}
+_MAGNITUDES: dict[str, type[Signed]] = {"uniform": UniformSigned, "random": FixedSigned}
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,27 @@ class SignSymmetry(Rule):
     r"""Sign-symmetry: feedback weights share the sign of the forward weights, and not their magnitude.
 
     .. math::
-        \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = s_l\,\mathrm{sign}(W_l)\ \text{in every pass}, \qquad
-        s_l = \sqrt{2 / (k^2 c_{out})}
+        \delta h_{l-1} = \delta a_l\, B_l, \qquad
+        B_l = s_l\,\mathrm{sign}(W_l)\ \text{in every pass}
 
-    :math:`s_l` is the standard deviation of He's initialisation by the outgoing side; for a Linear layer
-    :math:`\sqrt{2/n_{out}}` (inferred). One bit per weight is transported.
+        s_l = \sqrt{2 / (k^2 c_{out})}\ \text{for a convolution}, \qquad
+        s_l = 1 / \sqrt{n_{in}}\ \text{for a Linear layer}
 
-    magnitude: `"uniform"`; `"random"`: fixed magnitudes with standard deviation :math:`s_l` before they lose their sign.
+    :math:`k^2` counts the positions of the kernel. One bit per weight is transported.
+
+    magnitude: `"uniform"`: :math:`s_l` for every weight. `"random"`: magnitudes that are drawn once
+        and stay, :math:`|U(-b, b)|` with :math:`b = \sqrt{3}\, s_l` for a convolution and
+        :math:`b = s_l` for a Linear layer.
     scale: a factor on :math:`s_l`.
 
-    Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016 (arXiv:1510.05067); Xiao, Chen, Liao &
-    Poggio, "Biologically-plausible learning algorithms can scale to large datasets", ICLR 2019 (arXiv:1811.03567), whose code has
-    these :math:`s_l`, draws the random magnitudes from a normal law (here uniform), and trains by default the last layer's input
-    signal by its true weight: name the other layers as `sites` for that. Liao et al. find batch norm and sign-only updates
-    ("Batch Manhattan", an optimizer's matter) important. The control with the signs that `W` had at the start is FA.
+    Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016
+    (arXiv:1510.05067); Xiao, Chen, Liao & Poggio, "Biologically-plausible learning algorithms can
+    scale to large datasets", ICLR 2019 (arXiv:1811.03567). The magnitudes are those of the code of
+    Xiao et al., except that it draws the random ones of a convolution from a normal law with the
+    same standard deviation. By default that code trains the last layer's input signal by its true
+    weight: name the other layers as `sites` for that. Liao et al. find batch norm and sign-only
+    updates ("Batch Manhattan", an optimizer's matter) important. The control with the signs that
+    `W` had at the start is FA.
     """
 
     magnitude: str = "uniform"
@@ -62,11 +70,13 @@ class SignSymmetry(Rule):
             )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        signed = _MAGNITUDES[self.magnitude]
-        return chain(
-            sites,
-            lambda layer_input: signed(
-                LayerShaped(layer_input.form, "kaiming_fan_out", self.scale)
-            ),
-            with_forward_weight=True,
-        )
+        return chain(sites, self._operator, with_forward_weight=True)
+
+    def _operator(self, layer_input: LayerInput) -> Signed:
+        """Scaled as torchvision scales a ResNet's convolution and `nn.Linear` its own weight."""
+        signed, form = _MAGNITUDES[self.magnitude], layer_input.form
+        if form.stride:
+            return signed(LayerShaped(form, "kaiming_fan_out", self.scale))
+        # a uniform magnitude is the law's standard deviation, b / sqrt(3): it must come to s
+        widened = math.sqrt(3) if self.magnitude == "uniform" else 1.0
+        return signed(LayerShaped(form, "like_layer", widened * self.scale))
