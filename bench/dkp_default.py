@@ -94,7 +94,9 @@ def accuracy(
     trained = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = EPOCHS * (TRAIN // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, cycle_momentum=False
+    )
     generator = torch.Generator().manual_seed(seed)
     learner.train()
     for _ in range(EPOCHS):
