@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,11 +81,19 @@ def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
         tuple(into.shape[1:]),
         into.dim() - 2 if linear else 0,
         source=source,
-        form=LayerForm.of(call.module),
+        form=_form(call.module, into, out),
         weight=f"{call.name}.weight",
         below=_below(trace, call),
         dominates=dominates,
     )
+
+
+def _form(layer: nn.Module, into: Tensor, out: Tensor) -> LayerForm:
+    """The layer's form in this call: `output_size` overrules a transposed convolution's own output padding."""
+    form = LayerForm.of(layer)
+    if not form.transposed:
+        return form
+    return replace(form, output_padding=form.extra(out.shape[2:], into.shape[2:]))
 
 
 def _below(trace: Trace, call: Call) -> PreActivation | str:

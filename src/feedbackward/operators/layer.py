@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +59,16 @@ class LayerForm:
             tuple(layer.output_padding),
             pad if any(pad) else (),
             layer.padding_mode,
+        )
+
+    def extra(self, places: Sequence[int], space: Sequence[int]) -> tuple[int, ...]:
+        """The output padding with which a transposed convolution makes these places of an input of that space."""
+        sizes = zip(
+            places, space, self.shape[2:], self.stride, self.dilation, self.padding, strict=True
+        )
+        return tuple(
+            out - ((n - 1) * stride - 2 * padding + dilation * (k - 1) + 1)
+            for out, n, k, stride, dilation, padding in sizes
         )
 
     @staticmethod
@@ -184,7 +195,7 @@ class LayerShaped(Operator):
         """What the layer makes of `h: [M, *site]` with this weight, without a bias: `send` is the adjoint of it."""
         if not self.form.stride:
             return h @ weight.t()
-        return torch.ops.aten.convolution(self.padded(h), weight, None, *self._geometry)
+        return torch.ops.aten.convolution(self.padded(h), weight, None, *self._geometry())
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
         """The layer's own weight gradient, whose form `B` has."""
@@ -194,11 +205,9 @@ class LayerShaped(Operator):
             return (d.t() @ h,)
         mask = (False, True, False)
         B = weights[0].to(d.dtype)  # only its shape is read
-        return (
-            torch.ops.aten.convolution_backward(d, self.padded(h), B, None, *self._geometry, mask)[
-                1
-            ],
-        )
+        h = self.padded(h)
+        geometry = self._geometry(d.shape[2:], h.shape[2:])
+        return (torch.ops.aten.convolution_backward(d, h, B, None, *geometry, mask)[1],)
 
     def macs(self, source: Shape, site: Shape) -> int:
         f = self.form
@@ -213,18 +222,24 @@ class LayerShaped(Operator):
     def _convolve_back(self, B: Tensor, d: Tensor, site: tuple[int, ...]) -> Tensor:
         like = d.new_empty(1).expand(len(d), *site)  # only its shape is read
         mask = (True, False, False)
-        return torch.ops.aten.convolution_backward(d, like, B, None, *self._geometry, mask)[0]
+        geometry = self._geometry(d.shape[2:], site[1:])
+        return torch.ops.aten.convolution_backward(d, like, B, None, *geometry, mask)[0]
 
-    @property
-    def _geometry(self) -> tuple[object, ...]:
-        """As torch's convolutions take it."""
+    def _geometry(
+        self, places: Sequence[int] | None = None, space: Sequence[int] = ()
+    ) -> tuple[object, ...]:
+        """As torch's convolutions take it, for an output of these places made from an input of that space."""
         f = self.form
+        extra = f.output_padding or (0,) * len(f.stride)
+        if f.transposed and places is not None:
+            # a call with `output_size` chooses it, perhaps another one for each batch
+            extra = f.extra(places, space)
         return (
             f.stride,
             f.padding,
             f.dilation,
             f.transposed,
-            f.output_padding or (0,) * len(f.stride),
+            extra,
             f.groups,
         )
 
