@@ -128,9 +128,15 @@ class Edge:
         return self.site.shape[self.leading - 1 :]
 
 
+_ESCAPED = str.maketrans({".": "/", "/": "%2F", ":": "%3A", "%": "%25"})
+
+
 def feedback_key(site: Site) -> str:
-    """The name under which the feedback of a site is kept: a module's name may not hold a dot."""
-    return site.name.replace(".", "/")
+    """The name under which the feedback of a site is kept: a module's name may not hold a dot.
+
+    What stands for a dot, and for the parts of an edge's weights, is escaped, so that no two sites have the same key.
+    """
+    return site.name.translate(_ESCAPED)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,8 @@ def make_feedback(
         with _drawn_on(reference.device):
             made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
         made = tuple(w.to(reference.device, dtype if w.is_floating_point() else None) for w in made)
-        made = _measured(model, edge, made, generator)
+        with _drawn_on(reference.device):
+            made = _measured(model, edge, made, generator)
         for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
             if rule.learns(edge) and i < edge.operator.learnable:
                 holder.register_parameter(name, nn.Parameter(weight))
@@ -107,9 +107,17 @@ def count_bytes(tensors: Iterator[Tensor] | Weights) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _drawn_on(device: torch.device) -> AbstractContextManager[Any]:
-    """Weights are drawn on the CPU, to be the same everywhere; for a meta model nothing is drawn nor allocated."""
-    return torch.device(device) if device.type == "meta" else nullcontext()
+@contextmanager
+def _drawn_on(device: torch.device) -> Iterator[None]:
+    """Weights are drawn on the CPU in float32, to be the same everywhere, whatever the program's default device and dtype
+    are; for a meta model nothing is drawn nor allocated."""
+    ambient = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(ambient)
 
 
 def _distinct(graph: Graph) -> list[Edge]:

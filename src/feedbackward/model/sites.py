@@ -191,7 +191,9 @@ def refuse_unrecorded(trace: Trace) -> None:
 
 def _output(kind: type, trace: Trace, call: Call, leaf: int) -> Any:
     """One tensor of what a call returned; its name is the module's, with a number for all but the first."""
-    name = (call.name or "output") + (f"[{leaf}]" if leaf and kind is Site else "")
+    # a module may be called "output" itself
+    whole = "output" if "output" not in trace.counts else "the model's output"
+    name = (call.name or whole) + (f"[{leaf}]" if leaf and kind is Site else "")
     point = HookPoint(call.name, "output", 0, leaf if call.structured else None)
     return _activity(kind, trace, name, (point,), call.outputs[leaf][0], call.end)
 

@@ -84,7 +84,7 @@ class Seeded(Operator):
         )
         count = -(-size // per_word)
         step = count if torch.compiler.is_compiling() else _CHUNK // per_word
-        B = torch.empty(count * per_word, device=device)
+        B = torch.empty(count * per_word, dtype=torch.float32, device=device)
         for start in range(0, count, step):
             stop = min(start + step, count)
             B[start * per_word : stop * per_word] = make(words(self.seed, start, stop, device))
