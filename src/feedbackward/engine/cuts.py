@@ -156,7 +156,7 @@ class Cuts(Hooked):
             and self.rule.needs == "target"
             and self.site_of(edges[0].source) is None
         ):
-            sent = target.one_hot(source)
+            sent = target.one_hot(source, edges[0].source.tokens)
         return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
 
     def renew(self) -> None:

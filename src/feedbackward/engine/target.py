@@ -17,8 +17,8 @@ class Target:
     raw: Tensor
     scale: float = 1.0
 
-    def one_hot(self, source: Tensor) -> Tensor:
-        """The targets in the source's shape, times the scale.
+    def one_hot(self, source: Tensor, tokens: int) -> Tensor:
+        """The targets in the source's shape, times the scale. `tokens`: how many of its dimensions are token dimensions.
 
         Raises FeedbackError where they do not fit it.
         """
@@ -30,15 +30,16 @@ class Target:
                     "or class indices."
                 )
             return y.to(source.dtype) * self.scale
-        axis = self._class_axis(y, source)
+        axis = self._class_axis(y, source, tokens)
         # by comparison: no label outside the classes (an ignore_index) sends anything, and nothing waits for a device
         classes = torch.arange(shape[axis], device=y.device)
         return (y.unsqueeze(-1) == classes).movedim(-1, axis).to(source.dtype) * self.scale
 
-    def _class_axis(self, y: Tensor, source: Tensor) -> int:
+    def _class_axis(self, y: Tensor, source: Tensor, tokens: int) -> int:
         """The dimension of the classes: 1 for [N, C] and maps [N, C, H, W], the last for tokens [N, T, C]."""
-        shape = list(source.shape)
-        for axis in (1, source.dim() - 1):
+        shape, last = list(source.shape), source.dim() - 1
+        # with as many steps as classes the shapes fit both ways, so what the source is comes first
+        for axis in (last, 1) if tokens else (1, last):
             if list(y.shape) == shape[:axis] + shape[axis + 1 :]:
                 return axis
         raise FeedbackError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
+from feedbackward.model.features import CHANNELS_FIRST, FEATURES_LAST, feature_axis
 
 PARAMETRIC = (
     nn.Linear,
@@ -47,15 +48,6 @@ ELEMENTWISE = (
 )
 # how autograd's nodes of matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
-_CHANNELS_FIRST = (*PARAMETRIC[1:], nn.modules.batchnorm._NormBase, nn.GroupNorm)
-_FEATURES_LAST = (
-    nn.Linear,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.Embedding,
-    nn.RNNBase,
-    nn.MultiheadAttention,
-)
 
 
 @dataclass
@@ -83,6 +75,13 @@ class Trace:
     def __post_init__(self) -> None:
         self.counts = Counter(call.name for call in self.calls)
         self.by_end = sorted(self.calls, key=lambda call: call.end)
+        self.layers: dict[Any, nn.Module] = {
+            (t.grad_fn, t.output_nr): call.module
+            for call in self.calls
+            if isinstance(call.module, CHANNELS_FIRST + FEATURES_LAST)
+            for t, _ in call.outputs
+            if isinstance(t, Tensor) and t.grad_fn is not None
+        }
 
     def producer(self, tensor: Tensor, version: int, before: int) -> tuple[Call, int] | None:
         """The innermost module, called once, whose output is `tensor` at that version; and which leaf.
@@ -100,15 +99,23 @@ class Trace:
         return None
 
     def tokens(self, tensor: Tensor, when: int) -> int:
-        """How many token dimensions follow the batch: those between it and the features of the last
-        layer that ran before, when that layer works on the last dimension only."""
+        """How many token dimensions follow the batch: those between it and the features, where these come last.
+
+        The features are those of the layer that made the tensor; where the graph does not lead to one, of the last layer
+        that ran before.
+        """
+        if tensor.dim() < 3:
+            return 0
+        axis = feature_axis(tensor, self.layers)
+        if axis is not None:
+            return tensor.dim() - 2 if axis == tensor.dim() - 1 else 0
         last = None
         for call in self.by_end:
             if call.end > when:
                 break
-            if isinstance(call.module, _CHANNELS_FIRST + _FEATURES_LAST):
+            if isinstance(call.module, CHANNELS_FIRST + FEATURES_LAST):
                 last = call.module
-        return tensor.dim() - 2 if isinstance(last, _FEATURES_LAST) and tensor.dim() > 2 else 0
+        return tensor.dim() - 2 if isinstance(last, FEATURES_LAST) else 0
 
 
 def run(model: Callable[..., Any], example: Any) -> Any:

@@ -1,0 +1,130 @@
+"""Which dimension of a tensor holds features, told from the autograd graph of what made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+CHANNELS_FIRST = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+)
+# on a map they normalise whatever the last dimension is, so what came before them is asked first
+_NORMS_LAST = (nn.LayerNorm, nn.RMSNorm)
+FEATURES_LAST = (nn.Linear, *_NORMS_LAST, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
+
+Output = tuple[Any, int]  # an autograd node and the number of its output
+_Path = tuple[Any, "_Path"] | None  # the nodes passed on the way down, the lowest first
+
+
+def feature_axis(tensor: Tensor, made: dict[Output, nn.Module]) -> int | None:
+    """The dimension of the features of the nearest layer that made the tensor; None where the graph does not tell.
+
+    `made`: the outputs of the layers, and which layer each is from. Only what keeps the tensor's form is followed: a gate or
+    an embedding that is broadcast over it says nothing of its dimensions.
+    """
+    stack: list[tuple[Output, _Path]] = [((tensor.grad_fn, tensor.output_nr), None)]
+    seen, norms = set[Output](), list[tuple[Output, _Path]]()
+    while stack:
+        output, path = stack.pop()
+        if output[0] is None or output in seen:
+            continue
+        seen.add(output)
+        layer = made.get(output)
+        if layer is not None and isinstance(layer, _NORMS_LAST):
+            norms.append((output, path))
+        elif layer is not None:
+            axis = 1 if isinstance(layer, CHANNELS_FIRST) else len(_shape(output)) - 1
+            found = _through(axis, _shape(output), path)
+            if found is not None:
+                return found
+            continue
+        below = list(_below(output))
+        stack += [(parent, (output, path)) for parent in reversed(below)]
+    for output, path in norms:
+        found = _through(len(_shape(output)) - 1, _shape(output), path)
+        if found is not None:
+            return found
+    return None
+
+
+def _below(output: Output) -> Iterator[Output]:
+    """The operands that have the dimensions of the result, those of the same shape first."""
+    node, shape = output[0], _shape(output)
+    parents = [parent for parent in node.next_functions if parent[0] is not None]
+    if _moves(node) or node.name().startswith(_VIEWS):
+        yield from parents
+        return
+    yield from (parent for parent in parents if _shape(parent) == shape)
+    alike = [p for p in parents if len(_shape(p)) == len(shape) and _shape(p) != shape]
+    # a pool or a slice has one operand; of several, those of size 1 are broadcast
+    if node.name().startswith("Cat") or len(parents) == 1:
+        yield from alike
+
+
+def _through(axis: int, shape: tuple[int, ...], path: _Path) -> int | None:
+    """Where a dimension of a layer's output is after the operations on the path."""
+    found: int | None = axis
+    while path is not None and found is not None:
+        output, path = path
+        after = _shape(output)
+        found = _after(output[0], found, shape, after)
+        shape = after
+    return found
+
+
+def _after(node: Any, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
+    order = _moves(node)
+    if order:
+        dims = [d % len(before) for d in order(len(before))]
+        return dims.index(axis)
+    if node.name().startswith(_VIEWS):
+        if before[: axis + 1] == after[: axis + 1]:
+            return axis
+        if axis == len(before) - 1 and before[-1:] == after[-1:]:
+            return len(after) - 1
+        return None
+    same = before[axis] == after[axis] or node.name().startswith("Cat")
+    return axis if same else None
+
+
+_VIEWS = ("View", "UnsafeView", "Reshape", "Alias", "Squeeze", "Unsqueeze", "Flatten", "Unflatten")
+
+
+def _moves(node: Any) -> Any:
+    """For an operation that only reorders dimensions, a function of their number: where each came from."""
+    name = node.name()
+    if name.startswith("Transpose"):
+        return lambda n: _swapped(n, _signed(node._saved_dim0) % n, _signed(node._saved_dim1) % n)
+    if name.startswith("Permute"):
+        return lambda n: [_signed(d) for d in node._saved_dims]
+    if name == "TBackward0":
+        return lambda n: list(reversed(range(n)))
+    return None
+
+
+def _signed(dim: int) -> int:
+    """Autograd saves a negative dimension as the unsigned number of the same bits."""
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
+def _swapped(n: int, a: int, b: int) -> list[int]:
+    order = list(range(n))
+    order[a], order[b] = b, a
+    return order
+
+
+def _shape(output: Output) -> tuple[int, ...]:
+    node, number = output
+    if hasattr(node, "variable"):
+        return tuple(node.variable.shape)
+    metadata = node._input_metadata
+    return tuple(metadata[number].shape) if number < len(metadata) else ()
