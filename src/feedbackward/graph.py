@@ -22,7 +22,8 @@ from feedbackward.operators.layer import LayerForm
 class HookPoint:
     """A place in the forward pass: the input or the output of one call of one module.
 
-    `leaf` counts the tensors of a structured output (tuple, dict, ModelOutput); None for a plain tensor.
+    `leaf` counts the leaves of a structured output (tuple, dict, ModelOutput); None for a plain tensor. Of an input it counts
+    those of the call's arguments and keywords.
     """
 
     module: str

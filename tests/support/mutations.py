@@ -60,7 +60,7 @@ MUTATIONS = (
     ("operators/base.py", "return (grad.clone(),)", "return (-grad,)", CHAIN),
     ("rule.py", "return self.learns(edge) and edge.shares is None and", "return self.learns(edge) and", CHAIN),
     (CUTS, "            if W.requires_grad\n", "", CHAIN),
-    ("model/layers.py", "c.inputs[0][0].requires_grad]", "c.inputs[0][0].requires_grad][1:]", CHAIN),
+    ("model/layers.py", "c.activity[1].requires_grad]", "c.activity[1].requires_grad][1:]", CHAIN),
     ("model/layers.py", "        end = max(call.end for call in trace.calls)", "        pass", CHAIN),
     ("operators/layer.py", "return d @ B", "return d @ B * 2", CHAIN),
     ("operators/layer.py", "folded, period - folded)", "folded, period - folded - 1)", CHAIN),

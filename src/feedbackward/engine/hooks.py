@@ -81,7 +81,7 @@ class Hooked(ABC):
     def install(self, model: nn.Module, prepend: bool = False) -> list[RemovableHandle]:
         """Register the hooks; where a tensor is both source and site, the broadcast comes before the cut."""
         handles = []
-        inputs: dict[str, dict[int, int]] = {}
+        inputs: dict[str, dict[int, list[tuple[int, int]]]] = {}
         kinds = (("source", self.sources), ("site", self.sites))
         for kind, activities in (
             reversed(kinds) if prepend else kinds
@@ -89,7 +89,8 @@ class Hooked(ABC):
             for index, activity in enumerate(activities):
                 for point in activity.points:
                     if point.kind == "input":
-                        inputs.setdefault(point.module, {})[point.call] = index
+                        calls = inputs.setdefault(point.module, {})
+                        calls.setdefault(point.call, []).append((index, point.leaf or 0))
                     else:
                         hook = _OutputHook(self, kind, index, point)
                         handles.append(
@@ -231,9 +232,10 @@ class _OutputHook:
 
 
 class _InputHook:
-    """Replaces the input of those calls of a layer that are sites; `calls` maps the call's number to the site."""
+    """Replaces the inputs of a layer that are sites; `calls` maps the call's number to these sites, each with the place of the
+    tensor among the leaves of the arguments and keywords."""
 
-    def __init__(self, cuts: Hooked, name: str, calls: dict[int, int]) -> None:
+    def __init__(self, cuts: Hooked, name: str, calls: dict[int, list[tuple[int, int]]]) -> None:
         self.cuts, self.name, self.calls, self.most = cuts, name, calls, max(calls)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -249,6 +251,22 @@ class _InputHook:
                 )
         if call not in self.calls:
             return None
-        if args:
-            return (self.cuts.on_site(self.calls[call], args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": self.cuts.on_site(self.calls[call], kwargs["input"])}
+        sites = self.calls[call]
+        if (
+            sites == [(sites[0][0], 0)]
+            and len(args) == 1
+            and not kwargs
+            and isinstance(args[0], Tensor)
+        ):
+            return (self.cuts.on_site(sites[0][0], args[0]),), kwargs
+        leaves, spec = tree_flatten((args, kwargs))
+        for index, leaf in sites:
+            if leaf >= len(leaves) or not isinstance(leaves[leaf], Tensor):
+                raise SiteError(
+                    f"layer {self.name!r} did not get the tensor number {leaf} that it got on the example; call it with the "
+                    "same arguments in every pass, or attach again with an example of the form that is used in training."
+                )
+            # given twice, it must be cut in both places
+            old, new = leaves[leaf], self.cuts.on_site(index, leaves[leaf])
+            leaves = [new if t is old else t for t in leaves]
+        return tree_unflatten(leaves, spec)

@@ -45,7 +45,7 @@ def find_layer_inputs(
     calls = [
         c for c in trace.calls if isinstance(c.module, PARAMETRIC) and c.end <= end and c.inputs
     ]
-    fed = [c for c in calls if c.inputs[0][0].requires_grad]
+    fed = [c for c in calls if c.activity[1].requires_grad]
     if sites == "layers":
         _refuse_hidden_weights(model, above, calls)
         return _layer_inputs(trace, fed, final)
@@ -71,13 +71,14 @@ def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
             "once. Use a module of its own for each call, or a rule with direct feedback."
         )
     _refuse_subclass(call)
-    into, out = call.inputs[0][0], call.outputs[0][0]
+    number, into, _ = call.activity
+    out = call.outputs[0][0]
     linear = isinstance(call.module, nn.Linear)
     points = (HookPoint(call.name, "output"),)
     source = Source(call.name, points, tuple(out.shape[1:]), out.dim() - 2 if linear else 0)
     return LayerInput(
         f"{call.name}.input",
-        (HookPoint(call.name, "input", call.index),),
+        (HookPoint(call.name, "input", call.index, call.places[number]),),
         tuple(into.shape[1:]),
         into.dim() - 2 if linear else 0,
         source=source,
@@ -99,7 +100,7 @@ def _form(layer: nn.Module, into: Tensor, out: Tensor) -> LayerForm:
 def _below(trace: Trace, call: Call) -> PreActivation | str:
     """The output of the layer before this one, or what stands between that is not a single elementwise activation."""
     activation: nn.Module | None = None
-    before, (tensor, version) = call, call.inputs[0]
+    before, (_, tensor, version) = call, call.activity
     while True:
         made = trace.producer(tensor, version, before.start)
         if made is None:
@@ -111,7 +112,7 @@ def _below(trace: Trace, call: Call) -> PreActivation | str:
             activation = before.module
         elif not isinstance(before.module, nn.Flatten):
             return f"{before.name or 'the model'!r} ({type(before.module).__name__})"
-        tensor, version = before.inputs[0]
+        _, tensor, version = before.activity
     tokens = tensor.dim() - 2 if isinstance(before.module, nn.Linear) else 0
     points = (HookPoint(before.name, "output"),)
     f = (activation or nn.Identity()).forward

@@ -86,18 +86,20 @@ class _Finder:
                 "the model has no Linear or convolution layer that runs as a module, so there is nothing to "
                 'feed; name the sites yourself with `sites=["name", ...]`.'
             )
-        entering = [(call, *call.inputs[0]) for call in calls if call.inputs]
-        first = entering[0][1]
+        entering = [
+            (call, *activity) for call in calls if call.inputs for activity in call.activities
+        ]
+        first = entering[0][2]
         found: dict[int, Site] = {}
-        for call, tensor, version in entering:
+        for call, number, tensor, version in entering:
             if (
                 tensor is first
                 or id(tensor) in found
                 or not self._reaches_source(tensor, call.start)
             ):
                 continue
-            consumers = [c for c, t, v in entering if t is tensor and v == version]
-            found[id(tensor)] = self._site(call, tensor, version, consumers)
+            consumers = [(c, n) for c, n, t, v in entering if t is tensor and v == version]
+            found[id(tensor)] = self._site(call, number, tensor, version, consumers)
         return list(found.values())
 
     def stages(self) -> list[Site]:
@@ -105,7 +107,7 @@ class _Finder:
         first): what a pool or a stride made."""
         sites = self.layers()
         images = [
-            call.inputs[0][0]
+            call.activity[1]
             for call in self.trace.calls
             if isinstance(call.module, PARAMETRIC) and call.inputs
         ]
@@ -152,13 +154,22 @@ class _Finder:
                 leaves.setdefault(id(tensor), (leaf, tensor, version))
         return list(leaves.values())
 
-    def _site(self, call: Call, tensor: Tensor, version: int, consumers: list[Call]) -> Site:
+    def _site(
+        self,
+        call: Call,
+        number: int,
+        tensor: Tensor,
+        version: int,
+        consumers: list[tuple[Call, int]],
+    ) -> Site:
         """Cut where the tensor is made, so that every consumer sees the cut; else at the layers' inputs."""
         made = self.trace.producer(tensor, version, call.start)
         if made is not None:
             return _output(Site, self.trace, *made)
-        points = tuple(HookPoint(c.name, "input", c.index) for c in consumers)
+        points = tuple(HookPoint(c.name, "input", c.index, c.places[n]) for c, n in consumers)
         name = f"{call.name}.input" + (f"#{call.index}" if call.index else "")
+        if number != call.activity[0]:
+            name += f"[{number}]"
         return _activity(Site, self.trace, name, points, tensor, call.start)
 
     def _reaches_source(self, tensor: Tensor, when: int) -> bool:

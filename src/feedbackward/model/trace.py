@@ -59,10 +59,29 @@ class Call:
     index: int  # how many calls of this module came before
     start: int
     inputs: list[tuple[Tensor, int]]
+    # where each input is among the leaves of the arguments and keywords
+    places: list[int]
     end: int = -1
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
     structured: bool = False
     grad_enabled: bool = True
+
+    @property
+    def activities(self) -> list[tuple[int, Tensor, int]]:
+        """The inputs that depend on parameters: number, tensor, version; the first input where none does.
+
+        An adjacency, a mask or a condition from the data comes before or after the activity, or by keyword.
+        """
+        found: dict[int, tuple[int, Tensor, int]] = {}
+        for number, (tensor, version) in enumerate(self.inputs):
+            if tensor.grad_fn is not None:
+                found.setdefault(id(tensor), (number, tensor, version))
+        return list(found.values()) or [(0, *self.inputs[0])]
+
+    @property
+    def activity(self) -> tuple[int, Tensor, int]:
+        """The first of the inputs that depend on parameters."""
+        return self.activities[0]
 
 
 @dataclass
@@ -221,10 +240,11 @@ def trace(model: nn.Module, example: Any) -> Trace:
     clock = itertools.count()
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        call = Call(
-            name, module, seen[name], next(clock), inputs, grad_enabled=torch.is_grad_enabled()
-        )
+        leaves = list(enumerate(tree_leaves((args, kwargs))))
+        inputs = [(t, t._version) for _, t in leaves if isinstance(t, Tensor)]
+        places = [place for place, t in leaves if isinstance(t, Tensor)]
+        grad = torch.is_grad_enabled()
+        call = Call(name, module, seen[name], next(clock), inputs, places, grad_enabled=grad)
         seen[name] += 1
         calls.append(call)
         open_calls.append(call)
