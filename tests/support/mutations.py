@@ -254,10 +254,10 @@ MUTATIONS = (
     ("engine/weights.py", "holder.register_buffer(name, weight)", "holder.register_buffer(name, weight, persistent=False)", LAWS),
     ("engine/plan.py", "stack += parents[:1] if", "stack += parents if", LAWS),
     # passes that must leave no trace
-    (TRACE, "buffer.data.copy_(values)", "pass", LAWS),
-    (TRACE, "buffer.data.copy_(values)", "buffer.copy_(values)", STEPS),
-    (TRACE, "random.setstate(self.cpu[0])", "pass", MEASURES),
-    (TRACE, "m.training = mode", "pass", STEPS),
+    ("model/state.py", "buffer.data.copy_(values)", "pass", LAWS),
+    ("model/state.py", "buffer.data.copy_(values)", "buffer.copy_(values)", STEPS),
+    ("model/state.py", "random.setstate(self.cpu[0])", "pass", MEASURES),
+    ("model/state.py", "m.training = mode", "pass", STEPS),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from feedbackward.engine.hooks import Observer
 from feedbackward.errors import FeedbackError
 from feedbackward.graph import Edge, Site, Source
-from feedbackward.model.trace import preserved, run
+from feedbackward.model.state import preserved
+from feedbackward.model.trace import run
 from feedbackward.operators.base import Weights
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.engine.hooks import Observer
 from feedbackward.engine.weights import count_bytes
 from feedbackward.graph import LayerInput
-from feedbackward.model.trace import all_trainable, preserved, run, training_mode
+from feedbackward.model.state import all_trainable, preserved, training_mode
+from feedbackward.model.trace import run
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner

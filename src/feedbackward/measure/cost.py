@@ -25,7 +25,7 @@ from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.measure.counting import Products, Saved
-from feedbackward.model.trace import training_mode
+from feedbackward.model.state import training_mode
 from feedbackward.schedules.joint import Schedule
 from feedbackward.schedules.passes import LossFn
 

@@ -14,7 +14,8 @@ from feedbackward.engine.hooks import Observer
 from feedbackward.errors import FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.learner import Learner
-from feedbackward.model.trace import preserved, run
+from feedbackward.model.state import preserved
+from feedbackward.model.trace import run
 
 
 @dataclass(frozen=True)

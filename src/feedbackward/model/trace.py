@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
 from feedbackward.model.features import CHANNELS_FIRST, FEATURES_LAST, feature_axis
+from feedbackward.model.state import all_trainable, preserved, training_mode
 
 PARAMETRIC = (
     nn.Linear,
@@ -150,81 +151,6 @@ def run(model: Callable[..., Any], example: Any) -> Any:
     )
 
 
-class RandomState:
-    """The state of the random number generators that a forward pass of the module may draw from."""
-
-    def __init__(self, module: nn.Module) -> None:
-        tensors = (*module.parameters(), *module.buffers())
-        devices = {t.device for t in tensors if t.device.type == "cuda"}
-        self.cpu = (random.getstate(), torch.get_rng_state())
-        self.cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-
-    def restore(self) -> None:
-        """Put them back."""
-        random.setstate(self.cpu[0])
-        torch.set_rng_state(self.cpu[1])
-        for device, state in self.cuda:
-            torch.cuda.set_rng_state(state, device)
-
-
-class PassState:
-    """What a forward pass may change besides weights: a module's buffers, and the random number generators."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.random = RandomState(module)
-        self.slots = [
-            (m, name, b, b.detach().clone())
-            for m in module.modules()
-            for name, b in m._buffers.items()
-            if b is not None
-        ]
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        self.random.restore()
-        for m, name, buffer, values in self.slots:
-            m._buffers[name] = buffer
-            buffer.data.copy_(
-                values
-            )  # .data: a backward pass that is still to come may hold this buffer
-
-
-@contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
-    """Restore buffers and random number generators after a pass nobody asked for."""
-    state = PassState(module)
-    try:
-        yield
-    finally:
-        state.restore()
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """Training mode, where the model is in evaluation mode as a whole; restored module by module."""
-    modes = [(m, m.training) for m in model.modules()]
-    if not model.training:
-        model.train()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
-@contextmanager
-def all_trainable(model: nn.Module) -> Iterator[None]:
-    """Every parameter requires a gradient, so that the graph shows what depends on parameters at all."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-
-
 def trace(model: nn.Module, example: Any) -> Trace:
     """Run the model once on the example and record every module call; nothing of the model changes.
 
@@ -234,6 +160,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         raise AttachError(
             "attach outside torch.inference_mode(), under which no graph is recorded."
         )
+    _refuse_lazy(model)
     calls: list[Call] = []
     open_calls: list[Call] = []
     seen: Counter[str] = Counter()
@@ -285,6 +212,17 @@ def trace(model: nn.Module, example: Any) -> Trace:
                 "Pass an `example` that the model accepts, as tensor, tuple or dict."
             ) from error
     return Trace(calls, output)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """What a first pass creates could not be taken back, and there would be nothing to make feedback for before it."""
+    for name, module in model.named_modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(is_lazy(t) for t in own):
+            raise AttachError(
+                f"module {name!r} ({type(module).__name__}) is lazy: its parameters get their shapes in the first forward pass. Run "
+                "the model once on a batch before attaching, and make the optimizer after that."
+            )
 
 
 def dominators(tensor: Tensor) -> set[Any]:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.errors import AttachError
 from feedbackward.graph import Source
-from feedbackward.model.trace import preserved, run
+from feedbackward.model.state import preserved
+from feedbackward.model.trace import run
 from feedbackward.schedules.passes import Fingerprint
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError
 from feedbackward.graph import LayerInput, Source
-from feedbackward.model.trace import PassState, preserved, run
+from feedbackward.model.state import PassState, preserved
+from feedbackward.model.trace import run
 from feedbackward.schedules.passes import (
     Deliver,
     Fingerprint,

@@ -21,7 +21,8 @@ from feedbackward.engine.hooks import Director, PassOverError
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.model.trace import RandomState, preserved, run
+from feedbackward.model.state import RandomState, preserved
+from feedbackward.model.trace import run
 from feedbackward.schedules.passes import Deliver, LossFn, finish
 from feedbackward.schedules.preparation import Preparation
 
