@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.engine.hooks import Observer
@@ -18,6 +17,7 @@ from feedbackward.engine.weights import count_bytes
 from feedbackward.graph import LayerInput
 from feedbackward.model.state import all_trainable, preserved, training_mode
 from feedbackward.model.trace import run
+from feedbackward.model.values import tensors_in
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
@@ -98,7 +98,7 @@ def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:
         learner.cuts.recording() as tape,
     ):
         output = run(model, example)
-    above = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    above = [t for t in tensors_in(output) if t.requires_grad]
     ends = [[h] if h is not None else [] for h in tape.h]
     nodes = [_nodes(tensors) for tensors in (*ends, above)]
     labels = [*(site.name for site in learner.cuts.sites), "head"]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, LayerInput, PreActivation, Source
@@ -21,6 +20,7 @@ from feedbackward.model.trace import (
     dominators,
     gradient_edges,
 )
+from feedbackward.model.values import tensors_in
 from feedbackward.operators.layer import LayerForm
 
 
@@ -35,7 +35,7 @@ def find_layer_inputs(
     Raises AttachError where an error would silently travel through weights that no layer_input stands for.
     """
     final, end = source_tensor(trace, source)
-    above = [t for t in tree_leaves(trace.output) if isinstance(t, Tensor)]
+    above = tensors_in(trace.output)
     if any(
         t is final for t in above
     ):  # the errors of the other outputs travel down the chain as well

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, Site, Source
 from feedbackward.model.blocks import block_names
 from feedbackward.model.trace import PARAMETRIC, Call, Trace, gradient_edges
+from feedbackward.model.values import describe_type, is_opaque
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -55,6 +57,12 @@ def find_source(
             'predictions, for example `error_at="head"`, or return them and compute the loss outside.'
         )
     found = trace.producer(tensor, tensor._version, trace.by_end[-1].end + 1)
+    if found is None and any(is_opaque(leaf) for leaf in tree_leaves(trace.output)):
+        raise AttachError(
+            f"the model returns {describe_type(trace.output)}, and no module makes the tensor that output= takes from it, so there is "
+            "no place for a hook. Make its last operation a module (nn.LogSoftmax for F.log_softmax), name the module before it "
+            "with `error_at=`, or return a tuple or a dict."
+        )
     if found is None:
         raise AttachError(
             "output= must return one of the tensors that the model returns, as it is (for example "
@@ -229,16 +237,8 @@ def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tens
     value = trace.output if output is None else output(trace.output)
     if isinstance(value, Tensor):
         return value
-    fields = (
-        list(value.keys())
-        if hasattr(value, "keys")
-        else [f"[{i}]" for i in range(len(value))]
-        if isinstance(value, tuple)
-        else []
-    )
-    what = f"{type(value).__name__} with {', '.join(fields)}" if fields else type(value).__name__
     raise AttachError(
-        f"the model returns {what}: say which tensor's error is broadcast, for example `output=lambda o: o.logits` or "
+        f"the model returns {describe_type(value)}: say which tensor's error is broadcast, for example `output=lambda o: o.logits` or "
         "`output=lambda o: o[0]`, or name its module with `error_at=`."
     )
 

@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.errors import AttachError
 from feedbackward.graph import Source
 from feedbackward.model.state import preserved
 from feedbackward.model.trace import run
+from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Fingerprint
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
     with preserved(learner.model), torch.no_grad(), cuts.recording(hold=hold) as tape:
         output = run(learner.model, inputs)
     torch.clear_autocast_cache()
-    ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    ends = [t for t in tensors_in(output) if t.requires_grad]
     lower = plan.order[: plan.order.index(hold) + 1]
     segments = [
         ([h] if h is not None and h.requires_grad else [], segment)

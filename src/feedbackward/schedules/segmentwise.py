@@ -23,6 +23,7 @@ from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.model.state import RandomState, preserved
 from feedbackward.model.trace import run
+from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Deliver, LossFn, finish
 from feedbackward.schedules.preparation import Preparation
 
@@ -150,7 +151,7 @@ def _head(
     with _from(learner, director, kept, order, len(order), deliver):
         output = run(learner.model, inputs)
     if check:
-        _refuse_interleaved(learner, tree_leaves(output), learner.plan.head)
+        _refuse_interleaved(learner, tensors_in(output), learner.plan.head)
     loss = finish(loss_fn(output))
     return loss, RandomState(learner.model)
 

@@ -1,0 +1,57 @@
+"""Looking into what a model returns, whatever class it is of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_is_leaf, tree_leaves
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a nested value: of tuples, lists, dicts and dataclasses, and of the value itself if it is an object with
+    attributes. Other objects within it stay closed: a cache of keys and values is no prediction."""
+    found: list[Tensor] = []
+    seen = set[int]()
+    stack = list(attributes(value).values()) if is_opaque(value) else [value]
+    while stack:
+        for leaf in tree_leaves(stack.pop()):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif dataclasses.is_dataclass(leaf) and is_opaque(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                stack += list(attributes(leaf).values())
+    return found
+
+
+def is_opaque(value: Any) -> bool:
+    """Whether it is an object that holds attributes, which PyTorch does not open by itself."""
+    if isinstance(value, (Tensor, type)) or callable(value) or not tree_is_leaf(value):
+        return False
+    return bool(attributes(value))
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object, from its `__dict__` and its slots."""
+    slots = [s for kind in type(value).__mro__ for s in _names(getattr(kind, "__slots__", ()))]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**found, **getattr(value, "__dict__", {})}
+
+
+def describe_type(value: Any) -> str:
+    """The class of a value, with its fields if it has names for them."""
+    kind = type(value).__name__
+    if hasattr(value, "keys"):
+        fields = list(map(str, value.keys()))
+    elif isinstance(value, tuple):
+        fields = [f"[{i}]" for i in range(len(value))]
+    else:
+        fields = list(attributes(value))
+    what = f"the dataclass {kind}" if dataclasses.is_dataclass(value) else kind
+    return f"{what} with {', '.join(fields)}" if fields else what
+
+
+def _names(slots: Any) -> list[str]:
+    names = (slots,) if isinstance(slots, str) else slots
+    return [name for name in names if not name.startswith("__")]
