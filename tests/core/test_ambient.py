@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -75,6 +76,28 @@ def test_operators_under_a_default_dtype(ambient: None, operator: fb.operators.O
     found = grads(there, fb.attach(there, fb.DFA(operator=operator), example=EXAMPLE))
     for one, two in zip(expected, found, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("label", RULES)
+def test_feedback_of_a_model_attached_on_meta_is_drawn_when_it_gets_memory(label: str) -> None:
+    """The same as of a model that was on the CPU; what is loaded afterwards stays."""
+    expected = fb.attach(model(), RULES[label], example=EXAMPLE).feedback.state_dict()
+    late = fb.attach(model().to("meta"), RULES[label], example=EXAMPLE.to("meta"))
+    late.to_empty(device="cpu")
+    found = late.feedback.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    other = {key: value + 1 for key, value in expected.items()}
+    late.feedback.load_state_dict(other)
+    copied = copy.deepcopy(late).to("cpu").feedback.state_dict()
+    assert all(torch.equal(copied[key], value) for key, value in other.items())
+
+
+def test_mirrored_feedback_of_a_model_without_values_is_refused() -> None:
+    rule = fb.rules.FA(init="mirrored")
+    learner = fb.attach(model().to("meta"), rule, example=EXAMPLE.to("meta"))
+    with pytest.raises(fb.FeedbackError, match="meta device"):
+        learner.to_empty(device="cpu")
 
 
 NAMES = [

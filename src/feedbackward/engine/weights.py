@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +50,48 @@ def make_feedback(
     Floating-point weights are `dtype`; by default float64 for a float64 model, else float32. Parameters where the rule
     learns them, else buffers.
     """
-    holder = nn.Module()
     reference = next(p for p in model.parameters() if p.is_floating_point())
     if dtype is None:
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    drawn = partial(_draw, graph, rule, seed, dtype, reference.dtype)
+    return drawn(reference.device, model, Feedback(drawn))
+
+
+class Feedback(nn.Module):
+    """Holds the feedback weights. Made for a model on the meta device, they are drawn when `to_empty` gives them memory."""
+
+    def __init__(self, drawn: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self._drawn = drawn
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Feedback:
+        without_values = self._on_meta()
+        super()._apply(fn, recurse)
+        if without_values and not self._on_meta():
+            self.load_state_dict(self._drawn(torch.device("cpu"), None, nn.Module()).state_dict())
+        return self
+
+    def _on_meta(self) -> bool:
+        return any(t.is_meta for t in (*self.parameters(), *self.buffers()))
+
+
+def _draw(
+    graph: Graph,
+    rule: Rule,
+    seed: int,
+    dtype: torch.dtype,
+    model_dtype: torch.dtype,
+    device: torch.device,
+    model: nn.Module | None,
+    holder: nn.Module,
+) -> nn.Module:
+    """Fill the holder. Without a model there are no layers to measure, so no feedback may begin mirrored."""
     for edge in _distinct(graph):
         generator = torch.Generator().manual_seed(_digest(seed, edge.key))
-        with _drawn_on(reference.device):
+        with _drawn_on(device):
             made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
-        made = tuple(w.to(reference.device, dtype if w.is_floating_point() else None) for w in made)
-        with _drawn_on(reference.device):
+        made = tuple(w.to(device, dtype if w.is_floating_point() else None) for w in made)
+        with _drawn_on(device):
             made = _measured(model, edge, made, generator)
         for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
             if rule.learns(edge) and i < edge.operator.learnable:
@@ -66,16 +99,26 @@ def make_feedback(
             else:
                 holder.register_buffer(name, weight)
     for local in graph.local:
-        with torch.random.fork_rng(devices=[]), _drawn_on(reference.device):
+        with torch.random.fork_rng(devices=[]), _drawn_on(device):
             torch.manual_seed(_digest(seed, local.key))
             auxiliary = rule.auxiliary(local.site, local.source)
-        holder.add_module(local.key, auxiliary.to(reference.device, reference.dtype))
+        holder.add_module(local.key, auxiliary.to(device, model_dtype))
     return holder
 
 
-def _measured(model: nn.Module, edge: Edge, made: Weights, generator: torch.Generator) -> Weights:
+def _measured(
+    model: nn.Module | None, edge: Edge, made: Weights, generator: torch.Generator
+) -> Weights:
     """The initial weights of an edge, where they depend on the layer that it leads over."""
     site, operator = edge.site, edge.operator
+    mirrored = any(getattr(part, "init", None) == "mirrored" for part in within(operator))
+    if model is None and mirrored:
+        raise AttachError(
+            f"site {site.name!r}: feedback that begins mirrored is measured on the layer's weight, which had no values when the "
+            "model was attached on the meta device. Attach after the weights are there, or use another init."
+        )
+    if model is None:
+        return made
     if (
         isinstance(operator, LayerShaped)
         and isinstance(site, LayerInput)
@@ -84,7 +127,7 @@ def _measured(model: nn.Module, edge: Edge, made: Weights, generator: torch.Gene
         owner, _, leaf = site.weight.rpartition(".")
         layer = getattr(model.get_submodule(owner), leaf)
         return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
-    if any(getattr(part, "init", None) == "mirrored" for part in within(operator)):
+    if mirrored:
         raise AttachError(
             f"site {site.name!r}: feedback that begins mirrored must have the form of a layer's weight and lead over that layer "
             f"alone; this is {type(operator).__name__} feedback from {edge.source.name!r}. Use another init."
