@@ -142,3 +142,24 @@ def test_lazy_layers_are_refused_until_they_have_run(
     model(X)
     fb.attach(model, fb.DFA(), example=X)(X).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_parent_that_notes_the_new_buffer_forgets_it_too() -> None:
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child, self.out, self.ready = nn.Linear(4, 6), nn.Linear(6, 3), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.child(x)
+            if not self.ready:
+                self.child.register_buffer("scale", torch.ones(6))
+                self.ready = True
+            return self.out(torch.tanh(h * self.child.scale))
+
+    model, x = Parent(), torch.randn(5, 4)
+    learner = fb.attach(model, fb.DFA(), example=x, sites=["child"])
+    assert not model.ready
+    assert "scale" not in dict(model.child.named_buffers())
+    learner(x).sum().backward()
+    assert model.ready

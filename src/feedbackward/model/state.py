@@ -31,8 +31,8 @@ class RandomState:
 class PassState:
     """What a forward pass may change besides weights: a module's buffers, and the random number generators.
 
-    Buffers get back their values and sizes. Where a pass created buffers, they are taken away again, and so are the plain
-    attributes of their module, which may say that they are there.
+    Buffers get back their values and sizes. Where a pass created buffers, they are taken away again, and the plain
+    attributes of all modules, which may say that they are there, are put back.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,14 +48,16 @@ class PassState:
     def restore(self) -> None:
         """Put everything back as it was."""
         self.random.restore()
-        for m, buffers, plain in self.modules:
-            created = any(
+        created = False
+        for m, buffers, _ in self.modules:
+            created |= any(
                 buffers.get(name) is None for name, b in m._buffers.items() if b is not None
             )
             for name in m._buffers.keys() - buffers.keys():
                 delattr(m, name)
             m._buffers.update(buffers)
-            if created:
+        if created:  # any module may have noted that the buffer is there
+            for m, _, plain in self.modules:
                 for name in _plain(m).keys() - plain.keys():
                     del m.__dict__[name]
                 m.__dict__.update(plain)
