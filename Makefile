@@ -33,7 +33,7 @@ end-to-end: .venv/dev
 	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true
 
 bench-step: .venv/dev
-	$(BIN)/feedbackward bench vgg16 --rules '[dfa,dkp,{rule: dkp, options: {center: true}}]' --schedules joint,replay \
+	$(BIN)/feedbackward bench vgg16 --rules '[dfa,{rule: dkp, options: {center: false, normalise: false, operator: {name: dense}}},dkp]' --schedules joint,replay \
 		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot runs/step_time.png
 
 bench-classes: .venv/dev

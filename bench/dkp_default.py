@@ -1,7 +1,7 @@
 """Which form of DKP suits one rate for W and B: accuracy on held-out images of CIFAR-10.
 
 python bench/dkp_default.py --data-root DIR                  # every form, both nets, two rates
-python bench/dkp_default.py --data-root DIR --nets deep --forms dfa,default --seeds 0,1
+python bench/dkp_default.py --data-root DIR --nets '6 conv' --forms 'dfa;default' --seeds 0,1
 
 8,000 training images, 2,000 others held out, 5 epochs in batches of 100, SGD with Nesterov momentum
 0.9, a one-cycle rate, decay 5e-4; feedback to all layers. Results are appended to --json as they come.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import feedbackward as fb
 from feedbackward.experiment.data import DataConfig, load_data
 from feedbackward.operators import Weights
+from feedbackward.rules.direct.dkp import spread
 
 TRAIN, HELD_OUT, BATCH, EPOCHS = 8000, 2000, 100, 5
 
@@ -38,7 +39,7 @@ class Scaled(fb.DKP):
     normalise: bool = False
 
     def feedback_grad(self, edge: fb.Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        s = h.float().var(0, correction=0).sum().sqrt().to(h.dtype)
+        s = spread(h).to(h.dtype)
         return edge.operator.correlate(weights, d * self.ratio / s**self.power, h, self.center)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from feedbackward import errors, moved, operators, rules, topologies
 from feedbackward.errors import AttachError, FeedbackError, SiteError
 from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
-from feedbackward.learner import Learner, attach, param_groups
+from feedbackward.learner import Learner, attach
 from feedbackward.measure.cost import Cost, count_cost
 from feedbackward.measure.probe import Probe, probe
 from feedbackward.operators import (
@@ -24,7 +24,7 @@ from feedbackward.operators import (
     Sparse,
     Weights,
 )
-from feedbackward.optim import renormalize_weights
+from feedbackward.optim import param_groups, renormalize_weights, step_in_backward
 from feedbackward.rules import (
     BP,
     DFA,
@@ -41,14 +41,13 @@ from feedbackward.rules import (
     Rule,
 )
 from feedbackward.schedules.delayed import Delayed
-from feedbackward.schedules.joint import step_in_backward
 from feedbackward.topologies import chain, star
 
 __version__ = "0.2.0"
 
-# names of 0.1.0 that the top level no longer has, by the module that has them
 moved.install()
 
+# names of 0.1.0 that the top level no longer has, by the module that has them
 _MOVED_TO = {
     "feedbackward.rules": """
         ActivationAlignment BRSF BinaryDFA CDFA DDTP DKPPC DSP DTP EBD FDFA FRSF Flipped GrAPE Han2020

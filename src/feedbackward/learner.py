@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from feedbackward.engine.checks import check_graph
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, describe, in_bytes, make_plan
@@ -124,7 +125,7 @@ class Learner(nn.Module):
         self.model = model
         self.rule, self.sites, self.source, self.seed = rule, sites, source, seed
         self.graph: Graph = fitted(rule.graph(sites, source), rule, seed)
-        _check_graph(model, rule, self.graph)
+        check_graph(model, rule, self.graph)
         self.feedback = make_feedback(model, self.graph, rule, seed, feedback_dtype)
         self.cuts = Cuts(model, self.graph, rule, self.feedback)
         # DistributedDataParallel would wait for their gradients in every backward pass
@@ -385,66 +386,3 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise AttachError(
                 f"{where} is a TorchScript module, whose inside cannot be cut: attach to the Python model."
             )
-
-
-def param_groups(
-    learner: Learner, model: dict[str, Any] | None = None, feedback: dict[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """Optimizer parameter groups for the network's weights and for the feedback weights.
-
-    `model` and `feedback` are the groups' options, for example `model={"lr": 0.1}, feedback={"lr": 0.01}`. A rule without
-    learned feedback gives one group.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> import feedbackward as fb
-        >>> x = torch.randn(16, 4)
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> learner = fb.attach(model, fb.DKP(), example=x)
-        >>> groups = fb.param_groups(learner, model={"lr": 0.1}, feedback={"lr": 0.01})
-        >>> [group["lr"] for group in torch.optim.SGD(groups).param_groups]
-        [0.1, 0.01]
-    """
-    groups = [{"params": list(learner.model.parameters()), **(model or {})}]
-    learned = list(learner.feedback.parameters())
-    return [*groups, {"params": learned, **(feedback or {})}] if learned else groups
-
-
-def _check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
-    """A rule that cuts nothing is backprop; a weight that is used must be one that the model really has."""
-    if not graph.sites and rule.properties.weight_transport is not True:
-        raise AttachError(
-            f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
-        )
-    made = [
-        source for source in graph.sources if any(point.kind == "input" for point in source.points)
-    ]
-    if made:
-        raise AttachError(
-            f"{rule.label} sends on the error that arrives at {made[0].name!r}, but no module makes that tensor (a functional "
-            'activation or addition), so not all of its error can be seen. Write it as a module (nn.ReLU), use sites="blocks" or name '
-            "modules as sites; or use a rule that sends the output's error (DFA, DKP)."
-        )
-    for edge in graph.edges:
-        for named, does in (
-            (edge.shares, "gives B the gradient of"),
-            (edge.forward_weight, "makes B from"),
-        ):
-            if named is None:
-                continue
-            owner, _, leaf = named.rpartition(".")
-            weight = model.get_submodule(owner)._parameters.get(leaf)
-            if weight is None:
-                raise AttachError(
-                    f"{rule.label} {does} {named!r}, which is re-parametrised (weight norm, pruning, ...). Remove "
-                    "the parametrisation, or use FA or a rule with direct feedback."
-                )
-            uses = [
-                name for name, p in model.named_parameters(remove_duplicate=False) if p is weight
-            ]
-            if len(uses) > 1 and named == edge.shares:
-                raise AttachError(
-                    f"{rule.label} {does} {named!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
-                    "several. Untie the weights, or use FA or a rule with direct feedback."
-                )

@@ -1,13 +1,16 @@
-"""Strict normalisation of forward weights."""
+"""What goes between a learner and an optimizer: parameter groups, updates within the backward pass, kept norms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from feedbackward.learner import Learner
 
 
 def renormalize_weights(
@@ -35,3 +38,50 @@ def renormalize_weights(
             W.mul_(torch.where(now > 0, norm / now, 1.0))
 
     return optimizer.register_step_post_hook(restore)
+
+
+def param_groups(
+    learner: Learner, model: dict[str, Any] | None = None, feedback: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer parameter groups for the network's weights and for the feedback weights.
+
+    `model` and `feedback` are the groups' options, for example `model={"lr": 0.1}, feedback={"lr": 0.01}`. A rule without
+    learned feedback gives one group.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(), example=x)
+        >>> groups = fb.param_groups(learner, model={"lr": 0.1}, feedback={"lr": 0.01})
+        >>> [group["lr"] for group in torch.optim.SGD(groups).param_groups]
+        [0.1, 0.01]
+    """
+    groups = [{"params": list(learner.model.parameters()), **(model or {})}]
+    learned = list(learner.feedback.parameters())
+    return [*groups, {"params": learned, **(feedback or {})}] if learned else groups
+
+
+def step_in_backward(
+    parameters: Iterable[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> list[RemovableHandle]:
+    """Update each parameter as soon as its gradient is there, and drop the gradient: they are never all held.
+
+    `make` builds the optimizer of one parameter, for example `lambda p: torch.optim.SGD(p, lr=0.1)`. Under `eager` and
+    `replay` a segment is then updated before the next one runs. Call `zero_grad` and `step` nowhere else; gradients cannot
+    be accumulated or clipped together. A parameter of several segments (tied weights, `Shared` feedback) is updated once
+    for each. Remove the returned handles to end it.
+    """
+
+    def hook(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        def update(parameter: Tensor) -> None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return update
+
+    return [
+        p.register_post_accumulate_grad_hook(hook(make([p]))) for p in parameters if p.requires_grad
+    ]

@@ -186,7 +186,7 @@ MUTATIONS = (
     ("operators/layer_kernel.py", "padding = 2 * f.padding[i] +", "padding = f.padding[i] +", FIXED),
     ("operators/layer_kernel.py", "groups=1)", "groups=self.form.groups)", FIXED),
     ("operators/layer_kernel.py", "reversed(ends) if self.form.transposed else ends", "ends", FIXED),
-    (LEARNER, "any(point.kind == \"input\" for point in source.points)", "False", FIXED),
+    ("engine/checks.py", "any(point.kind == \"input\" for point in source.points)", "False", FIXED),
     ("rules/mixed/mixed.py", "return _rule_of(edge).feedback_grad(", "return list(self.rules.values())[0].feedback_grad(", MIXED),
     ("rules/mixed/mixed.py", "return _rule_of(edge).learns_in_pass(edge)", "return self.learns(edge)", MIXED),
     ("rules/mixed/mixed.py", "for rule in self.rules.values() if not isinstance(rule, BP))", "for rule in self.rules.values())", MIXED),

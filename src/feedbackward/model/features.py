@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-CHANNELS_FIRST = (
+CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
 )
+CHANNELS_FIRST = (*CONVOLUTIONS, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 # on a map they normalise whatever the last dimension is, so what came before them is asked first
 _NORMS_LAST = (nn.LayerNorm, nn.RMSNorm)
 FEATURES_LAST = (nn.Linear, *_NORMS_LAST, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)

@@ -15,18 +15,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
-from feedbackward.model.features import CHANNELS_FIRST, FEATURES_LAST, feature_axis
+from feedbackward.model.features import CHANNELS_FIRST, CONVOLUTIONS, FEATURES_LAST, feature_axis
 from feedbackward.model.state import all_trainable, preserved, training_mode
 
-PARAMETRIC = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+PARAMETRIC = (nn.Linear, *CONVOLUTIONS)
 # activations without parameters that work on each number by itself
 ELEMENTWISE = (
     nn.CELU,

@@ -11,13 +11,12 @@ replay: a forward pass gives the error, and the lower part of it is repeated, se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from feedbackward.errors import AttachError
 from feedbackward.model.trace import run
@@ -46,29 +45,6 @@ def backward(
     if not torch.is_grad_enabled():
         raise AttachError("learner.backward computes gradients: call it outside torch.no_grad().")
     return ways[schedule](learner, inputs, loss_fn)
-
-
-def step_in_backward(
-    parameters: Iterable[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-) -> list[RemovableHandle]:
-    """Update each parameter as soon as its gradient is there, and drop the gradient: they are never all held.
-
-    `make` builds the optimizer of one parameter, for example `lambda p: torch.optim.SGD(p, lr=0.1)`. Under `eager` and
-    `replay` a segment is then updated before the next one runs. Call `zero_grad` and `step` nowhere else; gradients cannot
-    be accumulated or clipped together. A parameter of several segments (tied weights, `Shared` feedback) is updated once
-    for each. Remove the returned handles to end it.
-    """
-
-    def hook(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
-        def update(parameter: Tensor) -> None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return update
-
-    return [
-        p.register_post_accumulate_grad_hook(hook(make([p]))) for p in parameters if p.requires_grad
-    ]
 
 
 def _joint(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:

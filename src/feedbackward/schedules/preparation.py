@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from feedbackward.schedules.passes import Fingerprint
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
+PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 @dataclass
@@ -46,7 +46,8 @@ def prepared(learner: Learner, inputs: Any) -> Preparation:
     their modes differ. Raises AttachError as `prepare` does."""
     known = _KNOWN.setdefault(learner, {})
     key = (
-        tuple((name, id(m), m.training) for name, m in learner.model.named_modules()),
+        # a module's number may be that of one that is gone
+        tuple((name, ref(m), m.training) for name, m in learner.model.named_modules()),
         tuple(name for name, p in learner.model.named_parameters() if p.requires_grad),
     )
     if key not in known:
@@ -162,5 +163,5 @@ def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
         (name, key): value
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, _PLAIN)
+        if isinstance(value, PLAIN)
     }

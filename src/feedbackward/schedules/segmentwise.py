@@ -25,12 +25,10 @@ from feedbackward.model.state import RandomState, preserved
 from feedbackward.model.trace import run
 from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Deliver, LossFn, finish
-from feedbackward.schedules.preparation import Preparation
+from feedbackward.schedules.preparation import PLAIN, Preparation
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
-
-_PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 @dataclass
@@ -113,7 +111,7 @@ def _calls(model: nn.Module, kept: _Kept, clock: Iterator[int]) -> Iterator[None
         call = running.pop()
         call.end = next(clock)
         leaves = tree_leaves(output)
-        if all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        if all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
             call.output = tree_map(
                 lambda t: _skeleton(t, kept) if isinstance(t, Tensor) else t, output
             )

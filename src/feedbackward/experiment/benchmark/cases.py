@@ -21,6 +21,7 @@ from feedbackward.experiment.config.schema import RuleEntry
 from feedbackward.experiment.training.building import (
     find_rule,
     import_from_here,
+    in_channels_last,
     make_operator,
     make_rule,
 )
@@ -158,7 +159,7 @@ class Factory:
         model = nets.build(self.model, self.shape, self.config.classes, norm=self.config.norm)
         model = model.to(self.device)
         if self.config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = in_channels_last(model, self.device)
         return model.train()
 
     def backprop(self) -> Trainee:

@@ -156,6 +156,12 @@ def warn_of_channels_last(model: nn.Module, device: torch.device) -> None:
             return
 
 
+def in_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with its convolutions in that layout, on the device that it trains on."""
+    warn_of_channels_last(model, device)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Learner:
     """The net with its rule attached, on the device; everything random comes from ``config.seed``."""
     seed_everything(config.seed)
@@ -164,8 +170,7 @@ def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Lear
     if config.dropout is not None:
         nets.set_dropout(model, config.dropout)
     if config.channels_last:
-        warn_of_channels_last(model, device)
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = in_channels_last(model, device)
     sites: Any = nets.default_sites(config.model) if config.sites is None else config.sites
     if sites == "published":
         sites = nets.published_sites(config.model)

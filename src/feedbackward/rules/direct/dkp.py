@@ -98,12 +98,12 @@ class DKP(Rule):
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         if self.normalise:
-            s = _spread(h)
+            s = spread(h)
             d = d * (self.gain / (s.square() + self.gain * s)).to(d.dtype)
         return edge.operator.correlate(weights, d, h, self.center)
 
 
-def _spread(h: Tensor) -> Tensor:
+def spread(h: Tensor) -> Tensor:
     """The root of the summed variances of the features; 1 where nothing varies."""
     wide = rows(h).to(torch.promote_types(h.dtype, torch.float32))
     # not by `var`, which is slow on a CPU

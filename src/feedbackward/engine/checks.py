@@ -1,0 +1,48 @@
+"""What a feedback graph asks of the model that it is made for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Graph
+from feedbackward.rule import Rule
+
+
+def check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
+    """A rule that cuts nothing is backprop; a weight that is used must be one that the model really has."""
+    if not graph.sites and rule.properties.weight_transport is not True:
+        raise AttachError(
+            f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
+        )
+    made = [
+        source for source in graph.sources if any(point.kind == "input" for point in source.points)
+    ]
+    if made:
+        raise AttachError(
+            f"{rule.label} sends on the error that arrives at {made[0].name!r}, but no module makes that tensor (a functional "
+            'activation or addition), so not all of its error can be seen. Write it as a module (nn.ReLU), use sites="blocks" or name '
+            "modules as sites; or use a rule that sends the output's error (DFA, DKP)."
+        )
+    for edge in graph.edges:
+        for named, does in (
+            (edge.shares, "gives B the gradient of"),
+            (edge.forward_weight, "makes B from"),
+        ):
+            if named is None:
+                continue
+            owner, _, leaf = named.rpartition(".")
+            weight = model.get_submodule(owner)._parameters.get(leaf)
+            if weight is None:
+                raise AttachError(
+                    f"{rule.label} {does} {named!r}, which is re-parametrised (weight norm, pruning, ...). Remove "
+                    "the parametrisation, or use FA or a rule with direct feedback."
+                )
+            uses = [
+                name for name, p in model.named_parameters(remove_duplicate=False) if p is weight
+            ]
+            if len(uses) > 1 and named == edge.shares:
+                raise AttachError(
+                    f"{rule.label} {does} {named!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
+                    "several. Untie the weights, or use FA or a rule with direct feedback."
+                )
