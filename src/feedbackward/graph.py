@@ -47,11 +47,34 @@ class Activity:
 
 
 class Site(Activity):
-    """An activity at which the network is cut: everything above sees it detached."""
+    """An activity at which the network is cut: everything above sees it detached.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> site = learner.sites[0]
+        >>> site.name, site.shape
+        ('1', (8,))
+    """
 
 
 class Source(Activity):
-    """An activity whose error is sent to sites."""
+    """An activity whose error is sent to sites.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> learner.source.name, learner.source.shape  # by default the model's output
+        ('2', (3,))
+    """
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,17 @@ class LayerInput(Site):
     `weight` is the name of the layer's weight in the model. `below` is the output of the layer before, where nothing but
     an elementwise activation lies between; else what does, in words. `dominates`: whether all that lies below reaches the
     source of the rule's error through this layer's output and no other way.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.FA(), example=x)
+        >>> layer_input = learner.sites[0]
+        >>> layer_input.name, layer_input.shape, layer_input.weight
+        ('2.input', (8,), '2.weight')
     """
 
     source: Source = field(kw_only=True)
@@ -88,6 +122,19 @@ class Edge:
     `shares` names a weight of the model whose gradient `B` gets as well, instead of one of its own. `forward_weight` names a
     weight of the model which the operator is given, as it is in the forward pass, as the last of the edge's weights
     (sign-symmetry uses its signs); it gets no gradient from the feedback.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> edge = learner.graph.edges[0]
+        >>> edge.source.name, edge.site.name, edge.operator
+        ('2', '1', Dense(init='kaiming_uniform', scale=1.0))
+        >>> tuple(learner.feedback_of(edge).shape)
+        (3, 8)
     """
 
     source: Source
@@ -163,7 +210,20 @@ class UpwardEdge:
 @dataclass(frozen=True)
 class Graph:
     """Where the network is cut, what is sent where, and which sites have a local loss. Sites with neither an edge nor a
-    local loss, and to which nothing is lifted, get no signal."""
+    local loss, and to which nothing is lifted, get no signal.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> site, source = learner.sites[0], learner.source
+        >>> graph = fb.Graph(sites=(site,), edges=(fb.Edge(source, site, fb.Dense()),))
+        >>> graph == learner.graph
+        True
+    """
 
     sites: tuple[Site, ...] = ()
     edges: tuple[Edge, ...] = ()

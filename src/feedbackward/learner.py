@@ -71,12 +71,11 @@ def attach(
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> import torch.nn.functional as F
         >>> import feedbackward as fb
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> learner = fb.attach(model, fb.DKP(), example=x)
-        >>> F.cross_entropy(learner(x), y).backward()
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
         >>> [site.name for site in learner.sites]
         ['1', '3']
     """
@@ -110,6 +109,20 @@ class Learner(nn.Module):
         feedback: the feedback weights of every edge: Parameters where the rule learns them, buffers where it does not;
             and the auxiliary networks of local losses.
         rule, graph, source, sites, plan: what is sent where, and which parameters each segment trains.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> with torch.no_grad(), learner.exact():
+        ...     torch.equal(learner(x), model(x))  # forward values are the model's own
+        True
+        >>> learner.detach() is model
+        True
     """
 
     def __init__(
@@ -190,12 +203,11 @@ class Learner(nn.Module):
         Example:
             >>> import torch
             >>> from torch import nn
-            >>> import torch.nn.functional as F
             >>> import feedbackward as fb
-            >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+            >>> x = torch.randn(16, 4)
             >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
             >>> learner = fb.attach(model, fb.DFA(), example=x)
-            >>> loss = learner.backward(x, lambda output: F.cross_entropy(output, y), schedule="replay")
+            >>> loss = learner.backward(x, lambda output: output.square().mean(), schedule="replay")
             >>> all(p.grad is not None for p in model.parameters())
             True
         """

@@ -26,6 +26,21 @@ def renormalize_weights(
     are the same. Remove the returned handle to end it.
 
     parameters: usually `learner.model.parameters()`. optimizer: the one that updates them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.FA(), example=x)
+        >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        >>> handle = fb.renormalize_weights(model.parameters(), optimizer)
+        >>> before = model[0].weight.norm().item()
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> optimizer.step()
+        >>> abs(model[0].weight.norm().item() - before) < 1e-5
+        True
     """
     kept: list[tuple[Tensor, Tensor]] = [
         (p, p.detach().norm()) for p in parameters if p.dim() > 1 and p.requires_grad
@@ -73,6 +88,18 @@ def step_in_backward(
     `replay` a segment is then updated before the next one runs. Call `zero_grad` and `step` nowhere else; gradients cannot
     be accumulated or clipped together. A parameter of several segments (tied weights, `Shared` feedback) is updated once
     for each. Remove the returned handles to end it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> handles = fb.step_in_backward(learner.parameters(), lambda p: torch.optim.SGD(p, lr=0.1))
+        >>> nn.functional.cross_entropy(learner(x), y).backward()  # this trains
+        >>> all(p.grad is None for p in learner.parameters())
+        True
     """
 
     def hook(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:

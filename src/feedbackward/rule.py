@@ -30,6 +30,11 @@ class Properties:
     multiplications of backprop's input gradients (saved: hence the minus), opt. the optimizer's state of the feedback.
 
     weight_transport: whether forward weights are used in the backward pass; in a word where it is less than that ("signs").
+
+    Example:
+        >>> import feedbackward as fb
+        >>> fb.DFA.properties.backward_steps, fb.DFA.properties.weight_transport
+        ('1', False)
     """
 
     backward_unlocked: bool
@@ -43,7 +48,23 @@ class Properties:
 
 
 class Rule(ABC):
-    """A learning rule; subclass it as a frozen dataclass and override `graph` (and `feedback_grad`)."""
+    """A learning rule; subclass it as a frozen dataclass and override `graph` (and `feedback_grad`).
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> @dataclass(frozen=True)
+        ... class Halved(fb.Rule):
+        ...     name, label, paper, properties = "halved", "Halved", "an example", fb.DFA.properties
+        ...     def graph(self, sites, source):
+        ...         return fb.star(sites, source, fb.Dense(scale=0.5))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, Halved(), example=torch.randn(16, 4))
+        >>> [tuple(B.shape) for B in learner.feedback.buffers()]
+        [(3, 8)]
+    """
 
     name: ClassVar[str]
     label: ClassVar[str]

@@ -1,4 +1,19 @@
-"""Feedback graphs in common use: star (direct), chain, relays, ladder, and modules (direct within groups)."""
+"""Feedback graphs in common use, for the `graph` method of a rule.
+
+`star` feeds every site from one source, and `chain` feeds every layer from its own output.
+`relays` is between the two: a few layers send on their error. In a `ladder` each site is fed from
+the site above it. `modules` makes direct connections within groups of sites.
+
+Example:
+    >>> import torch
+    >>> from torch import nn
+    >>> import feedbackward as fb
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> learner = fb.attach(model, fb.DFA(), example=torch.randn(16, 4))
+    >>> graph = fb.topologies.star(learner.sites, learner.source, fb.Dense())
+    >>> graph == learner.graph
+    True
+"""
 
 from __future__ import annotations
 
@@ -18,7 +33,21 @@ def chain(
     with_forward_weight: bool = False,
 ) -> Graph:
     """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`;
-    with `with_forward_weight`, the operator is given `W`."""
+    with `with_forward_weight`, the operator is given `W`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.FA(), example=x)
+        >>> shaped = fb.operators.LayerShaped
+        >>> graph = fb.chain(learner.sites, lambda layer: shaped(layer.form))
+        >>> [(edge.source.name, edge.site.name) for edge in graph.edges]
+        [('2', '2.input'), ('4', '4.input')]
+    """
     if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
         raise AttachError(
             "a chain runs over layer_inputs: set `feeds = LayerInput` in the rule's class."
@@ -50,6 +79,18 @@ def relays(
 
     A relay that feeds more than its own layer's input is one that no other path leads round. Raises AttachError where such
     relays do not suffice.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.FA(), example=x)
+        >>> graph = fb.topologies.relays(learner.sites, 1, lambda relay, site: fb.Dense())
+        >>> [(edge.source.name, edge.site.name) for edge in graph.edges]  # one step: the output feeds all
+        [('4', '2.input'), ('4', '4.input')]
     """
     if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
         raise AttachError(
@@ -110,7 +151,20 @@ def _passed_over(run: Sequence[LayerInput]) -> float:
 
 
 def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
-    """The source's error is sent to the last site, what that gets to the site before, and so on down."""
+    """The source's error is sent to the last site, what that gets to the site before, and so on down.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> graph = fb.topologies.ladder(learner.sites, learner.source, fb.Dense())
+        >>> [(edge.source.name, edge.site.name) for edge in graph.edges]
+        [('3', '1'), ('4', '3')]
+    """
     sources = [*map(_as_source, sites[1:]), source]
     edges = (Edge(above, site, operator) for above, site in zip(sources, sites, strict=True))
     return Graph(tuple(sites), tuple(edges))
@@ -123,6 +177,19 @@ def modules(
     others is their last site, which is not cut: its error comes from the group above, through the layers between.
 
     `form(k)` is the operator of an edge from a group's output to a site k sites below it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> first, second = learner.sites
+        >>> graph = fb.topologies.modules([[first, second]], learner.source, lambda k: fb.Dense())
+        >>> [(edge.source.name, edge.site.name) for edge in graph.edges]
+        [('4', '1'), ('4', '3')]
     """
     outputs = [*(_as_source(group[-1]) for group in groups[:-1]), source]
     edges = []
@@ -133,7 +200,20 @@ def modules(
 
 
 def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
-    """The error of one source is sent directly to every site."""
+    """The error of one source is sent directly to every site.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> graph = fb.star(learner.sites, learner.source, fb.Dense())
+        >>> [(edge.source.name, edge.site.name) for edge in graph.edges]
+        [('4', '1'), ('4', '3')]
+    """
     return Graph(tuple(sites), tuple(Edge(source, site, operator) for site in sites))
 
 

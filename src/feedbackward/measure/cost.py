@@ -56,6 +56,19 @@ class Cost:
             buffers; None where the rule or the sites do not allow the schedule.
         totals: by schedule, all MACs of a step.
         layers: for each layer, its "forward", "weight_gradients" and "input_gradients"; products of activities are "".
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> cost = fb.count_cost(learner, x)
+        >>> cost.forward == 16 * (4 * 8 + 8 * 3)  # multiply-adds of the batch
+        True
+        >>> cost.feedback_bytes == 4 * 3 * 8, cost.steps
+        (True, 1)
     """
 
     rule: str

@@ -49,7 +49,21 @@ class SiteAlignment(ParameterAlignment):
 
 @dataclass(frozen=True)
 class Probe:
-    """The alignment of every site and of every parameter tensor on one batch. `str()` of it is a table."""
+    """The alignment of every site and of every parameter tensor on one batch. `str()` of it is a table.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> probe = fb.probe(learner, lambda output: nn.functional.cross_entropy(output, y), x)
+        >>> list(probe.sites), list(probe.parameters)[:2]
+        (['1'], ['0.weight', '0.bias'])
+        >>> 0 <= probe.sites["1"].angle <= 180
+        True
+    """
 
     sites: Mapping[str, SiteAlignment]
     parameters: Mapping[str, ParameterAlignment]

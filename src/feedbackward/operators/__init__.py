@@ -1,4 +1,14 @@
-"""Feedback operators: the form of the feedback weights, independent of the rule."""
+"""Feedback operators: the form of the feedback weights, independent of the rule.
+
+`OPERATORS` has those that a user chooses, by their names in configurations and on the command line.
+The others belong to the rules that make them. A `Shape` is a tuple of integers, and the `Weights` of
+an edge are a tuple of tensors.
+
+Example:
+    >>> import feedbackward as fb
+    >>> fb.operators.OPERATORS["sparse"](nonzeros=2)
+    Sparse(nonzeros=2, scale=1.0)
+"""
 
 from feedbackward.operators.base import Operator, Shape, Weights
 from feedbackward.operators.binary import Binary

@@ -24,6 +24,18 @@ class Operator(ABC):
     the others (signs, indices, fixed factors) never are. `sized` operators fit the shapes they were created for only.
     Edges of one graph whose operator is `common` and whose sources have the same shape use one set of weights, made for
     the largest site.
+
+    Example:
+        >>> import torch
+        >>> import feedbackward as fb
+        >>> operator = fb.Dense()
+        >>> weights = operator.create((3,), (8,), torch.Generator())  # 3 classes, 8 features
+        >>> error, h = torch.randn(5, 3), torch.randn(5, 8)
+        >>> tuple(operator.send(weights, error, (8,)).shape)
+        (5, 8)
+        >>> (gradient,) = operator.correlate(weights, error, h, center=False)
+        >>> torch.allclose(gradient, error.T @ h)
+        True
     """
 
     parts: ClassVar[tuple[str, ...]] = ("B",)

@@ -26,6 +26,17 @@ class Binary(Operator):
 
     Han & Yoo, "Efficient Convolutional Neural Network Training with Direct Feedback Alignment", 2019 (arXiv:1901.01986), who
     take the sign of a random matrix.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(operator=fb.operators.Binary()), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_bytes  # 3 x 8 bits
+        3
     """
 
     parts = ("bits",)

@@ -23,6 +23,17 @@ class Dense(Operator):
         `"scaled_normal"`: N(0, 1) / sqrt(n); `"scaled_uniform"`: U(-1, 1) / sqrt(n). The last three
         give a signal whose norm does not depend on the width of the site.
     scale: a factor on the initial weights.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(operator=fb.Dense("zeros")), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(3, 8)]
     """
 
     init: str = "kaiming_uniform"

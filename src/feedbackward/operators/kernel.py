@@ -35,6 +35,18 @@ class Kernel(Operator):
 
     Han, Park, Ryu & Yoo 2020 (arXiv:2006.12830) send errors back through dilated and grouped kernels; Sanfiz & Akrout 2021
     (arXiv:2108.13446), BioTorch, from the logits.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+        >>> rule = fb.DKP(operator=fb.operators.Kernel(3))
+        >>> learner = fb.attach(model, rule, example=x, sites=["1"])
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(3, 4, 3, 3)]
     """
 
     sized = False

@@ -27,7 +27,17 @@ MIRROR_ROUNDS = 6  # a chain of L layers then begins at a cosine of about (1 + 2
 
 @dataclass(frozen=True)
 class LayerForm:
-    """What a layer does with its weight: the shape of it, and for convolutions their geometry."""
+    """What a layer does with its weight: the shape of it, and for convolutions their geometry.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> layer = nn.Conv2d(4, 6, 3, padding=1)
+        >>> form = fb.operators.LayerForm.of(layer)
+        >>> form.shape, form.stride, form.padding
+        ((6, 4, 3, 3), (1, 1), (1, 1))
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...] = ()
@@ -104,6 +114,17 @@ class LayerShaped(Operator):
         `"kaiming_fan_out"`: b = sqrt(6 / fan_out); `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these
         layers; `"normal"`: N(0, 1).
     scale: a factor on the initial weights.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> layer = nn.Conv2d(4, 6, 3, padding=1)
+        >>> form = fb.operators.LayerForm.of(layer)
+        >>> operator = fb.operators.LayerShaped(form)
+        >>> weights = operator.create((6, 5, 5), (4, 5, 5), torch.Generator())
+        >>> tuple(operator.send(weights, torch.randn(2, 6, 5, 5), (4, 5, 5)).shape)
+        (2, 4, 5, 5)
     """
 
     sized = False

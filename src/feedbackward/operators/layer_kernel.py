@@ -22,6 +22,19 @@ class LayerKernel(Operator):
     Of a transposed convolution the kernel is `[c_in, C, *k]`.
 
     init, scale: as :class:`LayerShaped` has them, for a layer with C outputs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> layer = nn.Conv2d(4, 6, 3, padding=1)
+        >>> form = fb.operators.LayerForm.of(layer)
+        >>> operator = fb.operators.LayerKernel(form)
+        >>> weights = operator.create((3,), (4, 5, 5), torch.Generator())  # from three classes
+        >>> tuple(weights[0].shape)
+        (3, 4, 3, 3)
+        >>> tuple(operator.send(weights, torch.randn(2, 3), (4, 5, 5)).shape)
+        (2, 4, 5, 5)
     """
 
     sized = False

@@ -29,6 +29,17 @@ class LowRank(Operator):
 
     Crafton et al. 2019 (arXiv:1903.02083) use fixed low-rank feedback. Hanut & Kadmon 2025 (arXiv:2502.20580) and Li & Benna
     2024 (arXiv:2405.20594) learn the factors of layer-wise feedback, by other rules for U.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(operator=fb.LowRank(2)), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(3, 2), (2, 8)]
     """
 
     parts = ("U", "V")

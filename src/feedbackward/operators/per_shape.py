@@ -16,9 +16,20 @@ from feedbackward.operators.base import Operator, Shape, Weights
 class PerShape(Operator):
     """Serves each site by one of two operators: convolutional nets have maps below and vectors above.
 
-    >>> PerShape(maps=Pooled(), vectors=Dense())
-
     maps: for sites with channels and space, `[c, H, ...]`. vectors: for the others, `[n]`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)
+        ... )
+        >>> operator = fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense())
+        >>> learner = fb.attach(model, fb.DFA(operator=operator), example=x, sites=["1", "4"])
+        >>> [tuple(B.shape) for B in learner.feedback.buffers()]
+        [(3, 4, 1, 1), (3, 8)]
     """
 
     parts = ()

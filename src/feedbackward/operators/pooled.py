@@ -29,6 +29,18 @@ class Pooled(Operator):
     scale: a factor on the initial weights.
 
     The first dimension of the site is taken as channels, so it does not fit tokens `[T, D]` that a source without tokens feeds.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+        >>> rule = fb.DKP(operator=fb.Pooled(size=2))
+        >>> learner = fb.attach(model, rule, example=x, sites=["1"])
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]  # 2 x 2 patches of a 4 x 4 map
+        [(3, 4, 2, 2)]
     """
 
     size: int | None = None

@@ -23,6 +23,17 @@ class Product(Operator):
     layer: of the layer's own form; its `init` and `scale` are those of `R`.
     kind: of the fixed `B`. `"random"`: U(-b, b) with b = sqrt(3 g / m), so that E[B B^T] = 1; `"orthogonal"`: orthogonal rows, and
         `"identity"`: for both, m = c_out.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> form = fb.operators.LayerForm.of(nn.Linear(8, 3))
+        >>> layer = fb.operators.LayerShaped(form)
+        >>> operator = fb.operators.Product(layer, expand=10, kind="random")
+        >>> R, B = operator.create((3,), (8,), torch.Generator())
+        >>> tuple(R.shape), tuple(B.shape)
+        ((30, 8), (1, 3, 30))
     """
 
     parts = ("R", "B")

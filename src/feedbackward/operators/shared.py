@@ -29,6 +29,18 @@ class Shared(Operator):
     scale: a factor on the initial weights.
 
     Launay, Poli & Krzakala 2019 (arXiv:1906.04554); Launay, Poli, Boniface & Krzakala, NeurIPS 2020 (arXiv:2006.12878).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.DKP(operator=fb.operators.Shared()), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]  # one matrix, two sites
+        [(3, 8)]
     """
 
     common = True

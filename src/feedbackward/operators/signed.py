@@ -19,6 +19,18 @@ class Signed(Operator):
 
     layer: its form, and with `init` and `scale` the law U(-b, b) that the magnitudes are taken from.
     follow_norm: scale `B` in every pass to the Frobenius norm that `W` has: one more number per layer is transported.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> form = fb.operators.LayerForm.of(nn.Linear(8, 3))
+        >>> layer = fb.operators.LayerShaped(form)
+        >>> operator = fb.operators.UniformSigned(layer)
+        >>> W, error = torch.randn(3, 8), torch.randn(5, 3)
+        >>> signal = operator.send((W,), error, (8,))
+        >>> torch.allclose(signal, operator.magnitudes((), W) * error @ W.sign())
+        True
     """
 
     sized = False
@@ -44,7 +56,22 @@ class Signed(Operator):
 
 @dataclass(frozen=True)
 class UniformSigned(Signed):
-    """One magnitude for the whole layer: the standard deviation b / sqrt(3) of the law. Stores nothing."""
+    """One magnitude for the whole layer: the standard deviation b / sqrt(3) of the law. Stores nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> form = fb.operators.LayerForm.of(nn.Linear(8, 3))
+        >>> layer = fb.operators.LayerShaped(form)
+        >>> operator = fb.operators.UniformSigned(layer)
+        >>> weights = operator.create((3,), (8,), torch.Generator())
+        >>> W, error = torch.randn(3, 8), torch.randn(5, 3)
+        >>> tuple(operator.send((*weights, W), error, (8,)).shape)
+        (5, 8)
+        >>> [tuple(own.shape) for own in weights]
+        []
+    """
 
     parts = ()
 
@@ -60,7 +87,22 @@ class UniformSigned(Signed):
 
 @dataclass(frozen=True)
 class FixedSigned(Signed):
-    """Magnitudes `M = |U(-b, b)|` drawn once."""
+    """Magnitudes `M = |U(-b, b)|` drawn once.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> form = fb.operators.LayerForm.of(nn.Linear(8, 3))
+        >>> layer = fb.operators.LayerShaped(form)
+        >>> operator = fb.operators.FixedSigned(layer)
+        >>> weights = operator.create((3,), (8,), torch.Generator())
+        >>> W, error = torch.randn(3, 8), torch.randn(5, 3)
+        >>> tuple(operator.send((*weights, W), error, (8,)).shape)
+        (5, 8)
+        >>> [tuple(own.shape) for own in weights]
+        [(3, 8)]
+    """
 
     parts = ("M",)
 
@@ -77,7 +119,22 @@ class FixedSigned(Signed):
 @dataclass(frozen=True)
 class FreshSigned(Signed):
     """Magnitudes `M = |U(-b, b)|` drawn anew in every pass, from a key and the number of the pass: equal on all ranks,
-    continued after loading a `state_dict`, and no generator that dropout uses is touched."""
+    continued after loading a `state_dict`, and no generator that dropout uses is touched.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> form = fb.operators.LayerForm.of(nn.Linear(8, 3))
+        >>> layer = fb.operators.LayerShaped(form)
+        >>> operator = fb.operators.FreshSigned(layer)
+        >>> weights = operator.create((3,), (8,), torch.Generator())
+        >>> W, error = torch.randn(3, 8), torch.randn(5, 3)
+        >>> tuple(operator.send((*weights, W), error, (8,)).shape)
+        (5, 8)
+        >>> [tuple(own.shape) for own in weights]
+        [(2,)]
+    """
 
     parts = ("state",)
     renewed = True

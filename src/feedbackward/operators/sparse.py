@@ -28,6 +28,17 @@ class Sparse(Operator):
 
     Crafton, Parihar, Gebhardt & Raychowdhury, "Direct Feedback Alignment With Sparse Connections for Local Learning",
     Frontiers in Neuroscience 13:525, 2019 (arXiv:1903.02083).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(operator=fb.Sparse(1)), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(1, 8)]
     """
 
     parts = ("values", "index")

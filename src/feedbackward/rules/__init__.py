@@ -1,4 +1,12 @@
-"""The learning rules, by their command-line names: the map of this folder."""
+"""The learning rules: the map of this folder.
+
+`RULES` has them by their names on the command line, and `COMPOSED` those that are made of other rules.
+
+Example:
+    >>> import feedbackward as fb
+    >>> fb.rules.RULES["dfa"]().label
+    'DFA'
+"""
 
 from feedbackward.rule import Properties, Rule
 from feedbackward.rules.chain.activation_alignment import ActivationAlignment

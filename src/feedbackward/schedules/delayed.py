@@ -48,19 +48,7 @@ class Delayed:
 
     .. math:: W_l^{t+1} = W_l^t - \eta\, \nabla_{W_l} \mathcal L\,(W^{t-k_l};\, x^{t-k_l})
 
-    What a pipeline gives, where every stage works on another batch, on one device and step by step. It goes with any rule:
-
-    >>> import torch
-    >>> from torch import nn
-    >>> import feedbackward as fb
-    >>> x = torch.randn(16, 4)
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> learner = fb.attach(model, fb.DFA(), example=x)
-    >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
-    >>> delayed = fb.Delayed(learner, 1)
-    >>> learner(x).sum().backward()
-    >>> delayed.exchange()  # the gradients of this step for those of the step before
-    >>> optimizer.step()
+    What a pipeline gives, where every stage works on another batch, on one device and step by step. It goes with any rule.
 
     The parts are the segments of `learner.plan.stages`, the lowest first and the head last. The feedback weights of a
     site, and its auxiliary network, belong to the part that they train; feedback that shares a weight's gradient is as late
@@ -81,6 +69,19 @@ class Delayed:
 
     Raises AttachError where a parameter belongs to parts of different staleness, for their sum has no one age, and with
     `steps` where signals go on upwards, through the layers (IFA): it counts products along edges.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        >>> delayed = fb.Delayed(learner, 1)
+        >>> learner(x).sum().backward()
+        >>> delayed.exchange()  # puts the gradients of the step before in place of this step's
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -137,15 +138,24 @@ class Delayed:
         Linear weight prediction by the last step's movement, so it goes with any optimizer. Without it a late gradient belongs to
         weights that have moved on, which costs the more the more momentum there is.
 
-        >>> with stale.predicted():
-        ...     loss_fn(learner(x), y).backward()
-        >>> stale.exchange()
-        >>> optimizer.step()
-
         Enter it once for every optimizer step, around all accumulated batches and `feedback_step`. It holds a copy of each
         stale parameter, two while it is entered.
 
         Source: Kosson et al., "Pipelined Backpropagation at Scale", MLSys 2021 (there LWP in its form for weights).
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> import feedbackward as fb
+            >>> x = torch.randn(16, 4)
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> learner = fb.attach(model, fb.DFA(), example=x)
+            >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+            >>> delayed = fb.Delayed(learner, 1)
+            >>> with delayed.predicted():
+            ...     learner(x).sum().backward()
+            >>> delayed.exchange()
+            >>> optimizer.step()
         """
         now = {n: p.detach().clone() for n, p in self._parameters.items() if p.requires_grad}
         with torch.no_grad():

@@ -34,6 +34,17 @@ class ActivationAlignment(ActivityAlignment):
     2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss that shares the
     weights' rate, sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the
     standardisation and the defaults, 500 times as large, are ours.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.ActivationAlignment(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(3, 8)]
     """
 
     sparse: float = 0.5

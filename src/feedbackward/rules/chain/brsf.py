@@ -24,6 +24,18 @@ class BRSF(SignConcordant):
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,
     Leibo & Poggio, AAAI 2016, who draw from U(0, 1) and normalise. BioTorch draws from the global generator.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.BRSF(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> edge = learner.graph.edges[0]
+        >>> edge.forward_weight  # whose signs the feedback uses
+        '2.weight'
     """
 
     name = "brsf"

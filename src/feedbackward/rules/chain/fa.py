@@ -27,6 +27,17 @@ class FA(Rule):
     Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep
     learning", Nature Communications 7:13276, 2016 (arXiv:1411.0247). For convolutions it follows what published
     implementations do (xavier-uniform as in BioTorch).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.FA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.shape) for B in learner.feedback.buffers()]  # as model[2].weight
+        [(3, 8)]
     """
 
     init: str = "xavier_uniform"

@@ -24,6 +24,18 @@ class FRSF(SignConcordant):
     Leibo & Poggio, AAAI 2016. As in BioTorch, whose gradients these equal, the magnitudes are those of the layer's initial law;
     Liao et al. draw them from U(0, 1) and normalise. BioTorch's alignment of this rule compares `W` with :math:`|M|` without the
     signs, and means nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.FRSF(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> edge = learner.graph.edges[0]
+        >>> edge.forward_weight  # whose signs the feedback uses
+        '2.weight'
     """
 
     name = "frsf"

@@ -35,6 +35,18 @@ class PFA(Rule):
     Li & Benna, "Deep Learning without Weight Symmetry", 2024 (arXiv:2405.20594), expand 10 in the authors' configurations. They
     decay all weights by much more at the start (0.03 or 5e-3, a thousandth and a fiftieth of it after the first epoch), and form
     :math:`(\delta a_l B_l)^\top h_{l-1}`; their B for grouped convolutions mixes all groups, here it respects them (inferred).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.PFA(expand=10), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> R, B = learner.weights_of(learner.graph.edges[0])
+        >>> torch.allclose(R.grad, B[0].T @ model[2].weight.grad)
+        True
     """
 
     expand: int = 10

@@ -27,6 +27,18 @@ class SelfAlignment(LayerAlignment):
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513), who use the primitive together with a decay only (symmetric alignment): as a rule by itself it is a
     control (inferred).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.SelfAlignment(self_product=0.5), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> B = learner.feedback_of(learner.graph.edges[0])
+        >>> torch.equal(B.grad, -0.5 * model[2].weight)
+        True
     """
 
     self_product: float = 0.01

@@ -42,6 +42,17 @@ class SignSymmetry(Rule):
     weight: name the other layers as `sites` for that. Liao et al. find batch norm and sign-only
     updates ("Batch Manhattan", an optimizer's matter) important. The control with the signs that
     `W` had at the start is FA.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.SignSymmetry(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_bytes  # the signs are those of the forward weights
+        0
     """
 
     magnitude: str = "uniform"

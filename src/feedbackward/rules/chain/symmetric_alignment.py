@@ -27,6 +27,18 @@ class SymmetricAlignment(LayerAlignment):
     2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss
     that shares the weights' rate; only their products with `B`'s rate matter here, and the defaults are 500 times as large. Only
     `B` descends the regulariser, the default there.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.SymmetricAlignment(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> B = learner.feedback_of(learner.graph.edges[0])
+        >>> torch.allclose(B.grad, B - model[2].weight)
+        True
     """
 
     decay: float = 0.5

@@ -28,6 +28,17 @@ class USF(SignConcordant):
     The strict normalisation :math:`W \leftarrow W \|W_0\|/\|W\|` is
     :func:`feedbackward.renormalize_weights`; it is known to us from BioTorch, whose
     weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.USF(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_bytes  # the signs are those of the forward weights
+        0
     """
 
     name = "usf"

@@ -43,6 +43,18 @@ class WeightMirror(Rule):
     authors' code has Linear layers only, passes the noise (uniform, of width 0.1) through bias and sigmoid, adds
     :math:`0.01\, y^\top\xi` without decay after every batch and after a first pass of the length of the data, and its normaliser
     of `B` has no effect. Scaling by the noise's variance and by M is ours: the rate of `B` then means the same in every layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.WeightMirror(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # gives B its gradient; before the optimizer steps
+        >>> all(B.grad is not None for B in learner.feedback.parameters())
+        True
     """
 
     samples: int = 128

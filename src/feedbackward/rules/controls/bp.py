@@ -14,6 +14,17 @@ class BP(Rule):
     r"""Backpropagation, :math:`\delta h_{l-1} = \delta a_l W_l`: no cut, no hook, autograd as it is.
 
     Rumelhart, Hinton & Williams, "Learning representations by back-propagating errors", Nature 1986.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.BP(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.graph.sites  # nothing is cut
+        ()
     """
 
     name = "bp"

@@ -29,6 +29,21 @@ class Flipped(Rule):
     rule: the rule to flip, one with direct feedback.
 
     No paper: a control.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> gradients = []
+        >>> for rule in (fb.DFA(), fb.rules.Flipped(fb.DFA())):
+        ...     model.zero_grad()
+        ...     learner = fb.attach(model, rule, example=x)
+        ...     nn.functional.cross_entropy(learner(x), y).backward()
+        ...     gradients.append(model[0].weight.grad.clone())
+        >>> torch.equal(gradients[0], -gradients[1])
+        True
     """
 
     rule: Rule = field(default_factory=DKP)

@@ -17,6 +17,17 @@ class Frozen(Rule):
     parameter (weights, biases, affine parameters of norms) gets a gradient, and `grad` stays None.
     Running statistics of norms still update. A rule that does not beat this control has not trained its
     hidden layers (Launay et al. 2019 found DFA's convolutions equal to it).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.Frozen(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [name for name, p in model.named_parameters() if p.grad is not None]
+        ['2.weight', '2.bias']
     """
 
     name = "frozen"

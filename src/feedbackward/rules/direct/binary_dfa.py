@@ -24,6 +24,17 @@ class BinaryDFA(Rule):
     workshops 2019). There binary feedback serves the fully connected layers while backprop trains the convolutions:
     `CDFA(operator=Binary())`, :class:`CDFA`; here it is the whole of DFA. `s_l` gives signals of DFA's norm; the paper's own choice,
     from statistics of the matrices, we have not read.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.BinaryDFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_bytes  # 3 x 8 bits
+        3
     """
 
     scale: float = 1.0

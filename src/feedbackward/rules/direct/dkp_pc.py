@@ -47,6 +47,19 @@ class DKPPC(Rule):
     another implementation, whose beliefs are pre-activations and whose first update has no f': name the layers as `sites` for
     that. Its :math:`\rho` and gamma are the defaults. Below the last site the second update mostly takes back some of the
     first, the more the larger :math:`\eta_1` and the more positions a kernel has: with a large :math:`\rho` it overshoots.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.DKPPC(rate=0.1), example=x)
+        >>> optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)  # the rule's own rate
+        >>> loss = lambda output: nn.functional.cross_entropy(output, y)
+        >>> loss(learner(x)).backward()
+        >>> learner.feedback_step(x, loss)
+        >>> optimizer.step()
     """
 
     rate: float = 0.02

@@ -31,6 +31,18 @@ class DRTP(Rule):
     deep neural networks", Frontiers in Neuroscience 15, 2021 (arXiv:1909.01311). The authors' code adds `+ y B`, as
     here; the sign does not matter, for `B` is symmetric around zero. It draws `B` by `kaiming_uniform`, trains with
     sigmoid and binary cross-entropy, and does not divide by N; we do, so that the scale is that of a mean loss.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DRTP(), example=x)
+        >>> learner.target(y)  # before every forward pass
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.shape) for B in learner.feedback.buffers()]
+        [(3, 8)]
     """
 
     operator: Operator = Dense()

@@ -37,6 +37,17 @@ class EBD(Rule):
     2025 (arXiv:2504.11558). Neither the paper's text nor the authors' code was at hand: the equations are from descriptions, the
     start of `B` is inferred. Here the function of the activity is the activity itself. Left out: the power and entropy
     regularisers of the layers, which keep activities from collapsing, and the error's own dependence on the weights.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.EBD(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(3, 8)]
     """
 
     operator: Operator = Dense()

@@ -38,6 +38,18 @@ class FDFA(Rule):
     Bacho & Chu, "Low-variance forward gradients using direct feedback alignment and momentum", Neural Networks 169, 2024
     (arXiv:2212.07282). The authors' code starts `B` at zero, updates W and B by Adam (1e-4 each) and normalises every layer;
     there the tangents flow in the training pass itself, here in a second pass, so dropout masks are others.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.FDFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # gives B its gradient; before the optimizer steps
+        >>> all(B.grad is not None for B in learner.feedback.parameters())
+        True
     """
 
     operator: Operator = Dense("zeros")

@@ -42,6 +42,19 @@ class GrAPE(Rule):
     Caillon, Fagnou, Delattre & Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees", ICLR 2026. No
     code of the authors was at hand. Inferred: that columns belong to output units; that each sample has a perturbation of its
     own and all layers are perturbed at once; the initial law. The paper perturbs weights where they are fewer; we never do.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.GrAPE(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # gives B its gradient; before the optimizer steps
+        >>> B = learner.feedback_of(learner.graph.edges[0])
+        >>> torch.allclose(B.norm(dim=1), torch.ones(3))  # one unit vector per class
+        True
     """
 
     init: str = "scaled_normal"

@@ -35,6 +35,18 @@ class IFA(Rule):
 
     Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016 (arXiv:1609.01596), which has
     fully connected tanh networks and draws `B` uniformly. Inferred: everything about norms, pools and convolutions.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> layers = [nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.rules.IFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [edge.site.name for edge in learner.graph.edges]  # only the first site is fed directly
+        ['1']
     """
 
     operator: Operator = Dense()

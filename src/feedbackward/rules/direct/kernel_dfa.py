@@ -29,6 +29,19 @@ class KernelDFA(Rule):
     Sanfiz & Akrout, "Benchmarking the accuracy and robustness of feedback alignment algorithms", 2021 (arXiv:2108.13446), and its
     package BioTorch; the rule is Nokland's (2016). Their recipe is Adam with 1e-3. Ours ignores the groups of a convolution:
     `B` reaches all its input channels; and treats transposed convolutions alike (both inferred).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(8, 1, 8, 8), torch.randint(3, (8,))
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+        ... )
+        >>> learner = fb.attach(model, fb.rules.KernelDFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.shape) for B in learner.feedback.buffers()]
+        [(3, 4, 3, 3), (3, 32)]
     """
 
     init: str = "xavier_uniform"

@@ -26,6 +26,17 @@ class PDFA(Rule):
     Han, Lee, Lee & Yoo, "A Low-Power Deep Neural Network Online Learning Processor for Real-Time Object Tracking Application",
     IEEE TCAS-I 66(5), 2019; DF-LNPU, JSSC 2021. The chip draws its feedback from a shift register; ours comes from a hash of seed,
     site and position. That it is binary and how it is scaled is inferred from the authors' BDFA (:class:`BinaryDFA`).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.PDFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_bytes
+        0
     """
 
     scale: float = 1.0

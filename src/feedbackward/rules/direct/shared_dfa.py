@@ -28,6 +28,18 @@ class SharedDFA(Rule):
     NeurIPS 2020 (arXiv:2006.12878). As in the authors' package TinyDFA, where token dimensions are batch dimensions; sites are
     the user's choice here (theirs: after blocks, `sites="blocks"`, or three per transformer block). They advise little dropout and,
     for transformers, Adam with a rate ten times smaller than backprop's.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.rules.SharedDFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.shape) for B in learner.feedback.buffers()]  # one matrix, two sites
+        [(3, 8)]
     """
 
     scale: float = 1.0

@@ -31,6 +31,17 @@ class SignDFA(Rule):
     Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training of
     deep neural networks", Frontiers in Neuroscience 15, 2021 (arXiv:1909.01311), where it is the step from DFA to DRTP. The
     authors' code draws `B` by `kaiming_uniform` and does not divide by M; we do, so that the scale is that of a mean loss.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.SignDFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.shape) for B in learner.feedback.buffers()]
+        [(3, 8)]
     """
 
     operator: Operator = Dense()

@@ -26,6 +26,18 @@ class SparseDFA(Rule):
     Crafton, Parihar, Gebhardt & Raychowdhury, "Direct Feedback Alignment With Sparse Connections for Local Learning", Frontiers in
     Neuroscience 13:525, 2019 (arXiv:1903.02083). The scale is that of the authors' code. Their convolutions on ImageNet are
     pre-trained and only fully connected layers learn by the rule: :class:`Mixed` with `Frozen` or `BP`; here all sites do.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.SparseDFA(nonzeros=1), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> values, index = learner.weights_of(learner.graph.edges[0])
+        >>> tuple(values.shape), tuple(index.shape)
+        ((1, 8), (1, 8))
     """
 
     nonzeros: int = 1

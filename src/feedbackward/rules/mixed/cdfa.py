@@ -30,6 +30,19 @@ class CDFA(Rule):
     Han & Yoo, "Efficient convolutional neural network training with direct feedback alignment", 2019 (arXiv:1901.01986; ICCV
     workshops 2019, where it is combined with binary feedback, :class:`BinaryDFA`). From the abstract; inferred: that the signal of the
     feature map is DFA's, and the initialisation, for which the paper proposes statistics that we have not read: DFA's own here.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)
+        ... )
+        >>> learner = fb.attach(model, fb.rules.CDFA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [site.name for site in learner.graph.sites]  # the flattened map, and above
+        ['2', '4']
     """
 
     operator: Operator = Dense()

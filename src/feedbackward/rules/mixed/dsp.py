@@ -20,9 +20,6 @@ class DSP(Rule):
     for blocks k = 1..K, so that three blocks are 4, 2 and 0 steps late. A preset, of BP and of a schedule: the gradients are
     backprop's, and :class:`feedbackward.Delayed` delays them.
 
-    >>> learner = fb.attach(model, fb.rules.DSP(), example=x)
-    >>> stale = fb.Delayed(learner)  # then stale.exchange() before every optimizer.step()
-
     The parts of the network between its sites are put into K blocks of about equally many parts; name the K - 1 sites for
     other blocks.
 
@@ -31,6 +28,19 @@ class DSP(Rule):
     Xu, Huo & Huang, "On the Acceleration of Deep Learning Model Parallelism with Staleness", CVPR 2020 (arXiv:1909.02625).
     In the paper's pipeline the error that reaches a block has passed upper blocks of later steps' weights; here all of a
     gradient is of one step. Nothing runs in parallel here: it shows what the staleness does to learning.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.DSP(), example=x)
+        >>> delayed = fb.Delayed(learner)
+        >>> delayed.delays  # in steps, the lowest part first
+        (4, 2, 0)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> delayed.exchange()  # before every step of the optimizer
     """
 
     blocks: int = 3

@@ -36,6 +36,20 @@ class Han2020(Rule):
     Deep Learning", 2020 (arXiv:2006.12830), also on recurrent networks, which are left out here. From the abstract, which names
     modules, dilated and group convolutions and a hybrid with backprop; inferred: what a module is, that backprop connects
     modules, the size of kernels, their dilation and their initialisation (signals of DFA's norm).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(8, 1, 8, 8), torch.randint(3, (8,))
+        >>> def block(channels):
+        ...     return [nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU()]
+        >>> convs = [*block(1), *block(4), *block(4)]
+        >>> model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(256, 3))
+        >>> learner = fb.attach(model, fb.rules.Han2020(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [site.name for site in learner.graph.sites]  # '3' is the output of the first module
+        ['1', '6']
     """
 
     most: int = 0

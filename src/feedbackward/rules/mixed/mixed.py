@@ -32,8 +32,6 @@ class Routed(Edge):
 class Mixed(Rule):
     r"""A rule for each part of the network: convolutions by backprop and the classifier by DFA, for example.
 
-    >>> Mixed({"features.*": BP(), "classifier.*": DFA()})
-
     rules: a rule for each pattern. A pattern is compared with a site's name and with the names of the modules at whose output
         or input it is cut (`*` matches dots too); or it is a predicate of the site. The first one that fits counts,
         every site needs one, and every pattern needs a site.
@@ -44,6 +42,19 @@ class Mixed(Rule):
     cannot be mixed with rules that feed the inputs of layers (FA and other chains), for a chain leaves skip paths whole.
 
     No paper: mixtures of this kind are used, among others, by Han & Yoo 2019 (:class:`CDFA`) and Han et al. 2020.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)
+        ... )
+        >>> rule = fb.Mixed({"2": fb.BP(), "4": fb.DFA()})  # by the names of sites
+        >>> learner = fb.attach(model, rule, example=x)
+        >>> [site.name for site in learner.graph.sites]  # a site of BP is not cut
+        ['4']
     """
 
     rules: Mapping[Pattern, Rule] = field(hash=False)

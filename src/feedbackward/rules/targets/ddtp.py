@@ -50,6 +50,18 @@ class DDTP(Rule):
     (arXiv:2006.14331). The authors' code shares the random hidden layer among all sites and uses weight decay of the
     decoders in place of lambda; its decoder with a learned hidden layer is not offered. Inferred: the start of the random
     layer, and that maps are decoded as vectors.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.DDTP(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # the decoders learn; before the optimizer steps
+        >>> all(B.grad is not None for B in learner.feedback.parameters())
+        True
     """
 
     beta: float = 0.16

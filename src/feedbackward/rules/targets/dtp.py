@@ -51,6 +51,18 @@ class DTP(Laddered):
     normalisation as in the code of Meulemans et al. 2020. The paper sets the target of the last hidden layer by the
     gradient; here the output's, whose decoder is learned as all others are. Inferred: decoders of maps are dense, which
     only a few small sites can afford.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.DTP(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # the decoders learn; before the optimizer steps
+        >>> all(B.grad is not None for B in learner.feedback.parameters())
+        True
     """
 
     beta: float = 0.16

@@ -36,6 +36,18 @@ class LRA(Rule):
     Ororbia & Mali, "Biologically Motivated Algorithms for Propagating Local Target Representations", AAAI 2019
     (arXiv:1805.11703). The gradient of `E` is that of the authors' code, where :math:`\gamma = 1`; the paper gives `E` a
     transposed delta rule of its own. Their option to normalise updates is not offered.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.LRA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> B = learner.feedback_of(learner.graph.edges[0])
+        >>> torch.equal(B.grad, model[2].weight.grad)
+        True
     """
 
     beta: float = 1.0

@@ -40,6 +40,17 @@ class RecLRA(Rule):
     2023 (arXiv:2002.03911). Inferred from the abstract and the equations of LRA-E (:class:`feedbackward.LRA`), for the
     paper's body was not at hand: the learning of `E`, and the derivatives within a block, where the paper generates targets
     for the layers inside as well. Its second version's convolutions of fixed noise maps are not offered.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.RecLRA(), example=x)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> [tuple(B.grad.shape) for B in learner.feedback.parameters()]
+        [(3, 8)]
     """
 
     beta: float = 1.0

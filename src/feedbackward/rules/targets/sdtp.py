@@ -39,6 +39,19 @@ class SDTP(Laddered):
     Learning Algorithms and Architectures", NeurIPS 2018 (arXiv:1807.04587). A class says little about the activity below:
     the paper also adds auxiliary outputs to the network ("AO-SDTP"), which would change the model and are not offered.
     Inferred: that the decoder sees the softmax, and the decoders' noise, which are DTP's.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.rules.SDTP(), example=x)
+        >>> learner.target(y)  # before every forward pass
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> learner.feedback_step(x)  # the decoders learn; before the optimizer steps
+        >>> all(B.grad is not None for B in learner.feedback.parameters())
+        True
     """
 
     name = "sdtp"
