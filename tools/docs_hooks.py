@@ -1,18 +1,26 @@
-"""What the docs site needs beyond MkDocs: pages of results, and docstrings as Markdown."""
+"""What the docs site needs beyond MkDocs: pages of results, docstrings as Markdown, and MathML.
+
+Browsers show MathML themselves, so the site needs no script for its equations and no network.
+"""
 
 from __future__ import annotations
 
+import html
 import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import griffe
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+import feedbackward
+
 BENCH = Path(__file__).parents[1] / "bench"
 EQUATIONS = re.compile(r"^( *)\.\. math::(.*(?:\n(?:\1 +.*| *$))*)", re.M)
+TEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -32,6 +40,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     )
 
 
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn TeX into MathML. Raises ValueError for a command that the converter does not know."""
+    return TEX.sub(_mathml, content)
+
+
 class PlainMarkup(griffe.Extension):
     """Turn the docstrings' mathematics and roles into Markdown."""
 
@@ -40,8 +53,43 @@ class PlainMarkup(griffe.Extension):
         if obj.docstring is not None:
             text = EQUATIONS.sub(_display, obj.docstring.value)
             text = re.sub(r":math:`([^`]*)`", r"\\(\1\\)", text)
-            obj.docstring.value = re.sub(r":\w+:`([^`]*)`", r"`\1`", text)
+            text = re.sub(r":(?:class|func):`(\w+)`", _link, text)
+            text = re.sub(r":\w+:`([^`]*)`", r"`\1`", text)
+            # the plural is what griffe shows as code
+            text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.M)
+            obj.docstring.value = _options(text)
+
+
+def _link(role: re.Match[str]) -> str:
+    """A link to the public path of a name. Raises LookupError where it has none."""
+    name = role[1]
+    for home in (feedbackward, feedbackward.operators, feedbackward.rules, feedbackward.topologies):
+        if name in home.__all__:
+            return f"[`{name}`][{home.__name__}.{name}]"
+    raise LookupError(f"a docstring refers to {name!r}, which is no public name")
 
 
 def _display(match: re.Match[str]) -> str:
     return "\\[\n" + textwrap.dedent(match[2]).strip() + "\n\\]\n\n"
+
+
+def _options(text: str) -> str:
+    """Make a list of the lines `option: what it means`, which are a paragraph in the source."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        found = re.match(r"([a-z]\w*(?:, [a-z]\w*)*): ", line)
+        if found:
+            shown = ", ".join(f"`{name}`" for name in found[1].split(", "))
+            if not (lines and lines[-1].startswith(("- ", "    "))):
+                lines.append("")
+            line = f"- {shown}: {line[found.end() :]}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    tex = html.unescape(match[2]).strip()
+    made = convert(tex, display="block" if match[1] == "div" else "inline")
+    if "\\" in made:
+        raise ValueError(f"the docs' equations know no such command: {tex}")
+    return made

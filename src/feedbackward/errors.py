@@ -6,6 +6,16 @@ Example:
     True
 """
 
+__all__ = [
+    "AttachError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "FeedbackError",
+    "SiteError",
+]
+
 
 class FeedbackError(Exception):
     """Base class: anything feedbackward refuses. The command line turns it into exit code 2.

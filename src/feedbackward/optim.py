@@ -25,7 +25,8 @@ def renormalize_weights(
     left alone, and weights that are zero. To resume a run, call it before the weights are loaded, or on any later ones: their norms
     are the same. Remove the returned handle to end it.
 
-    parameters: usually `learner.model.parameters()`. optimizer: the one that updates them.
+    parameters: usually `learner.model.parameters()`.
+    optimizer: the one that updates them.
 
     Example:
         >>> import torch

@@ -25,6 +25,8 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.operators.base import Operator
 
+__all__ = ["chain", "ladder", "modules", "relays", "star"]
+
 
 def chain(
     layer_inputs: Sequence[Any],

@@ -23,7 +23,8 @@ class ParameterAlignment:
     """A rule's gradient of one tensor beside backprop's.
 
     cosine, angle (degrees): between the two; nan where the rule gives none or backprop's is zero.
-    norm_ratio: |rule| / |backprop|. sign_agreement: share of equal signs where backprop's is not zero.
+    norm_ratio: |rule| / |backprop|.
+    sign_agreement: share of equal signs where backprop's is not zero.
     bp_norm: |backprop|; a cosine beside a norm at the numerical floor means nothing.
     """
 

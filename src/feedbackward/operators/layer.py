@@ -204,7 +204,7 @@ class LayerShaped(Operator):
         return unpadded.average(weight, unpadded.project(weight, noise), noise)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
-        B = weights[0]  # a with_forward_weight weight of the model may follow
+        B = weights[0]  # the edge's forward weight may follow
         if not self.form.stride:
             return d @ B
         if not self.form.pad:

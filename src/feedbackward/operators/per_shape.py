@@ -16,7 +16,8 @@ from feedbackward.operators.base import Operator, Shape, Weights
 class PerShape(Operator):
     """Serves each site by one of two operators: convolutional nets have maps below and vectors above.
 
-    maps: for sites with channels and space, `[c, H, ...]`. vectors: for the others, `[n]`.
+    maps: for sites with channels and space, `[c, H, ...]`.
+    vectors: for the others, `[n]`.
 
     Example:
         >>> import torch

@@ -21,7 +21,7 @@ class Shared(Operator):
     .. math:: \delta h_l = d\, B_{:, :n_l}
 
     Every site whose source has the same shape uses the same matrix, so the smaller ones see the same signal as a part of the
-    largest. The entries do not depend on the site's own width: a dominates site gets a signal of norm :math:`\sqrt{n_l / m}` of
+    largest. The entries do not depend on the site's own width: a narrow site gets a signal of norm :math:`\sqrt{n_l / m}` of
     the widest's. Learned, it gets the sum of the sites' gradients.
 
     init: as :class:`Dense` has them, with m in place of n. The default `"scaled_uniform"`, U(-1, 1) / sqrt(m), is that of the

@@ -15,7 +15,7 @@ from feedbackward.operators.layer import LayerShaped
 
 @dataclass(frozen=True)
 class Signed(Operator):
-    """`B = M * sign(W)` for an edge that forward_weight `W`; where `W` is zero, so is `B`.
+    """`B = M * sign(W)` for an edge with a `forward_weight` `W`; where `W` is zero, so is `B`.
 
     layer: its form, and with `init` and `scale` the law U(-b, b) that the magnitudes are taken from.
     follow_norm: scale `B` in every pass to the Frobenius norm that `W` has: one more number per layer is transported.

@@ -58,7 +58,7 @@ class Delayed:
     Args:
         learner: as `attach` returned it.
         staleness: steps for all parts alike (1: pipelined DFA), or one number per part. Default: what the rule says
-            (:class:`feedbackward.DSP`).
+            (:class:`DSP`).
         steps: the most products in sequence that an update waits for, 0 for no bound. A part whose signal takes p of them is
             ceil(p / steps) - 1 steps late, besides `staleness`: a chain of any length then works like a pipeline in which every update
             takes `steps` products, each batch going on from where the last step left it.

@@ -28,7 +28,7 @@ class ActivationAlignment(ActivityAlignment):
     standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
         that one rate is stable in every layer; without it the stable rate is below :math:`1/\alpha` over the largest eigenvalue of
         :math:`E\,x^\top x`, which may be thousands.
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss that shares the

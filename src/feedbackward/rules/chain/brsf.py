@@ -19,7 +19,7 @@ class BRSF(SignConcordant):
     device, continued by a loaded `state_dict`, and independent of the generators that dropout draws from. Of the state, 16 bytes
     a layer are stored. Every forward pass under cuts counts, also each of several accumulated ones; probes do not.
 
-    init, scale: the law of :math:`M_t`, see :class:`feedbackward.LayerShaped`.
+    init, scale: the law of :math:`M_t`, see :class:`LayerShaped`.
     follow_norm: give B the norm that W has now. See uSF, also for strict normalisation.
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,

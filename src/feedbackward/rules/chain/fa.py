@@ -21,7 +21,7 @@ class FA(Rule):
     :math:`B_l: [c_l, c_{l-1}, k, k]`, same stride, padding, dilation and groups. Norms, activations, pooling and skip
     paths are differentiated exactly; so with `B = W` it is backprop.
 
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`. Their standard deviation should match
+    init, scale: of the feedback weights, see :class:`LayerShaped`. Their standard deviation should match
         that of the forward weights, or the signals vanish or explode with depth.
 
     Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep

@@ -17,7 +17,7 @@ class FRSF(SignConcordant):
 
     One bit per weight is transported.
 
-    init, scale: the law of :math:`M_l`, see :class:`feedbackward.LayerShaped`.
+    init, scale: the law of :math:`M_l`, see :class:`LayerShaped`.
     follow_norm: give B the norm that W has now. See uSF, also for strict normalisation.
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,

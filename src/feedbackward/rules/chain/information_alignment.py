@@ -27,7 +27,7 @@ class InformationAlignment(ActivityAlignment):
     amp, null, decay: :math:`\alpha`, :math:`\beta` and :math:`\gamma`.
     standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
         that one rate is stable in every layer.
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513). The authors' code has 2e-3, 1e-3 and 1e-3 in a loss that shares the weights' rate,

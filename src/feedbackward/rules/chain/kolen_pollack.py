@@ -21,7 +21,7 @@ class KolenPollack(Rule):
     With the same optimizer, rate and weight decay for both, :math:`W_l - B_l` shrinks as :math:`(1 - \eta\lambda)^t` under
     plain SGD, whatever the data. The product :math:`\delta a_l^\top h_{l-1}` is computed once and given to both.
 
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kolen & Pollack, "Backpropagation without weight transport", ICNN 1994; Akrout, Wilson, Humphreys, Lillicrap & Tweed,
     "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The authors' code has no weight decay by

@@ -99,7 +99,7 @@ class LayerAlignment(Rule):
     The regulariser does not come from the loss: what multiplies the loss does not scale it, and with k accumulated batches it
     counts k times.
 
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`.
     """
 
     init: str = "xavier_uniform"

@@ -30,7 +30,7 @@ class PFA(Rule):
 
     expand: :math:`m / n_l`, for a random B.
     kind: `"random"`: uniform with :math:`E[B B^\top] = 1`; `"orthogonal"`; `"identity"`, which is Kolen-Pollack.
-    init, scale: of R, see :class:`feedbackward.LayerShaped`.
+    init, scale: of R, see :class:`LayerShaped`.
 
     Li & Benna, "Deep Learning without Weight Symmetry", 2024 (arXiv:2405.20594), expand 10 in the authors' configurations. They
     decay all weights by much more at the start (0.03 or 5e-3, a thousandth and a fiftieth of it after the first epoch), and form

@@ -22,7 +22,7 @@ class SelfAlignment(LayerAlignment):
     :math:`\lambda = \beta` is symmetric alignment. It is not local.
 
     self_product: :math:`\beta`; small, so that a run ends before `B` is much larger than `W`.
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513), who use the primitive together with a decay only (symmetric alignment): as a rule by itself it is a

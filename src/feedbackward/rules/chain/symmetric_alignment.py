@@ -21,7 +21,7 @@ class SymmetricAlignment(LayerAlignment):
     estimate that takes time, but it is not local.
 
     decay, self_product: :math:`\alpha` and :math:`\beta`.
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss

@@ -18,7 +18,7 @@ class USF(SignConcordant):
     One bit per weight is transported; nothing is stored. :math:`\sigma_l` is the standard deviation of the initial law. A weight
     that is exactly zero feeds nothing back: a layer that starts at zero has no feedback until it has moved.
 
-    init, scale: the law, see :class:`feedbackward.LayerShaped`. `"xavier_uniform"` gives
+    init, scale: the law, see :class:`LayerShaped`. `"xavier_uniform"` gives
         :math:`\sigma_l = \sqrt{2/(\mathrm{fan_{in}} + \mathrm{fan_{out}})}`, `"like_layer"` :math:`1/\sqrt{3\,\mathrm{fan_{in}}}`.
     follow_norm: give B the norm that W has now, instead of that of its initial law.
 
@@ -26,7 +26,7 @@ class USF(SignConcordant):
     the rule are older: Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016. The magnitude is
     that of BioTorch, whose gradients these equal (its benchmarks name this rule); Liao et al. leave it out and normalise.
     The strict normalisation :math:`W \leftarrow W \|W_0\|/\|W\|` is
-    :func:`feedbackward.renormalize_weights`; it is known to us from BioTorch, whose
+    :func:`renormalize_weights`; it is known to us from BioTorch, whose
     weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
 
     Example:

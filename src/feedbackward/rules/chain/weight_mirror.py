@@ -37,7 +37,7 @@ class WeightMirror(Rule):
     samples: M, noise samples per phase; the noise in :math:`\nabla B` is about :math:`\sqrt{n_{l-1}/M}` times the weights (for
         convolutions less, by the root of the positions): where it matters, lower B's rate.
     decay: :math:`\lambda`.
-    init, scale: of the feedback weights, see :class:`feedbackward.LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Akrout, Wilson, Humphreys, Lillicrap & Tweed, "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The
     authors' code has Linear layers only, passes the noise (uniform, of width 0.1) through bias and sigmoid, adds

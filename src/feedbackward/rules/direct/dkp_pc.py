@@ -40,7 +40,9 @@ class DKPPC(Rule):
     :math:`\nabla W` is the paper's two, the second at the rate :math:`\rho\,\eta_1`. With any other optimizer or rate, beliefs
     meet a W' at which the weights do not arrive (inferred).
 
-    rate: :math:`\eta_1`. gamma, steps: size and number of the steps of inference. ratio: :math:`\rho`, of the second update.
+    rate: :math:`\eta_1`, the rate of the first update.
+    gamma, steps: the size and the number of the inference steps.
+    ratio: :math:`\rho`, the rate of the second update relative to the first.
     operator: the form of the feedback weights and how they start; one that can be learned.
 
     Casnici, Lefebvre, Dauwels & Frenkel, "Direct Kolen-Pollack predictive coding", 2026 (arXiv:2602.15571), known to us through

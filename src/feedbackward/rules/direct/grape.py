@@ -37,7 +37,7 @@ class GrAPE(Rule):
     that step within `learner.exact()` (`--calibrate_every` on the command line). It transports weights, and by itself does
     much of what it does for GrAPE: compare with DFA and Frozen under the same calibration.
 
-    init: of the feedback weights before they are normalised, see :class:`feedbackward.Dense`.
+    init: of the feedback weights before they are normalised, see :class:`Dense`.
 
     Caillon, Fagnou, Delattre & Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees", ICLR 2026. No
     code of the authors was at hand. Inferred: that columns belong to output units; that each sample has a perturbation of its

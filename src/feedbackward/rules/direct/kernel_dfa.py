@@ -24,7 +24,7 @@ class KernelDFA(Rule):
     constant over space except at borders. It is the signal for the *input* of the layer, as FA has it: every Linear or
     convolution after the first, and skip paths stay whole, so signals add up where they meet.
 
-    init, scale: of the kernels, see :class:`feedbackward.LayerShaped`; those of linear layers start as DFA's.
+    init, scale: of the kernels, see :class:`LayerShaped`; those of linear layers start as DFA's.
 
     Sanfiz & Akrout, "Benchmarking the accuracy and robustness of feedback alignment algorithms", 2021 (arXiv:2108.13446), and its
     package BioTorch; the rule is Nokland's (2016). Their recipe is Adam with 1e-3. Ours ignores the groups of a convolution:

@@ -21,7 +21,8 @@ class SparseDFA(Rule):
 
     The classes `c_k(i)` are random, fixed and balanced: all have about as many listeners.
 
-    nonzeros: s. scale: a factor on the initial weights.
+    nonzeros: s, the classes that a unit listens to.
+    scale: a factor on the initial weights.
 
     Crafton, Parihar, Gebhardt & Raychowdhury, "Direct Feedback Alignment With Sparse Connections for Local Learning", Frontiers in
     Neuroscience 13:525, 2019 (arXiv:1903.02083). The scale is that of the authors' code. Their convolutions on ImageNet are

@@ -18,12 +18,13 @@ class DSP(Rule):
         \tau_k = \mathrm{spacing} \cdot (K - k)
 
     for blocks k = 1..K, so that three blocks are 4, 2 and 0 steps late. A preset, of BP and of a schedule: the gradients are
-    backprop's, and :class:`feedbackward.Delayed` delays them.
+    backprop's, and :class:`Delayed` delays them.
 
     The parts of the network between its sites are put into K blocks of about equally many parts; name the K - 1 sites for
     other blocks.
 
-    blocks: K. spacing: steps between two blocks, 2 in a pipeline whose blocks take turns in going forward and backward.
+    blocks: K.
+    spacing: steps between two blocks. It is 2 in a pipeline whose blocks alternate forward and backward passes.
 
     Xu, Huo & Huang, "On the Acceleration of Deep Learning Model Parallelism with Staleness", CVPR 2020 (arXiv:1909.02625).
     In the paper's pipeline the error that reaches a block has passed upper blocks of later steps' weights; here all of a

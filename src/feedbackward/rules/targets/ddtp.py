@@ -25,15 +25,15 @@ class DDTP(Rule):
     r"""Direct difference target propagation: learned decoders from the output straight to every site.
 
     .. math::
-        t_L = a_L - \beta N e, \qquad t_l = h_l - \big(g_l(a_L) - g_l(t_L)\big), \qquad \delta h_l = (h_l - t_l) / (\beta N)
+        t_L = a_L - \beta N e, \qquad t_l = h_l - (g_l(a_L) - g_l(t_L)), \qquad \delta h_l = (h_l - t_l) / (\beta N)
 
     the gradient of :math:`\|h_l - t_l\|^2 / (2 \beta N)`. A linear decoder sends :math:`e B_l`, as DKP does with another `B`.
 
     The decoders learn in `learner.feedback_step(x)` by the difference reconstruction loss, from noise at one site at a time:
 
     .. math::
-        \tfrac{1}{N \sigma^2} \big\| g_l(F_l(h_l + \epsilon)) - g_l(a_L) - \epsilon \big\|^2
-        + \tfrac{\lambda}{N \sigma^2} \big\| g_l(a_L + \epsilon') - g_l(a_L) \big\|^2, \qquad
+        \tfrac{1}{N \sigma^2} \| g_l(F_l(h_l + \epsilon)) - g_l(a_L) - \epsilon \|^2
+        + \tfrac{\lambda}{N \sigma^2} \| g_l(a_L + \epsilon') - g_l(a_L) \|^2, \qquad
         \epsilon, \epsilon' \sim \mathcal N(0, \sigma^2)
 
     :math:`F_l` is the network above site l. For small sigma it is least at :math:`\partial g_l / \partial a_L = J_l^\top (J_l
@@ -42,7 +42,9 @@ class DDTP(Rule):
     large networks. Its scale is far from that of the network's loss: give the feedback an optimizer of its own, and use
     Adam for the network as well, whose signals come out of an inverse.
 
-    beta: how far the target of the output goes along its error. sigma: the noise. damping: :math:`\lambda`.
+    beta: how far the target of the output goes along its error.
+    sigma: the standard deviation of the noise.
+    damping: :math:`\lambda`.
     activation: of the decoders: `"linear"`, `"tanh"`, `"relu"`.
     hidden: units of a fixed random tanh layer in each decoder, 0 for none (published as "RHL", with 2048).
 

@@ -21,7 +21,7 @@ class DTP(Laddered):
     r"""Difference target propagation: every site gets a target from the one above, through a learned decoder.
 
     .. math::
-        t_L = a_L - \beta N e, \qquad t_l = h_l - \big(g_l(h_{l+1}) - g_l(t_{l+1})\big), \qquad
+        t_L = a_L - \beta N e, \qquad t_l = h_l - (g_l(h_{l+1}) - g_l(t_{l+1})), \qquad
         \delta h_l = (h_l - t_l) / (\beta N)
 
     :math:`\delta h_l` is the gradient of the local loss :math:`\|h_l - t_l\|^2 / (2 \beta N)` with the target fixed; so
@@ -33,7 +33,7 @@ class DTP(Laddered):
     The decoders :math:`g_l(s) = f(s B_l + b_l)`, `B_l: [n_{l+1}, n_l]`, learn in `learner.feedback_step(x)`, from noise at each site:
 
     .. math::
-        \nabla\, \tfrac{1}{N \sigma^2} \big\| g_l(f_{l+1}(h_l + \epsilon)) - (h_l + \epsilon) \big\|^2, \qquad
+        \nabla\, \tfrac{1}{N \sigma^2} \| g_l(f_{l+1}(h_l + \epsilon)) - (h_l + \epsilon) \|^2, \qquad
         \epsilon \sim \mathcal N(0, \sigma^2)
 
     where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay random.
@@ -42,9 +42,10 @@ class DTP(Laddered):
     network as well, as the authors of the 2020 paper do.
 
     Where a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian but leans
-    towards the data (Meulemans et al. 2020); :class:`feedbackward.DDTP` mends that.
+    towards the data (Meulemans et al. 2020); :class:`DDTP` mends that.
 
-    beta: how far the target of the output goes along its error. sigma: the noise.
+    beta: how far the target of the output goes along its error.
+    sigma: the standard deviation of the noise.
     activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
 
     Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's

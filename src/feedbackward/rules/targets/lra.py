@@ -29,9 +29,10 @@ class LRA(Rule):
     The network must be a plain chain of layers with one elementwise activation module (or none) between two of them, as
     the published ones are; norms, pools, dropout and skip paths are refused.
 
-    beta: how far a target goes. init, scale: of `E`, see :class:`feedbackward.LayerShaped`. The authors' code has `beta=0.1` and
-        `init="normal"`, N(0, 1), which suits dominates tanh layers: the error grows with the square root of the width, and blows up in
-        layers of 1000 ReLU units. The default keeps its size.
+    beta: how far a target goes. It is 0.1 in the authors' code.
+    init, scale: of `E`, see :class:`LayerShaped`. The authors' code has `init="normal"`, N(0, 1), which suits narrow
+        tanh layers: the error grows with the square root of the width, and explodes in layers of 1000 ReLU
+        units. The default keeps the size of the error.
 
     Ororbia & Mali, "Biologically Motivated Algorithms for Propagating Local Target Representations", AAAI 2019
     (arXiv:1805.11703). The gradient of `E` is that of the authors' code, where :math:`\gamma = 1`; the paper gives `E` a

@@ -33,11 +33,13 @@ class RecLRA(Rule):
     exact derivatives. Use it with `sites="blocks"`. The gradient of `E: [C, n_b]` is DKP's outer product, so with a linear f
     it is DKP with `beta` times its signal.
 
-    beta: how far a target goes. activation: f, the function that the sites end with: `"relu"` (targets stay above zero where the
-        unit is on), `"tanh"`, `"linear"`. operator: the form of `E` and how it starts; one that can be learned.
+    beta: how far a target goes.
+    activation: f, the function that the sites end with: `"relu"`, `"tanh"` or `"linear"`. With `"relu"` the
+        target of a unit that is on stays above zero.
+    operator: the form of `E` and how it starts; one that can be learned.
 
     Ororbia, Mali, Kifer & Giles, "Backpropagation-Free Deep Learning with Recursive Local Representation Alignment", AAAI
-    2023 (arXiv:2002.03911). Inferred from the abstract and the equations of LRA-E (:class:`feedbackward.LRA`), for the
+    2023 (arXiv:2002.03911). Inferred from the abstract and the equations of LRA-E (:class:`LRA`), for the
     paper's body was not at hand: the learning of `E`, and the derivatives within a block, where the paper generates targets
     for the layers inside as well. Its second version's convolutions of fixed noise maps are not offered.
 

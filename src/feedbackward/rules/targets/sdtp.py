@@ -22,18 +22,19 @@ class SDTP(Laddered):
     r"""Simplified difference target propagation: no gradient at all, the output's target is the one-hot target itself.
 
     .. math::
-        t_{L-1} = h_{L-1} - \big(g(p) - g(y)\big), \quad p = \mathrm{softmax}(a_L), \qquad
-        t_l = h_l - \big(g_l(h_{l+1}) - g_l(t_{l+1})\big), \qquad \delta h_l = (h_l - t_l) / N
+        t_{L-1} = h_{L-1} - (g(p) - g(y)), \quad p = \mathrm{softmax}(a_L), \qquad
+        t_l = h_l - (g_l(h_{l+1}) - g_l(t_{l+1})), \qquad \delta h_l = (h_l - t_l) / N
 
     :math:`\delta h_l` is the gradient of :math:`\|h_l - t_l\|^2 / (2N)`; the output layer learns by the network's own loss. The
     topmost decoder sees the softmax, here and while it learns; decoders and their learning are those of
-    :class:`feedbackward.DTP`, of whose targets these are the ones with beta = 1 under cross-entropy.
+    :class:`DTP`, of whose targets these are the ones with beta = 1 under cross-entropy.
 
     Call `learner.target(y)` with class indices (or class probabilities) before every forward pass, and
     `learner.feedback_step(x)` before every optimizer step. Whatever multiplies the loss goes into `target(y, scale=...)`; a
     scale below one sets the output's target at that part of the way from p to y.
 
-    sigma: noise of the decoders' phase. activation: of the decoders.
+    sigma: the standard deviation of the noise that the decoders learn from.
+    activation: of the decoders.
 
     Bartunov, Santoro, Richards, Marris, Hinton & Lillicrap, "Assessing the Scalability of Biologically-Motivated Deep
     Learning Algorithms and Architectures", NeurIPS 2018 (arXiv:1807.04587). A class says little about the activity below:
