@@ -81,3 +81,18 @@ def test_results_are_tables_and_small_files() -> None:
     files = [path for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".md", ".json"}
     assert sum(path.stat().st_size for path in files) < 1_000_000
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.name)
+def test_configurations_are_read(page: Path, tmp_path: Path) -> None:
+    from feedbackward.experiment.config.arguments import parse
+    from feedbackward.experiment.config.schema import CompareConfig
+    from feedbackward.experiment.grid.definition import load_study
+
+    for block in blocks(page, "yaml"):
+        path = tmp_path / "config.yaml"
+        path.write_text(block)
+        if "\nsections:" in block:
+            assert load_study(str(path)).sections
+        else:
+            parse(CompareConfig, ["--config", str(path)], "feedbackward compare", "").resolved()
