@@ -1,7 +1,7 @@
-"""The cuts of a model: cuts, and the broadcast of errors.
+"""The cuts of a model, and the broadcast of errors to them.
 
-At a cut the activity `h`, still attached to the segment that made it, is kept on the tape, and the rest of the
-network gets `h.detach()`. At a source a `Broadcast` is put in place, to which the kept activities are inputs.
+At a cut, the tape keeps the activity `h`, still attached to the segment that made it. The rest of the network gets
+`h.detach()`. At a source stands a `Broadcast`, which takes the kept activities as inputs.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ class Cuts(Hooked):
         self.upward = {place[upward_edge.below]: upward_edge for upward_edge in graph.upward}
         self._place = place
         self._sites_by_points = {site.points: place[site] for site in graph.sites}
-        self.recompute = (
-            False  # whether the latest forward was cut, for a checkpoint that repeats a part of it
-        )
+        # whether the latest forward pass was cut: a checkpoint may repeat a part of it
+        self.recompute = False
 
     def on_site(self, index: int, h: Tensor) -> Tensor:
         """Keep `h` and return it detached; a second consumer of the same tensor gets the same detached one."""
@@ -51,15 +50,14 @@ class Cuts(Hooked):
         cut, site = tape.cut[index], self.sites[index]
         if tape.seen[index] == len(site.points) or (cut is not None and tape.h[index] is not h):
             raise SiteError(
-                f"site {site.name!r} met a second tensor in one forward pass: the model does not run as it did "
+                f"site {site.name!r} got a second tensor in one forward pass: the model does not run as it did "
                 "on the example. Attach again with an example of this form, or name other sites."
             )
         tape.seen[index] += 1
         if cut is None:
             cut = h.detach()
-            if (
-                index in self.upward and torch.is_grad_enabled()
-            ):  # what lies above is differentiated by it
+            # signals that go up are derivatives with respect to the cut
+            if index in self.upward and torch.is_grad_enabled():
                 cut.requires_grad_()
             tape.order.append(index)
             tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
@@ -80,7 +78,7 @@ class Cuts(Hooked):
         return cut
 
     def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
-        """The loss of a site's auxiliary network, times the scale that the target was given."""
+        """The loss of a site's auxiliary network, times the target's scale."""
         output = self.feedback.get_submodule(end.key)(h)
         return self.rule.local_loss(output, target.raw) * target.scale
 
@@ -90,8 +88,11 @@ class Cuts(Hooked):
 
     @contextmanager
     def visiting(self, visitor: SegmentVisitor, target: Target | None = None) -> Iterator[Tape]:
-        """A forward pass in which the visitor is told of each site when the next module begins: by then the code that
-        called the last one has let go of the tensors in between, which would otherwise live through the backward."""
+        """Run a forward pass in which the visitor handles each site when the next module begins.
+
+        By then the calling code no longer holds the tensors in between, which would otherwise stay alive through the
+        segment's backward pass.
+        """
         handles = [
             m.register_forward_pre_hook(self.flush, prepend=True) for m in self.model.modules()
         ]
@@ -107,7 +108,7 @@ class Cuts(Hooked):
                 handle.remove()
 
     def flush(self, *call: Any) -> None:
-        """Tell the visitor what it has yet to be told."""
+        """Let the visitor handle the site that is pending."""
         if (
             self.tape is not None
             and self.tape.pending is not None
@@ -118,7 +119,10 @@ class Cuts(Hooked):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While a segment's backward runs within a forward pass: a checkpoint in it repeats modules outside the tape."""
+        """Take the tape away while a segment's backward pass runs inside a forward pass.
+
+        A checkpoint in the segment then repeats modules without writing to the tape.
+        """
         tape, recompute = self.tape, self.recompute
         self.tape, self.recompute = None, True
         try:
@@ -134,17 +138,15 @@ class Cuts(Hooked):
         target: Target | None,
         learn: bool = True,
     ) -> Tensor:
-        """The source, with the signals of the activities hung on its error, and unless not `learn` the feedback's gradients."""
+        """The source, whose error gives the activities their signals and, with `learn`, the feedback its gradients."""
         weights: list[Tensor] = []
         for edge in edges:
             own = weights_of(self.feedback, edge)
-            if (
-                edge.operator.renewed
-            ):  # the next pass changes them, perhaps before this one's backward
+            if edge.operator.renewed:
+                # the next pass changes them, perhaps before the backward pass of this one
                 own = tuple(B.clone() for B in own)
-            elif (
-                edge.operator.common
-            ):  # several edges have the same, and a compiler takes no tensor twice
+            elif edge.operator.common:
+                # several edges use the same tensors, and a compiler takes no tensor twice
                 own = tuple(B.view_as(B) for B in own)
             learned = learn and self.rule.learns_in_pass(edge)
             weights += own if learned else [B.detach() for B in own]
@@ -160,14 +162,14 @@ class Cuts(Hooked):
         return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
 
     def renew(self) -> None:
-        """At the beginning of a pass: new weights for the edges whose operator makes them anew."""
+        """At the beginning of a pass, change the weights of the edges whose operator is `renewed`."""
         for edge in self.edges:
             if edge.operator.renewed:
                 with torch.no_grad():
                     edge.operator.renew(weights_of(self.feedback, edge))
 
     def tied(self) -> dict[str, Tensor]:
-        """The weights of the model whose gradient a feedback weight shares, ready to take the place of the plain ones."""
+        """Substitutes for the weights of the model whose gradients are shared with feedback weights, by name."""
         shared = [(e, e.shares, self.model.get_parameter(e.shares)) for e in self.edges if e.shares]
         return {
             name: Share.apply(W, edge.operator, *weights_of(self.feedback, edge))
@@ -176,7 +178,7 @@ class Cuts(Hooked):
         }
 
     def on_source(self, index: int, tensor: Tensor) -> Tensor:
-        """Put the broadcast of this source's error in place; every site it feeds must have been met, unchanged."""
+        """Put the broadcast of this source's error in place. The pass must have reached every site that it feeds."""
         tape = self.tape
         if tape is None:
             if self._repeated():
@@ -203,9 +205,10 @@ class Cuts(Hooked):
         for place, edge in self.routes[index]:
             h = tape.h[place]
             if h is None and tape.hold is not None and tape.seen[place]:
-                continue  # below the held part
+                # the site lies below the part that trains in this pass
+                continue
             self.check(edge, h, tape.versions[place], tensor)
-            # a segment with nothing to train gets no signal, unless it has to pass one on
+            # a segment with nothing to train gets no signal, unless it passes the signal on
             if h is not None and (h.requires_grad or place in self.upward):
                 edges.append(edge)
                 activities.append(self._upward(place, tape))
@@ -214,7 +217,7 @@ class Cuts(Hooked):
         return tensor if tape.hold is None else self._watched(tensor, source, tape)
 
     def _upward(self, place: int, tape: Tape) -> Tensor:
-        """The activity of a site, hung so that what it is sent goes on to the site above, where there is a upward_edge."""
+        """The activity of a site; if an upward edge begins there, its signal also goes on to the site above."""
         h, cut, upward_edge = tape.h[place], tape.cut[place], self.upward.get(place)
         assert h is not None
         if upward_edge is None:
@@ -229,27 +232,25 @@ class Cuts(Hooked):
         )
 
     def _watched(self, tensor: Tensor, source: Source, tape: Tape) -> Tensor:
-        """The source, whose error is put down in the backward pass."""
+        """The source, with a hook that records its error in the backward pass."""
         if not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_().clone()
         tensor.register_hook(lambda d: tape.errors.__setitem__(source.name, d))
         return tensor
 
     def _repeated(self) -> bool:
-        """Whether this is a checkpoint that repeats, during backward, a part of a forward pass that was cut."""
-        if (
-            not self.recompute or torch.compiler.is_compiling()
-        ):  # a compiler repeats what it has recorded
+        """Whether a checkpoint is repeating, in the backward pass, a part of a forward pass that was cut."""
+        # a compiler repeats what it has recorded
+        if not self.recompute or torch.compiler.is_compiling():
             return False
         if torch._C._current_graph_task_id() != -1:
             return True
-        self.recompute = (
-            not torch.is_grad_enabled()
-        )  # a plain pass of the model itself: its checkpoints are plain too
+        # this is a plain pass of the model, whose checkpoints are plain as well
+        self.recompute = not torch.is_grad_enabled()
         return False
 
     def _check_met(self, site: Site, h: Tensor | None, version: int) -> None:
-        """Refuse a site that was not met, or was changed in place since."""
+        """Refuse a site that the pass did not reach, or that was changed in place afterwards."""
         if h is None:
             raise SiteError(
                 f"site {site.name!r} was not reached before the source in this forward pass, so its "
@@ -263,7 +264,7 @@ class Cuts(Hooked):
             )
 
     def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
-        """Refuse an edge whose site was not met, was changed in place, or does not fit its source in this pass."""
+        """Refuse an edge whose site was not reached, was changed in place, or does not fit its source."""
         site = edge.site
         self._check_met(site, h, version)
         assert h is not None

@@ -1,4 +1,4 @@
-"""Hooks at the sites and sources of a model, and the tape that a forward pass under them writes. The only file with hooks."""
+"""Hooks at the sites and sources of a model, and the tape that a forward pass writes through them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,29 @@ class SegmentVisitor(Protocol):
     """A schedule that runs the backward of a segment within the forward pass."""
 
     def at_site(self, index: int, h: Tensor, version: int) -> None:
-        """Run the backward of the segment that ends with `h`, the activity of site `index`; nothing of it is kept.
-        `version` is the one that `h` had when it was met."""
+        """Run the backward pass of the segment that ends with `h`, the activity of site `index`.
+
+        Nothing of `h` is kept. `version` is the version that it had when the pass reached the site.
+        """
 
     def at_source(self, source: Source, tensor: Tensor) -> Tensor:
         """What the rest of the network gets in place of the source."""
 
 
 class PassOverError(BaseException):
-    """A visitor has all that it wanted: the rest of the forward pass is left out. Not for a model's own handlers."""
+    """A visitor needs no more of the forward pass, which ends here.
+
+    It is no `Exception`, so that a model's own handlers do not catch it.
+    """
 
 
 class Tape:
-    """What one forward pass has met so far.
+    """What one forward pass has reached so far.
 
-    `target`: what `learner.target` was given. `visitor`: None for a joint pass. `hold`: the number of the site from which on
-    a pass that began without gradients records them; `errors` then gets the errors of the sources in the backward pass.
+    target: what `learner.target` was given.
+    visitor: None in a joint pass.
+    hold: the number of a site. A pass that began without gradients records them from this site on, and its backward
+        pass then writes the errors of the sources into `errors`.
     """
 
     def __init__(
@@ -46,25 +53,31 @@ class Tape:
         visitor: SegmentVisitor | None = None,
         hold: int | None = None,
     ) -> None:
-        self.h: list[Tensor | None] = [None] * sites  # attached activities
-        self.cut: list[Tensor | None] = [None] * sites  # what the rest of the network got instead
+        # the activity of each site, attached to what made it
+        self.h: list[Tensor | None] = [None] * sites
+        # what the rest of the network got instead
+        self.cut: list[Tensor | None] = [None] * sites
         self.versions = [0] * sites
-        self.seen = [0] * sites  # how many of a site's points have met it
+        # how many of a site's hook points the pass has reached
+        self.seen = [0] * sites
         self.calls: dict[str, int] = {}
         self.sources: dict[str, Tensor | None] = {}
-        self.losses: dict[str, list[Tensor]] = {}  # local ones, by their source's name
+        # local losses, by the name of their source
+        self.losses: dict[str, list[Tensor]] = {}
         self.target, self.visitor, self.hold = target, visitor, hold
         self.errors: dict[str, Tensor] = {}
-        self.order: list[
-            int | str
-        ] = []  # sites by number and sources by name, as they were first met
-        self.held: Tensor | None = None  # the activity of the site `hold`
-        self.over = False  # whether the visitor ended the pass
-        self.pending: tuple[int, Tensor, int] | None = None  # what the visitor has yet to be told
+        # sites by number and sources by name, in the order in which the pass reached them
+        self.order: list[int | str] = []
+        # the activity of the site `hold`
+        self.held: Tensor | None = None
+        # whether the visitor ended the pass
+        self.over = False
+        # a site that the visitor has not handled yet
+        self.pending: tuple[int, Tensor, int] | None = None
 
 
 class Hooked(ABC):
-    """Hooks at sites and sources. Inert unless a tape is in place."""
+    """Hooks at sites and sources. They do nothing unless a tape is in place."""
 
     def __init__(self, sites: tuple[Site, ...], sources: tuple[Source, ...]) -> None:
         self.sites, self.sources = sites, sources
@@ -83,9 +96,8 @@ class Hooked(ABC):
         handles = []
         inputs: dict[str, dict[int, list[tuple[int, int]]]] = {}
         kinds = (("source", self.sources), ("site", self.sites))
-        for kind, activities in (
-            reversed(kinds) if prepend else kinds
-        ):  # of what is prepended the last comes first
+        # of prepended hooks the last one runs first
+        for kind, activities in reversed(kinds) if prepend else kinds:
             for index, activity in enumerate(activities):
                 for point in activity.points:
                     if point.kind == "input":
@@ -114,7 +126,7 @@ class Hooked(ABC):
         visitor: SegmentVisitor | None = None,
         hold: int | None = None,
     ) -> Iterator[Tape]:
-        """One tape per forward pass, dropped at its end. A pass that missed a site or source is refused."""
+        """Use one tape for a forward pass, and drop it at the end. Refuse a pass that missed a site or a source."""
         if self.tape is not None:
             raise SiteError(
                 "a forward pass of this learner runs already (in another thread?): use one learner per thread."
@@ -138,8 +150,11 @@ class Hooked(ABC):
 
 
 class Observer(Hooked):
-    """Records the activities of sites and sources; the true gradients flow. `change` may replace activities, `onward` what the
-    layers above a source get."""
+    """Records the activities of sites and sources, without cuts.
+
+    change: replaces the activity of a site.
+    onward: replaces what the layers above a source get.
+    """
 
     def __init__(
         self,
@@ -164,9 +179,8 @@ class Observer(Hooked):
             self.tape.sources[self.sources[index].name] = tensor
             if self.onward is not None:
                 tensor = self.onward(self.sources[index], tensor)
-        return (
-            tensor.clone()
-        )  # an in-place operation that follows must not change the tensor that was kept
+        # a later in-place operation must not change the kept tensor
+        return tensor.clone()
 
 
 class Director(Hooked):
@@ -184,7 +198,7 @@ class Director(Hooked):
         at_source: Callable[[Source, Tensor], Tensor],
         whole: bool = True,
     ) -> Iterator[None]:
-        """A pass under these functions; unless `whole`, one that may leave sites out. `PassOverError` ends it."""
+        """Run a pass under these functions. It may leave out sites unless `whole`; `PassOverError` ends it."""
         self.at_site, self.at_source = at_site, at_source
         with self.recording() as tape:
             tape.over = not whole
@@ -195,7 +209,8 @@ class Director(Hooked):
 
     def on_site(self, index: int, h: Tensor) -> Tensor:
         tape = self.tape
-        if tape is None:  # a checkpoint that repeats a module in the backward pass
+        # without a tape, a checkpoint repeats a module in the backward pass
+        if tape is None:
             return h.detach() if torch._C._current_graph_task_id() != -1 else h
         tape.seen[index] += 1
         if tape.cut[index] is None or tape.h[index] is not h:
@@ -210,8 +225,10 @@ class Director(Hooked):
 
 
 class _OutputHook:
-    """Replaces a module's output tensor, or one tensor of its structured output. A class, so that a deep copy
-    of the learner carries hooks of its own."""
+    """Replaces a module's output tensor, or one tensor of its structured output.
+
+    It is a class, so that a deep copy of the learner has hooks of its own.
+    """
 
     def __init__(self, cuts: Hooked, kind: str, index: int, point: HookPoint) -> None:
         self.cuts, self.kind, self.index, self.point = cuts, kind, index, point
@@ -232,8 +249,11 @@ class _OutputHook:
 
 
 class _InputHook:
-    """Replaces the inputs of a layer that are sites; `calls` maps the call's number to these sites, each with the place of the
-    tensor among the leaves of the arguments and keywords."""
+    """Replaces those inputs of a layer that are sites.
+
+    calls: for the number of each call, its sites, each with the position of its tensor among the leaves of the arguments
+        and keywords.
+    """
 
     def __init__(self, cuts: Hooked, name: str, calls: dict[int, list[tuple[int, int]]]) -> None:
         self.cuts, self.name, self.calls, self.most = cuts, name, calls, max(calls)
@@ -266,7 +286,7 @@ class _InputHook:
                     f"layer {self.name!r} did not get the tensor number {leaf} that it got on the example; call it with the "
                     "same arguments in every pass, or attach again with an example of the form that is used in training."
                 )
-            # given twice, it must be cut in both places
+            # a tensor that is passed twice must be cut in both places
             old, new = leaves[leaf], self.cuts.on_site(index, leaves[leaf])
             leaves = [new if t is old else t for t in leaves]
         return tree_unflatten(leaves, spec)
