@@ -317,7 +317,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         tmp_path / "run" / "checkpoint.safetensors"
     )
     with pytest.raises(
-        CheckpointError, match="trained on other data: its train is 80, here it is 72"
+        CheckpointError, match="trained on other data: there were 80 train images, now there are 72"
     ):
         run(config(tmp_path, resume=True))
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"x" * 100)

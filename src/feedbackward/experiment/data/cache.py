@@ -3,18 +3,21 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from feedbackward.errors import DataError
 from feedbackward.experiment.data.decode import Decoded, Images
 from feedbackward.experiment.data.sources import Source
 
-VERSION = 1  # of the decoding: raise it whenever the same files would give other tensors
+VERSION = 2  # of the decoding: raise it whenever the same files would give other tensors
 
 
 def cache_folder() -> Path:
@@ -29,18 +32,24 @@ def cached(source: Source, size: int | None, decode: Callable[[], Decoded]) -> D
     """The decoded images of `source` from the cache, or from `decode()`, then kept.
 
     A cache file counts only if its bytes have the digest stored beside it and it was made from the same files
-    (path, size, modification time) with the same options. An altered or truncated one is decoded again with a
-    warning; one whose source has changed is replaced. Where the cache cannot be written, a warning says so
-    and the images are used without it.
+    (path, size, times, inode) with the same options. An altered or truncated one is decoded
+    again with a warning; one whose source has changed is replaced. Where the cache cannot be written, a warning says
+    so and the images are used without it.
+
+    Raises DataError where a file of the source changes while it is decoded.
     """
     path = cache_folder() / f"{_file_stem(source, size)}.safetensors"
-    fingerprint = _fingerprint(source, size)
-    kept = _read(path, fingerprint)
+    before = fingerprint(source, size)
+    kept = _read(path, before)
     if kept is not None:
         return kept
     decoded = decode()
+    if fingerprint(source, size) != before:
+        raise DataError(
+            f"Data set {source} changed while it was read: start again when nothing writes to it."
+        )
     try:
-        _write(path, decoded, fingerprint)
+        _write(path, decoded, before)
     except (OSError, SafetensorError) as error:
         warnings.warn(
             f"Decoded images are not kept, the next run decodes them again: cannot write {path} ({error}); "
@@ -53,22 +62,33 @@ def cached(source: Source, size: int | None, decode: Callable[[], Decoded]) -> D
 
 def _file_stem(source: Source, size: int | None) -> str:
     # one file per place and size: a source that changed replaces its file instead of leaving a stale one
-    place = hashlib.sha256(f"{source.kind}:{source.folder}".encode()).hexdigest()[:8]
-    return f"{source.name}-{size or 'full'}-{place}"
+    place = hashlib.sha256(f"{source.kind}:{source.folder}".encode(errors="surrogateescape"))
+    # readable, and short enough for any file system, whatever the folder is called
+    name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII)[:40]
+    return f"{name}-{size or 'full'}-{place.hexdigest()[:8]}"
 
 
-def _fingerprint(source: Source, size: int | None) -> str:
-    files = [
-        (str(path), stat.st_size, stat.st_mtime_ns)
-        for path in source.files
-        for stat in [path.stat()]
-    ]
+def fingerprint(source: Source, size: int | None) -> str:
+    """A digest of everything that decides what decoding gives: options, names, and each file's state."""
+    try:
+        # one file in place of another may have its size and its time of modification, but not all of these
+        files = [
+            (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            for path in source.files
+            for stat in [path.stat()]
+        ]
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}): it was there a moment ago."
+        ) from error
     # repr covers every column, split and mode of the specification
     identity = [
         VERSION,
+        PIL.__version__,
         repr(source.spec),
         sorted(source.splits.items()),
         str(source.folder),
+        source.listing and source.listing.classes,
         size,
         files,
     ]
@@ -87,7 +107,7 @@ def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _read(path: Path, fingerprint: str) -> Decoded | None:
+def _read(path: Path, expected: str) -> Decoded | None:
     try:
         stored = _digest_path(path).read_text().split()[:1]
         if stored != [_digest(path)]:
@@ -99,14 +119,14 @@ def _read(path: Path, fingerprint: str) -> Decoded | None:
             return None
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()["feedbackward"])
-            if metadata["fingerprint"] != fingerprint:
+            if metadata["fingerprint"] != expected:
                 return None
             names = metadata["splits"]
             splits = {
                 n: Images(file.get_tensor(f"{n}.images"), file.get_tensor(f"{n}.labels"))
                 for n in names
             }
-            return Decoded(splits, metadata["classes"])
+            return Decoded(splits, metadata["classes"], metadata["note"])
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -116,12 +136,17 @@ def _read(path: Path, fingerprint: str) -> Decoded | None:
         return None
 
 
-def _write(path: Path, decoded: Decoded, fingerprint: str) -> None:
+def _write(path: Path, decoded: Decoded, made_from: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, images in decoded.splits.items():
         tensors[f"{name}.images"], tensors[f"{name}.labels"] = images.images, images.labels
-    about = {"fingerprint": fingerprint, "classes": decoded.classes, "splits": list(decoded.splits)}
+    about = {
+        "fingerprint": made_from,
+        "classes": decoded.classes,
+        "splits": list(decoded.splits),
+        "note": decoded.note,
+    }
     # a folder of its own, so that whatever the write leaves behind on failure goes with it
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         data, digest = Path(folder) / path.name, Path(folder) / "digest"

@@ -2,11 +2,13 @@
 
 `load_data(DataConfig("cifar10", root="data"))` is the one call. A known data set comes from the Hugging Face
 hub, or from a folder in the hub's layout when `root` is given; "fashion-mini" is part of the package; any
-other name is the path of an image folder `train/<class>/*.png`. `test/` beside `train/` is the test split
+other name is the path of an image folder `train/<class>/<image>`. `test/` beside `train/` is the test split
 (without it `validation/` is, without both it is held out of train); beside both, `validation/` is the
 held-out validation split.
 """
 
+import functools
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +16,11 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import ConfigError, DataError
-from feedbackward.experiment.data.cache import cached
+from feedbackward.experiment.data.cache import cached, fingerprint
 from feedbackward.experiment.data.decode import Decoded, Images, decode
 from feedbackward.experiment.data.fashion_mini import fashion_mini
 from feedbackward.experiment.data.loader import AUGMENTATIONS, Loader, check_augment
-from feedbackward.experiment.data.sources import DATASETS, DatasetSpec, find_source
+from feedbackward.experiment.data.sources import DATASETS, DatasetSpec, Source, find_source
 
 __all__ = [
     "AUGMENTATIONS",
@@ -78,6 +80,12 @@ class Data:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 over the pixels and the labels of each split, in order."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: images.digest() for name, images in splits.items()}
+
     @property
     def num_classes(self) -> int:
         """The number of classes."""
@@ -92,6 +100,8 @@ def load_data(config: DataConfig) -> Data:
     """
     _check(config)
     source = find_source(config.name, config.root)
+    if source.listing is not None:
+        source.listing.check_filled(config.name, config.classes)
     if config.name == "fashion-mini":
         decoded = fashion_mini(config.size)
     else:
@@ -109,12 +119,25 @@ def load_data(config: DataConfig) -> Data:
             f"'{config.name}' has {len(validation)} validation and {len(test)} test images of the classes "
             f"{', '.join(classes)}: complete these splits, or choose other classes."
         )
-    notes = [source.spec.note, *_missing(decoded, source.spec.official)]
+    notes = [source.spec.note, *_missing(decoded, source.spec.official), *_warned(source, decoded)]
     if chosen["test"][0] == "train":
         notes.append(f"there is no test folder: test is {len(test):,} images held out of train")
     mean, std = _mean_std(train.images)
     note = "; ".join(text for text in notes if text)
     return Data(source.name, train, validation, test, classes, mean, std, note)
+
+
+def fingerprint_data(config: DataConfig) -> str:
+    """A digest that is another as soon as a file that `load_data` reads has changed. Raises as `load_data` does."""
+    return fingerprint(find_source(config.name, config.root), config.size)
+
+
+def _warned(source: Source, decoded: Decoded) -> list[str]:
+    """What of a folder is not used, in words, after a warning that says it."""
+    notes = [note for note in (source.listing and source.listing.note, decoded.note) if note]
+    if notes:
+        warnings.warn(f"Of {source}: {'; '.join(notes)}.", RuntimeWarning, stacklevel=3)
+    return notes
 
 
 def _check(config: DataConfig) -> None:

@@ -1,14 +1,14 @@
 """Images of a source -> uint8 tensors, through the `datasets` package and Pillow."""
 
-import glob
+import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from feedbackward.errors import DataError
@@ -16,6 +16,15 @@ from feedbackward.experiment.data.decode_progress import Progress, quiet_unless_
 from feedbackward.experiment.data.sources import Source
 
 ORIENTATION = 0x0112  # the EXIF tag by which cameras say how to turn a photograph
+_TURNS = {  # by its value; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,21 @@ class Images:
         """The images at `index` (int64 [n]), copied."""
         return Images(self.images[index], self.labels[index])
 
+    def digest(self) -> str:
+        """SHA-256 over shape, pixels and labels, in order."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """Every split of a source as it is, with its class names in the order of the labels."""
+    """Every split of a source as it is, its class names in the order of the labels, and what there is to note."""
 
     splits: dict[str, Images]
     classes: list[str]
+    note: str = ""
 
 
 def decode(source: Source, size: int | None) -> Decoded:
@@ -46,21 +63,19 @@ def decode(source: Source, size: int | None) -> Decoded:
 
     Raises DataError where the source cannot be read or is not what its specification says.
     """
-    total = _count(source)
+    several: list[str] = []
     try:
-        with quiet_unless_terminal():
-            rows_of = _open(source)
-        tables = {ours: _table(source, rows_of, theirs) for ours, theirs in source.splits.items()}
-        classes = _class_names(source, tables["train"])
-        with Progress(f"Decoding {source.name}", total) as progress:
+        classes, cells = _listed(source) if source.listing else _from_library(source)
+        with Progress(f"Decoding {source.name}", _count(source)) as progress:
             splits = {
                 split: _decode_split(
                     source,
                     f"{source.splits[split]} of {source}",
-                    _cells(source, rows, progress),
+                    _advancing(rows, progress),
                     size,
+                    several,
                 )
-                for split, rows in tables.items()
+                for split, rows in cells.items()
             }
     except (DataError, MemoryError):
         raise
@@ -73,7 +88,14 @@ def decode(source: Source, size: int | None) -> Decoded:
         _check_shape(
             f"Split {source.splits[split]} of {source}", images.images, splits["train"].images
         )
-    return Decoded(splits, classes)
+    return Decoded(splits, classes, _note_of(several))
+
+
+def _note_of(several: list[str]) -> str:
+    if not several:
+        return ""
+    files = "file holds" if len(several) == 1 else "files hold"
+    return f"{len(several):,} {files} several pictures, of which the first is used ({several[0]})"
 
 
 def _unreadable(source: Source, error: Exception) -> DataError:
@@ -95,7 +117,7 @@ def _count(source: Source) -> int | None:
     import pyarrow.parquet as pq
 
     total = 0
-    for path in source.files:
+    for path in source.parquet:
         try:
             total += pq.read_metadata(path).num_rows
         except (OSError, ValueError) as error:
@@ -103,6 +125,30 @@ def _count(source: Source) -> int | None:
                 f"{path} is not a whole parquet file ({error}): it is truncated; fetch it again."
             ) from error
     return total
+
+
+Cells = Iterable[tuple[dict[str, Any], int | None]]  # an encoded image, or its path, and its label
+
+
+def _listed(source: Source) -> tuple[list[str], dict[str, Cells]]:
+    """Classes and cells of a folder of images."""
+    assert source.listing is not None
+    cells: dict[str, Cells] = {
+        split: [({"path": str(path), "bytes": None}, label) for path, label in rows]
+        for split, rows in source.listing.images.items()
+    }
+    return source.listing.classes, cells
+
+
+def _from_library(source: Source) -> tuple[list[str], dict[str, Cells]]:
+    """Classes and cells of what the `datasets` package reads."""
+    _count(source)  # names a truncated file
+    with quiet_unless_terminal():
+        rows_of = _open(source)
+    tables = {ours: _table(source, rows_of, theirs) for ours, theirs in source.splits.items()}
+    return _class_names(source, tables["train"]), {
+        split: _cells(source, rows) for split, rows in tables.items()
+    }
 
 
 def _open(source: Source) -> Any:
@@ -116,14 +162,7 @@ def _open(source: Source) -> Any:
 
     if source.folder is None:
         return load_dataset(source.spec.hub_id)
-    if source.kind == "parquet":
-        return load_dataset(str(source.folder), streaming=True)
-    # a glob per split: given the folder, `datasets` also takes a class called "train" or "test" for a split
-    base = glob.escape(str(source.folder))
-    files = {split: f"{base}/{split}/*/*" for split in source.splits.values()}
-    return load_dataset(
-        "imagefolder", data_files=files, streaming=True, drop_labels=False, drop_metadata=True
-    )
+    return load_dataset(str(source.folder), streaming=True)
 
 
 def _table(source: Source, rows_of: Any, split: str) -> Any:
@@ -163,19 +202,26 @@ def _class_names(source: Source, rows: Any) -> list[str]:
     return list(names)
 
 
-def _cells(
-    source: Source, rows: Any, progress: Progress
-) -> Iterator[tuple[dict[str, Any], int | None]]:
+def _cells(source: Source, rows: Any) -> Cells:
     for batch in rows.iter(batch_size=256):
         yield from zip(batch[source.spec.image], batch[source.spec.label], strict=True)
-        progress.advance(len(batch[source.spec.label]))
 
 
-def _decode_split(source: Source, where: str, cells: Iterator[Any], size: int | None) -> Images:
+def _advancing(cells: Cells, progress: Progress) -> Cells:
+    for done, cell in enumerate(cells, 1):
+        yield cell
+        if done % 256 == 0:
+            progress.advance(256)
+
+
+def _decode_split(
+    source: Source, where: str, cells: Cells, size: int | None, several: list[str]
+) -> Images:
     pixels, labels, shape = bytearray(), [], (0, 0, 0)
     for index, (cell, label) in enumerate(cells):
         name = cell["path"] if source.kind == "images" else f"Image {index} of split {where}"
-        array = _pixels(cell, name, source.spec.mode, size)
+        array, alone = _pixels(cell, name, source.spec.mode, size)
+        several += [] if alone else [name]
         if index == 0:
             shape = array.shape
         elif array.shape != shape:
@@ -193,15 +239,19 @@ def _decode_split(source: Source, where: str, cells: Iterator[Any], size: int | 
     return Images(images, torch.tensor(labels, dtype=torch.int64))
 
 
-def _pixels(cell: dict[str, Any], name: str, mode: str, size: int | None) -> np.ndarray:
-    """One encoded image -> uint8 [C, H, W]."""
+def _pixels(
+    cell: dict[str, Any], name: str, mode: str, size: int | None
+) -> tuple[np.ndarray, bool]:
+    """One encoded image -> uint8 [C, H, W], and whether its file holds no other."""
     try:
         with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as opened:
             if opened.mode.startswith("I") or opened.mode == "F":
                 raise DataError(
                     f"{name} has more than 8 bits per channel: save it as an 8-bit image."
                 )
-            return image_to_array(opened, mode, size)
+            # the further pictures of MPO are other views of the same photograph
+            alone = opened.format == "MPO" or not getattr(opened, "is_animated", False)
+            return image_to_array(opened, mode, size), alone
     except (
         OSError,
         SyntaxError,
@@ -217,17 +267,25 @@ def _pixels(cell: dict[str, Any], name: str, mode: str, size: int | None) -> np.
 
 def image_to_array(image: Image.Image, mode: str, size: int | None) -> np.ndarray:
     """A Pillow image -> uint8 [C, H, W], upright, in `mode` (L: C = 1, RGB: C = 3), size x size if given."""
-    if image.format == "JPEG":
-        if size is not None:
-            image.draft(mode, (size, size))  # decodes a large photograph at a fraction of its scale
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+    if image.format == "JPEG" and size is not None:
+        image.draft(mode, (size, size))  # decodes a large photograph at a fraction of its scale
+    image = _upright(image)
     if image.mode != mode:
         image = image.convert(mode)
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF or XMP says that it is to be seen, whatever the container."""
+    image.load()  # first: a PNG may say so after its pixels, and Pillow turns TIFF by itself while it loads
+    try:
+        turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # metadata that no viewer could make sense of; the pixels are whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_shape(name: str, images: Tensor, expected: Tensor) -> None:

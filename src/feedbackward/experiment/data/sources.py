@@ -1,11 +1,14 @@
 """Which data sets are known, and where the images of a chosen one lie."""
 
 import difflib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from feedbackward.errors import ConfigError, DataError
+from feedbackward.experiment.data.folders import Listing, list_images
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,13 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 """Every data set known by name; any other name is taken as the path of an image folder."""
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
 
 @dataclass(frozen=True)
 class Source:
     """Where the images of one data set come from.
 
     `kind` is "hub" (no local folder), "parquet" (a folder in the hub's layout) or "images" (a folder of
-    image files). `splits` maps our split names to the source's.
+    image files, which `listing` names). `splits` maps our split names to the source's.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Source:
     spec: DatasetSpec
     splits: dict[str, str]
     folder: Path | None = None
+    listing: Listing | None = None
 
     def __str__(self) -> str:
         return (
@@ -84,20 +86,30 @@ class Source:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The local files which the images come from, sorted; empty for the hub."""
+        """The local files whose change may change what is read, sorted; empty for the hub."""
         if self.folder is None:
             return []
-        if self.kind == "parquet":
-            return sorted(self.folder.rglob("*.parquet"))
-        found = [
-            path for split in self.splits.values() for path in (self.folder / split).rglob("*")
+        if self.listing is not None:
+            return sorted(path for rows in self.listing.images.values() for path, _ in rows)
+        # `datasets` reads the card beside the parquet files too, and follows links
+        found = (Path(base, name) for base, name in _walk(self.folder))
+        return sorted(path for path in found if path.is_file())
+
+    @property
+    def parquet(self) -> list[Path]:
+        """Those of `files` that hold images in the hub's form."""
+        return [path for path in self.files if path.suffix == ".parquet"]
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, str]]:
+    """Every file below, links to folders followed, each folder once."""
+    seen: set[str] = set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(base))
+        folders[:] = [
+            f for f in folders if f[0] != "." and os.path.realpath(f"{base}/{f}") not in seen
         ]
-        visible = [path for path in found if not _hidden(path.relative_to(self.folder))]
-        return sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+        yield from ((base, name) for name in names)
 
 
 def find_source(name: str, root: str | None) -> Source:
@@ -133,7 +145,7 @@ def _known(name: str, root: str | None) -> Source:
         return Source(name, "hub", spec, splits)
     folder = Path(root).expanduser().absolute() / spec.hub_id
     source = Source(name, "parquet", spec, splits, folder)
-    if not source.files:
+    if not source.parquet:
         state = "has no parquet files" if folder.is_dir() else "does not exist"
         raise DataError(
             f"Data set '{name}': {folder} {state}; fetch it with `hf download --repo-type dataset "
@@ -148,10 +160,9 @@ def _image_folder(folder: Path) -> Source:
         raise DataError(f"Image folder {folder} has no train/: put the images in train/<class>/.")
     if splits.keys() == {"train", "validation"}:
         splits = {"train": splits["train"], "test": splits["validation"]}
-    source = Source(folder.name, "images", DatasetSpec(None), splits, folder)
-    for split in splits.values():
-        _check_layout(source, split)
-    return source
+    return Source(
+        folder.name, "images", DatasetSpec(None), splits, folder, list_images(folder, splits)
+    )
 
 
 # what people call the folders of a split, in any case
@@ -175,27 +186,3 @@ def _split_folders(folder: Path) -> dict[str, str]:
                     )
                 found[split] = path.name
     return dict(sorted(found.items()))
-
-
-def _check_layout(source: Source, split: str) -> None:
-    assert source.folder is not None
-    depths = [
-        (path, path.relative_to(source.folder / split))
-        for path in source.files
-        if _in(source, path, split)
-    ]
-    if not depths:
-        raise DataError(
-            f"{source.folder / split} holds no images: put them in {split}/<class>/ as PNG or JPEG files."
-        )
-    for path, relative in depths:
-        if len(relative.parts) != 2:
-            raise DataError(
-                f"{path} does not lie directly in a class folder: the layout is {split}/<class>/<image>, "
-                "one level of class folders."
-            )
-
-
-def _in(source: Source, path: Path, split: str) -> bool:
-    assert source.folder is not None
-    return path.relative_to(source.folder).parts[0] == split

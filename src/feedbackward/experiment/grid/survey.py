@@ -11,7 +11,7 @@ from feedbackward.experiment.config.schema import CompareConfig
 from feedbackward.experiment.data.dataset import DataConfig
 from feedbackward.experiment.data.sources import DATASETS
 from feedbackward.experiment.grid.grid import Comparison, Plan
-from feedbackward.experiment.training.building import shared_data
+from feedbackward.experiment.training.building import forget_data, shared_data
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def survey(plan: Plan, check: Callable[[], None]) -> tuple[Plan, dict[str, Facts
             config = _limited(config, found.whole, plan.options.scale)
             facts[folder] = replace(found, train=config.data.train_limit or found.whole)
         sized[folder] = replace(comparison, config=config)
-    shared_data.cache_clear()  # the last one is not needed in this process while workers run
+    forget_data()  # the last one is not needed in this process while workers run
     return replace(plan, comparisons=sized), facts, missing
 
 

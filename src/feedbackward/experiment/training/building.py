@@ -19,7 +19,13 @@ from feedbackward.errors import ConfigError
 from feedbackward.experiment import nets
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.config.suggest import hint
-from feedbackward.experiment.data.dataset import Data, DataConfig, Loader, load_data
+from feedbackward.experiment.data.dataset import (
+    Data,
+    DataConfig,
+    Loader,
+    fingerprint_data,
+    load_data,
+)
 from feedbackward.experiment.training.randomness import seed_everything
 from feedbackward.learner import Learner, attach
 from feedbackward.operators import OPERATORS, Operator
@@ -133,9 +139,18 @@ def find_device(name: str) -> torch.device:
     return torch.device("cpu" if chosen == "auto" else chosen)
 
 
-@functools.lru_cache(maxsize=1)
 def shared_data(config: DataConfig) -> Data:
-    """The data set, loaded once for all the runs of a comparison."""
+    """The data set, loaded once for all the runs of a comparison, and again when its files have changed."""
+    return _loaded(config, fingerprint_data(config))
+
+
+def forget_data() -> None:
+    """Let go of what `shared_data` loaded last."""
+    _loaded.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(config: DataConfig, fingerprint: str) -> Data:
     return load_data(config)
 
 

@@ -66,15 +66,25 @@ def load(path: str | os.PathLike[str]) -> Any:
             metadata = file.metadata() or {}
             _check_format(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        intact = str(_crc(metadata["state"], tensors)) == metadata.get("crc")
+        state = _unpack(json.loads(metadata["state"]), tensors) if intact else None
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"the checkpoint {path} is truncated or not a safetensors file ({error}): use an older copy of it"
         ) from error
-    if str(_crc(metadata["state"], tensors)) != metadata.get("crc"):
+    # of what another program wrote in our format
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is not of the form that it says ({type(error).__name__}: {error}): "
+            "use an older copy of it"
+        ) from error
+    if not intact:
         raise CheckpointError(
             f"the checkpoint {path} is corrupt (wrong checksum): use an older copy of it"
         )
-    return _unpack(json.loads(metadata["state"]), tensors)
+    return state
 
 
 def check_same_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:

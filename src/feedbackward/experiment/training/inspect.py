@@ -14,6 +14,7 @@ from rich.table import Table
 from feedbackward.experiment.training import checkpoint
 from feedbackward.experiment.training.building import find_device, import_from_here, shared_data
 from feedbackward.experiment.training.checkpoint import replace_file
+from feedbackward.experiment.training.identity import check_same_data
 from feedbackward.experiment.training.run import Run
 from feedbackward.experiment.training.runfolder import RunFolder
 from feedbackward.measure.probe import ParameterAlignment, Probe
@@ -49,6 +50,7 @@ def probe_run(path: Path, images: int | None, file: Path | None) -> None:
     import_from_here()
     run = Run(config, shared_data(config.data), find_device(config.device))
     run.load_weights(state, folder.checkpoint)
+    check_same_data(state["data"], run.data, folder.checkpoint, "probe another run")
     found = run.probe()
     console = Console()
     epoch = state["position"]["epoch"]

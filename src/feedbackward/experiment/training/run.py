@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from feedbackward.experiment.data.dataset import Data, Images, Loader
 from feedbackward.experiment.training.building import build_learner
 from feedbackward.experiment.training.checkpoint import check_same_tensors
 from feedbackward.experiment.training.diagnose import first_non_finite
+from feedbackward.experiment.training.identity import check_same_data, data_identity
 from feedbackward.experiment.training.optimizing import Weights
 from feedbackward.experiment.training.randomness import (
     random_state,
@@ -44,6 +45,14 @@ class Position:
     seen: int = 0
     epoch_seconds: float = 0.0
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, found: Any) -> Position:
+        """From a checkpoint's values. Raises ValueError where one is missing, unknown or of another type."""
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        if {name: type(value) for name, value in dict(found).items()} != kinds:
+            raise ValueError(f"its position is {found}")
+        return cls(**found)
 
     def next_epoch(self) -> None:
         """To the start of the next epoch."""
@@ -236,7 +245,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped."""
         return {
-            "data": self.data_identity(),
+            "data": data_identity(self.data),
             "position": asdict(self.position),
             "model": self.learner.model.state_dict(),
             "feedback": self.learner.feedback.state_dict(),
@@ -244,18 +253,6 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "stale": None if self.stale is None else self.stale.state_dict(),
             "random": random_state(),
-        }
-
-    def data_identity(self) -> dict[str, Any]:
-        """What tells this data set from another one or a changed one; mean and std see every pixel."""
-        data = self.data
-        sizes = {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
-        return {
-            "name": data.name,
-            **sizes,
-            "classes": data.num_classes,
-            "mean": data.mean,
-            "std": data.std,
         }
 
     def load_weights(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
@@ -266,21 +263,22 @@ class Run:
             module.load_state_dict(state[part])
 
     def load(self, state: dict[str, Any], where: str | os.PathLike[str]) -> None:
-        """Restore what `state` gave."""
-        self.load_weights(state, where)
-        for key, value in self.data_identity().items():
-            if state["data"][key] != value:
-                raise CheckpointError(
-                    f"{where} was trained on other data: its {key} is {state['data'][key]}, here it is {value}; "
-                    "resume it with the data it had, or start another run"
-                )
-        for part, weights in self.weights.items():
-            weights.load_state_dict(state["weights"][part])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.stale is not None:
-            self.stale.load_state_dict(state["stale"])
-        self.position = Position(**state["position"])
-        restore_random_state(state["random"])
+        """Restore what `state` gave. Raises CheckpointError where it is of other data, or no state of such a run."""
+        try:
+            check_same_data(state["data"], self.data, where)
+            self.load_weights(state, where)
+            for part, weights in self.weights.items():
+                weights.load_state_dict(state["weights"][part])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.stale is not None:
+                self.stale.load_state_dict(state["stale"])
+            self.position = Position.of(state["position"])
+            restore_random_state(state["random"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            cause = " ".join([type(error).__name__, *str(error).split()])
+            raise CheckpointError(
+                f"{where} does not hold the state of this run ({cause}): use an older copy of it, or start another run"
+            ) from error
 
     def _staleness(self) -> Delayed | None:
         """What delays the gradients, if anything does."""

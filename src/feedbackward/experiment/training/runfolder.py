@@ -27,6 +27,7 @@ except ImportError:  # not on Windows, where two processes may then share a fold
 OWN = (
     "config.yaml",
     "environment.json",
+    "data.json",
     "checkpoint.safetensors",
     "metrics.jsonl",
     "model.safetensors",
@@ -42,6 +43,7 @@ class RunFolder:
         self.path = path
         self.config_file = path / "config.yaml"
         self.environment_file = path / "environment.json"
+        self.data_file = path / "data.json"
         self.checkpoint = path / "checkpoint.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
@@ -91,13 +93,20 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it is not finished."""
-        if not self.result_file.is_file():
+        return self._json(self.result_file)
+
+    def data(self) -> dict[str, Any] | None:
+        """The identity of the data that the run was started with; None where it is not known."""
+        return self._json(self.data_file)
+
+    def _json(self, file: Path) -> dict[str, Any] | None:
+        if not file.is_file():
             return None
         try:
-            return dict(json.loads(self.result_file.read_text(encoding="utf-8")))
-        except ValueError as error:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise ConfigError(
-                f"{self.result_file} is damaged ({error}): remove it and resume the run"
+                f"{file} is damaged ({error}): remove it and resume the run"
             ) from error
 
     def write(self, path: Path, text: str) -> None:

@@ -15,11 +15,14 @@ from feedbackward.experiment.training import checkpoint
 from feedbackward.experiment.training.building import find_device, import_from_here, shared_data
 from feedbackward.experiment.training.checkpoint import replace_file
 from feedbackward.experiment.training.environment import environment
+from feedbackward.experiment.training.identity import check_same_data, data_identity
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.progress import Progress
 from feedbackward.experiment.training.record import Record
 from feedbackward.experiment.training.run import Run
 from feedbackward.experiment.training.runfolder import RunFolder
+
+REPLACE = "replace the run with --overwrite, or choose another --out"
 
 
 def train(
@@ -27,7 +30,7 @@ def train(
 ) -> dict[str, Any]:
     """Train as configured, in the run's folder, and return its result (as in result.json).
 
-    A run that is finished already is not touched; its result is returned.
+    A run that is finished already is not touched; its result is returned, if the data are still those.
 
     Args:
         config: it is resolved first.
@@ -44,7 +47,11 @@ def train(
     import_from_here()
     folder = RunFolder.claim(config)
     try:
-        result = folder.result() or _train(config, folder, progress, interrupts, test)
+        result = folder.result()
+        if result is None:
+            result = _train(config, folder, progress, interrupts, test)
+        elif (found := folder.data()) is not None:
+            check_same_data(found, shared_data(config.data), folder.path, REPLACE)
     finally:
         folder.close()
     if result["status"] == "diverged":
@@ -65,6 +72,7 @@ def _train(
         progress.say(
             f"resumed {folder.path} in epoch {run.position.epoch + 1}, batch {run.position.batch + 1}"
         )
+    folder.write_json(folder.data_file, data_identity(run.data))
     progress.begin_run(
         run.epochs * len(run.loader), run.position.epoch * len(run.loader) + run.position.batch
     )

@@ -1,0 +1,194 @@
+"""What a run is tied to: it goes on with the very data it had, or says which have changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from examples import examples
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from feedbackward.errors import CheckpointError
+from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.data import Data, DataConfig, Images, load_data
+from feedbackward.experiment.training import checkpoint
+from feedbackward.experiment.training.identity import SPLITS, check_same_data, data_identity
+from feedbackward.experiment.training.inspect import probe_run
+from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
+from feedbackward.experiment.training.progress import Progress
+from feedbackward.experiment.training.train import train
+
+
+def made(seed: int, classes: int, counts: list[int]) -> Data:
+    draw = np.random.RandomState(seed)
+    parts = []
+    for count in counts:
+        pixels = torch.from_numpy(draw.randint(0, 256, (count, 1, 2, 3), dtype=np.uint8))
+        parts.append(Images(pixels, torch.from_numpy(draw.randint(0, classes, count))))
+    names = [f"class {i}" for i in range(classes)]
+    return Data("made", *parts, names, (float(draw.rand()),), (0.3,))
+
+
+def changed(data: Data, kind: str, split: str, at: int) -> tuple[Data, str]:
+    """The data with one thing changed, and what the message must say."""
+    part: Images = getattr(data, split)
+    at %= len(part)
+    images, labels = part.images.clone(), part.labels.clone()
+    if kind == "rename":
+        names = [*data.classes]
+        names[at % len(names)] = "new"
+        return replace(data, classes=names), "here it is 'new'"
+    if kind == "reorder":
+        return replace(data, classes=[*data.classes[1:], data.classes[0]]), "its class 0 was"
+    if kind == "class":
+        return replace(data, classes=[*data.classes, "new"]), "with new"
+    if kind == "fewer":
+        kept = Images(images[1:], labels[1:])
+        return replace(data, **{split: kept}), f"there were {len(part)} {split} images"
+    if kind == "pixel":
+        images[at, 0, 1, 1] ^= 1
+    elif kind == "label":
+        labels[at] = (labels[at] + 1) % len(data.classes)
+    elif kind == "order":
+        images, labels = images.roll(1, 0), labels.roll(1, 0)
+    return replace(data, **{split: Images(images, labels)}), f"the {split} images, their labels"
+
+
+@examples(200, 5000)
+@given(
+    seed=st.integers(0, 9999),
+    classes=st.integers(2, 5),
+    counts=st.lists(st.integers(2, 9), min_size=3, max_size=3),
+    kind=st.sampled_from(["rename", "reorder", "class", "fewer", "pixel", "label", "order"]),
+    split=st.sampled_from(SPLITS),
+    at=st.integers(0, 99),
+)
+def test_every_change_is_refused_and_named(seed, classes, counts, kind, split, at) -> None:
+    data = made(seed, classes, counts)
+    kept = json.loads(json.dumps(data_identity(data)))
+    check_same_data(kept, replace(data), "c")
+    other, message = changed(data, kind, split, at)
+    with pytest.raises(CheckpointError, match=message):
+        check_same_data(kept, other, "c")
+
+
+def test_a_checkpoint_that_does_not_say_its_data_is_refused() -> None:
+    data = made(0, 2, [3, 3, 3])
+    for old in ({"name": "made", "train": 3, "classes": 2}, None, [], "made"):
+        with pytest.raises(CheckpointError, match="does not say which classes and images"):
+            check_same_data(old, data, "c")
+
+
+class StopAfter(Interrupts):
+    left = 6
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise InterruptedRunError(signal.SIGINT)
+
+
+@pytest.fixture
+def pets(tmp_path: Path, cache_folder: Path) -> Path:
+    draw = np.random.RandomState(0)
+    for split, count in (("train", 16), ("validation", 4), ("test", 4)):
+        for shade, name in ((40, "ant"), (200, "bee")):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.randint(shade - 30, shade + 30, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / split / name / f"{i}.png")
+    return tmp_path / "pets"
+
+
+def configured(pets: Path) -> TrainConfig:
+    return TrainConfig(
+        model="mlp", data=DataConfig(str(pets)), epochs=3, batch_size=8, tensorboard=False, out=str(pets.parent / "run")
+    )  # fmt: skip
+
+
+def run(config: TrainConfig, interrupts: Interrupts | None = None) -> dict:
+    with Progress(Console(quiet=True)) as progress:
+        return train(config, progress, interrupts or Interrupts())
+
+
+def rename(pets: Path) -> None:
+    for split in SPLITS:
+        (pets / split / "ant").rename(pets / split / "wasp")
+
+
+def relabel(pets: Path) -> None:
+    one, other = pets / "test" / "ant" / "0.png", pets / "test" / "bee" / "0.png"
+    one.rename(pets / "kept.png")
+    other.rename(one)
+    (pets / "kept.png").rename(other)
+
+
+def move_and_rewrite(pets: Path) -> None:
+    """The same pictures in other files."""
+    for file in sorted(pets.rglob("*.png")):
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename, "its class 0 was 'ant', here it is 'bee'"),
+        (relabel, "the test images, their labels or their order have changed"),
+        (move_and_rewrite, None),
+    ],
+)
+def test_a_run_goes_on_with_its_own_data_only(pets, finished, change, message) -> None:
+    config = configured(pets)
+    if finished:
+        run(config)
+    else:
+        with pytest.raises(InterruptedRunError):
+            run(config, StopAfter())
+    change(pets)
+    if message is None:
+        assert run(replace(config, resume=True))["status"] == "done"
+        return
+    with pytest.raises(CheckpointError, match=message):
+        run(replace(config, resume=True))
+    if finished:
+        with pytest.raises(CheckpointError, match=f"{message}.*probe another run"):
+            probe_run(pets.parent / "run", None, None)
+
+
+def test_the_folder_of_a_run_says_how_to_use_its_model(pets) -> None:
+    run(replace(configured(pets), epochs=1))
+    found = json.loads((pets.parent / "run" / "data.json").read_text(encoding="utf-8"))
+    data = load_data(DataConfig(str(pets)))
+    assert found["classes"] == ["ant", "bee"]
+    assert (found["channels"], found["height"], found["width"]) == (3, 8, 8)
+    assert (found["mean"], found["std"]) == (list(data.mean), list(data.std))
+    assert found["images"] == {"train": 32, "validation": 8, "test": 8}
+    assert f"{data.mean[0]:.4f}" in found["input"]
+
+
+def test_a_checkpoint_of_other_insides_is_refused(pets) -> None:
+    config = configured(pets)
+    with pytest.raises(InterruptedRunError):
+        run(config, StopAfter())
+    file = pets.parent / "run" / "checkpoint.safetensors"
+    whole = checkpoint.load(file)
+    shutil.copy(file, pets / "kept")
+    # fp32 has no loss scale and this rule no delay, so that nothing reads "scaler" and "stale"
+    for key in ("data", "position", "model", "feedback", "weights", "random"):
+        for other in ({}, None, [1]):
+            checkpoint.save(file, whole | {key: other})
+            with pytest.raises(CheckpointError):
+                run(replace(config, resume=True))
+    shutil.copy(pets / "kept", file)
+    assert run(replace(config, resume=True))["status"] == "done"
