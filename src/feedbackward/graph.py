@@ -94,7 +94,8 @@ class LayerInput(Site):
 
     `weight` is the name of the layer's weight in the model. `below` is the output of the layer before, where nothing but
     an elementwise activation lies between; else what does, in words. `dominates`: whether all that lies below reaches the
-    source of the rule's error through this layer's output and no other way.
+    source of the rule's error through this layer's output and no other way. `branches`: the inputs of the residual branches
+    that begin with this layer, or words where no module begins a branch.
 
     Example:
         >>> import torch
@@ -113,6 +114,7 @@ class LayerInput(Site):
     weight: str = field(kw_only=True)
     below: PreActivation | str = field(kw_only=True)
     dominates: bool = field(kw_only=True)
+    branches: tuple[Site | str, ...] = field(kw_only=True, default=())
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,19 @@ class UpwardEdge:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """The residual branches that an error passes at most `sweeps` of, on any path.
+
+    Their `inputs`, as the branches alone see them, are not cut. Before gradients are computed, the error of `source` is sent
+    down `sweeps` times, and each time a branch hands on what arrived at its input the time before, at first nothing.
+    """
+
+    source: Source
+    inputs: tuple[Site, ...]
+    sweeps: int
+
+
+@dataclass(frozen=True)
 class Graph:
     """Where the network is cut, what is sent where, and which sites have a local loss. Sites with neither an edge nor a
     local loss, and to which nothing is lifted, get no signal.
@@ -229,6 +244,7 @@ class Graph:
     edges: tuple[Edge, ...] = ()
     local: tuple[Local, ...] = ()
     upward: tuple[UpwardEdge, ...] = ()
+    branches: Branches | None = None
 
     def __post_init__(self) -> None:
         keys = [edge.key for edge in self.edges if not edge.operator.common]

@@ -164,7 +164,8 @@ class Learner(nn.Module):
             # targets are of the next pass, whatever pass that is
             self._target = None
             return self.model(*args, **kwargs)
-        return self._uncompiled(args, kwargs) if self.graph.upward else self._cut(args, kwargs)
+        eager = self.graph.upward or self.graph.branches
+        return self._uncompiled(args, kwargs) if eager else self._cut(args, kwargs)
 
     def _cut(self, args: Any, kwargs: Any) -> Any:
         """A pass under cuts."""
@@ -177,7 +178,7 @@ class Learner(nn.Module):
             )
 
     def _uncompiled(self, args: Any, kwargs: Any) -> Any:
-        """For signals that go up: they are derivatives of derivatives, which compiled layers do not have."""
+        """For signals that go up or are swept: a backward pass in which others run, which compiled layers do not have."""
         # a decorator would import torch._dynamo together with this file, which takes seconds
         return torch.compiler.disable(self._cut)(args, kwargs)
 

@@ -98,6 +98,46 @@ class Join(torch.autograd.Function):
         )
 
 
+class Defer(torch.autograd.Function):
+    """Identity whose backward gives what arrived in the sweep before: what `held` holds, or zeros where it is empty."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, held: list[Tensor]) -> Tensor:
+        ctx.held = held
+        return h.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        before = ctx.held.pop() if ctx.held else torch.zeros_like(grad)
+        ctx.held.append(grad)
+        return before, None
+
+
+class Sweep(torch.autograd.Function):
+    """Identity on a source whose backward first sends its error, `sweeps` times, down to the deferred tensors.
+
+    forward(source, sweeps, deferred) -> source; `deferred`: each tensor with the list that its :class:`Defer` holds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: Tensor, sweeps: int, deferred: Sequence[tuple[Tensor, list[Tensor]]]
+    ) -> Tensor:
+        ctx.source, ctx.sweeps, ctx.deferred = source, sweeps, deferred
+        return source.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        for _, held in ctx.deferred:
+            held.clear()
+        ends = [h for h, _ in ctx.deferred]
+        for _ in range(ctx.sweeps):
+            torch.autograd.grad(ctx.source, ends, d, retain_graph=True, allow_unused=True)
+        return d, None, None
+
+
 class Fork(torch.autograd.Function):
     """`h` as it is; its backward gives the same gradient to `h` and to `other`, which has its shape."""
 
@@ -142,4 +182,4 @@ class Share(torch.autograd.Function):
 
 
 # how autograd's graph shows these functions: the classes of their nodes
-BROADCAST, JOIN, SHARE = (f._backward_cls for f in (Broadcast, Join, Share))
+BROADCAST, DEFER, JOIN, SHARE = (f._backward_cls for f in (Broadcast, Defer, Join, Share))

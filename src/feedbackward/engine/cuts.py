@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedbackward.engine.autograd import Blank, Broadcast, Fork, Join, Share
+from feedbackward.engine.autograd import Blank, Broadcast, Defer, Fork, Join, Share, Sweep
 from feedbackward.engine.hooks import Hooked, PassOverError, SegmentVisitor, Tape
 from feedbackward.engine.target import Target
 from feedbackward.engine.upward import response
@@ -27,7 +27,7 @@ class Cuts(Hooked):
     """The cuts and broadcasts of one graph under one rule."""
 
     def __init__(self, model: nn.Module, graph: Graph, rule: Rule, feedback: nn.Module) -> None:
-        super().__init__(graph.sites, graph.sources)
+        super().__init__(graph.sites, graph.sources, graph.branches)
         self.model, self.rule, self.feedback, self.edges = model, rule, feedback, graph.edges
         place = {site: i for i, site in enumerate(graph.sites)}
         self.routes = [
@@ -215,6 +215,22 @@ class Cuts(Hooked):
         if edges:
             tensor = self.broadcast(tensor, edges, activities, tape.target)
         return tensor if tape.hold is None else self._watched(tensor, source, tape)
+
+    def on_branch(self, index: int, h: Tensor) -> Tensor:
+        """Let the branch hand on what arrived at its input one sweep before."""
+        tape = self.tape
+        if tape is None or not h.requires_grad:
+            return h
+        held: list[Tensor] = []
+        tape.deferred.append((h, held))
+        return Defer.apply(h, held)
+
+    def on_swept(self, index: int, tensor: Tensor) -> Tensor:
+        """Let the error of this source be swept down to the branches before gradients are computed."""
+        tape = self.tape
+        if tape is None or self.branches is None or not tape.deferred:
+            return tensor
+        return Sweep.apply(tensor, self.branches.sweeps, tuple(tape.deferred))
 
     def _upward(self, place: int, tape: Tape) -> Tensor:
         """The activity of a site; if an upward edge begins there, its signal also goes on to the site above."""

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.target import Target
 from feedbackward.errors import SiteError
-from feedbackward.graph import HookPoint, Site, Source
+from feedbackward.graph import Branches, HookPoint, Site, Source
 
 
 class SegmentVisitor(Protocol):
@@ -64,6 +64,8 @@ class Tape:
         self.sources: dict[str, Tensor | None] = {}
         # local losses, by the name of their source
         self.losses: dict[str, list[Tensor]] = {}
+        # the inputs of residual branches, each with what its `Defer` holds
+        self.deferred: list[tuple[Tensor, list[Tensor]]] = []
         self.target, self.visitor, self.hold = target, visitor, hold
         self.errors: dict[str, Tensor] = {}
         # sites by number and sources by name, in the order in which the pass reached them
@@ -79,8 +81,13 @@ class Tape:
 class Hooked(ABC):
     """Hooks at sites and sources. They do nothing unless a tape is in place."""
 
-    def __init__(self, sites: tuple[Site, ...], sources: tuple[Source, ...]) -> None:
-        self.sites, self.sources = sites, sources
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        sources: tuple[Source, ...],
+        branches: Branches | None = None,
+    ) -> None:
+        self.sites, self.sources, self.branches = sites, sources, branches
         self.tape: Tape | None = None
 
     @abstractmethod
@@ -91,18 +98,43 @@ class Hooked(ABC):
     def on_source(self, index: int, tensor: Tensor) -> Tensor:
         """What the rest of the network gets in place of source `index`."""
 
+    def on_branch(self, index: int, h: Tensor) -> Tensor:
+        """What a residual branch gets in place of its input."""
+        return h
+
+    def on_swept(self, index: int, tensor: Tensor) -> Tensor:
+        """What the rest of the network gets in place of the source of the branches."""
+        return tensor
+
     def install(self, model: nn.Module, prepend: bool = False) -> list[RemovableHandle]:
         """Register the hooks; where a tensor is both source and site, the broadcast comes before the cut."""
         handles = []
+<<<<<<< HEAD
         inputs: dict[str, dict[int, list[tuple[int, int]]]] = {}
         kinds = (("source", self.sources), ("site", self.sites))
         # of prepended hooks the last one runs first
         for kind, activities in reversed(kinds) if prepend else kinds:
+=======
+        inputs: dict[str, dict[int, list[tuple[str, int, int]]]] = {}
+        swept, branches = (
+            ((self.branches.source,), self.branches.inputs) if self.branches else ((), ())
+        )
+        # an error goes through the sweeps, then into the broadcast; a branch begins below the cut of its first layer
+        kinds = (
+            ("source", self.sources),
+            ("swept", swept),
+            ("branch", branches),
+            ("site", self.sites),
+        )
+        for kind, activities in (
+            reversed(kinds) if prepend else kinds
+        ):  # of what is prepended the last comes first
+>>>>>>> 1fa3a02 (Highway KP: learned feedback that follows the skip paths of residual nets, in 2 + 2k products)
             for index, activity in enumerate(activities):
                 for point in activity.points:
                     if point.kind == "input":
                         calls = inputs.setdefault(point.module, {})
-                        calls.setdefault(point.call, []).append((index, point.leaf or 0))
+                        calls.setdefault(point.call, []).append((kind, index, point.leaf or 0))
                     else:
                         hook = _OutputHook(self, kind, index, point)
                         handles.append(
@@ -118,6 +150,10 @@ class Hooked(ABC):
                 )
             )
         return handles
+
+    def on(self, kind: str) -> Callable[[int, Tensor], Tensor]:
+        """What replaces a tensor of this kind."""
+        return getattr(self, f"on_{kind}")
 
     @contextmanager
     def recording(
@@ -234,7 +270,7 @@ class _OutputHook:
         self.cuts, self.kind, self.index, self.point = cuts, kind, index, point
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        replace = self.cuts.on_source if self.kind == "source" else self.cuts.on_site
+        replace = self.cuts.on(self.kind)
         if self.point.leaf is None and isinstance(output, Tensor):
             return replace(self.index, output)
         leaves, spec = tree_flatten(output)
@@ -255,7 +291,9 @@ class _InputHook:
         and keywords.
     """
 
-    def __init__(self, cuts: Hooked, name: str, calls: dict[int, list[tuple[int, int]]]) -> None:
+    def __init__(
+        self, cuts: Hooked, name: str, calls: dict[int, list[tuple[str, int, int]]]
+    ) -> None:
         self.cuts, self.name, self.calls, self.most = cuts, name, calls, max(calls)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -273,20 +311,26 @@ class _InputHook:
             return None
         sites = self.calls[call]
         if (
-            sites == [(sites[0][0], 0)]
+            len(sites) == 1
+            and sites[0][2] == 0
             and len(args) == 1
             and not kwargs
             and isinstance(args[0], Tensor)
         ):
-            return (self.cuts.on_site(sites[0][0], args[0]),), kwargs
+            return (self.cuts.on(sites[0][0])(sites[0][1], args[0]),), kwargs
         leaves, spec = tree_flatten((args, kwargs))
-        for index, leaf in sites:
+        for kind, index, leaf in sites:
             if leaf >= len(leaves) or not isinstance(leaves[leaf], Tensor):
                 raise SiteError(
                     f"layer {self.name!r} did not get the tensor number {leaf} that it got on the example; call it with the "
                     "same arguments in every pass, or attach again with an example of the form that is used in training."
                 )
+<<<<<<< HEAD
             # a tensor that is passed twice must be cut in both places
             old, new = leaves[leaf], self.cuts.on_site(index, leaves[leaf])
+=======
+            # given twice, it must be cut in both places
+            old, new = leaves[leaf], self.cuts.on(kind)(index, leaves[leaf])
+>>>>>>> 1fa3a02 (Highway KP: learned feedback that follows the skip paths of residual nets, in 2 + 2k products)
             leaves = [new if t is old else t for t in leaves]
         return tree_unflatten(leaves, spec)

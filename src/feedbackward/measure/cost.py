@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from feedbackward.engine.autograd import BROADCAST, JOIN
+from feedbackward.engine.autograd import BROADCAST, DEFER, JOIN
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.measure.counting import Products, Saved
@@ -199,7 +199,9 @@ class _Count:
         def loss_fn(output: Any) -> Tensor:
             loss = self.loss_fn(output)
             if schedule == "joint":
-                self.steps = _in_sequence(loss, products, learner.rule.needs_error)
+                branches = learner.graph.branches
+                sweeps = branches.sweeps if branches else 0
+                self.steps = _in_sequence(loss, products, learner.rule.needs_error, sweeps)
             return loss
 
         learner.target(self.target)
@@ -299,11 +301,11 @@ def _unfused() -> Iterator[None]:
         yield
 
 
-def _in_sequence(loss: Tensor, products: Products, needs_error: bool) -> int:
+def _in_sequence(loss: Tensor, products: Products, needs_error: bool, sweeps: int) -> int:
     """The most products on a way through autograd's graph, from the loss to a layer's output.
 
     An edge of the feedback graph is one, whatever its operator does within; what starts from a target or a local loss waits
-    for nothing.
+    for nothing. No way leads through the inputs of more than `sweeps` residual branches.
     """
 
     def onward(node: Any) -> list[tuple[Any, int]]:
@@ -320,10 +322,16 @@ def _in_sequence(loss: Tensor, products: Products, needs_error: bool) -> int:
             if child is not None
         ]
 
-    depth = {loss.grad_fn: 0}
+    # by the branches passed on the way
+    depth = {(loss.grad_fn, 0): 0}
     for node in _sorted(loss.grad_fn, onward):
-        for child, more in onward(node):
-            depth[child] = max(depth.get(child, 0), depth[node] + more)
+        for passed in range(sweeps + 1):
+            if (node, passed) not in depth:
+                continue
+            for child, more in onward(node):
+                there = (child, passed + isinstance(child, DEFER))
+                if there[1] <= sweeps:
+                    depth[there] = max(depth.get(there, 0), depth[node, passed] + more)
     return max(depth.values())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, LayerInput, PreActivation, Source
+from feedbackward.model.branches import branch_inputs
 from feedbackward.model.sites import Sites, known_modules, source_tensor
 from feedbackward.model.trace import (
     ELEMENTWISE,
@@ -61,7 +62,16 @@ def find_layer_inputs(
 
 def _layer_inputs(trace: Trace, calls: Iterable[Call], final: Tensor) -> list[LayerInput]:
     dominates = dominators(final)
-    return [_layer_input(trace, call, call.outputs[0][0].grad_fn in dominates) for call in calls]
+    found = {
+        call.start: _layer_input(trace, call, call.outputs[0][0].grad_fn in dominates)
+        for call in calls
+    }
+    for start, branch in branch_inputs(trace, final):
+        first = min((when for when in found if when >= start), default=None)
+        if first is not None:
+            layer = found[first]
+            found[first] = replace(layer, branches=(*layer.branches, branch))
+    return list(found.values())
 
 
 def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:

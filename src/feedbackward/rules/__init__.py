@@ -32,6 +32,7 @@ from feedbackward.rules.direct.drtp import DRTP
 from feedbackward.rules.direct.ebd import EBD
 from feedbackward.rules.direct.fdfa import FDFA
 from feedbackward.rules.direct.grape import GrAPE
+from feedbackward.rules.direct.highway_kp import HighwayKP
 from feedbackward.rules.direct.ifa import IFA
 from feedbackward.rules.direct.kernel_dfa import KernelDFA
 from feedbackward.rules.direct.pdfa import PDFA
@@ -74,6 +75,7 @@ RULES: dict[str, type[Rule]] = {
     "fdfa": FDFA,
     "grape": GrAPE,
     "relayed_kp": RelayedKP,
+    "highway_kp": HighwayKP,
     "ebd": EBD,
     "dgl": DGL,
     "weight_mirror": WeightMirror,
@@ -124,6 +126,7 @@ __all__ = [
     "Frozen",
     "GrAPE",
     "Han2020",
+    "HighwayKP",
     "InformationAlignment",
     "KernelDFA",
     "KolenPollack",

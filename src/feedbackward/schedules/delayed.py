@@ -210,9 +210,14 @@ def products(learner: Learner) -> tuple[int, ...]:
     """How many products in sequence it takes from the output's error to the signal of each part, the lowest first and the head last.
 
     Of backprop, one for every part above. Where several sites lie above a relay the deepest of them counts.
-    Raises AttachError where signals go on upwards, through layers.
+    Raises AttachError where signals go on upwards, through layers, or pass some branches only.
     """
     graph, parts = learner.graph, len(learner.plan.stages)
+    if graph.branches:
+        raise AttachError(
+            f"products in sequence are counted part by part, and {learner.rule.label} sends errors along paths "
+            "that pass some branches: leave steps at 0, or give `staleness` a number per part."
+        )
     if graph.upward:
         raise AttachError(
             f"products in sequence are counted along feedback edges, and what {learner.rule.label} sends to a site goes on upwards "
