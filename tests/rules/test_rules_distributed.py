@@ -26,9 +26,10 @@ pytestmark = [
 
 def run(name: str, rank: int) -> dict[str, Any]:
     """The state of a rule's learner on this rank before and after some steps on the rank's own images."""
-    model = CASES[0].model()
+    case = next(c for c in CASES if c.name == ("resnet" if name == "highway_kp" else "plain"))
+    model = case.model()
     x, y = (
-        torch.randn(4 * WORLD, 6, generator=torch.Generator().manual_seed(5)),
+        torch.randn(4 * WORLD, *case.shape, generator=torch.Generator().manual_seed(5)),
         torch.arange(4 * WORLD) % 3,
     )
     learner = fb.attach(model, fb.RULES[name](), example=x[:2])

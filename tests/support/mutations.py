@@ -82,6 +82,13 @@ MUTATIONS = (
     ("optim.py", "W.mul_(torch.where(now > 0, norm / now, 1.0))", "pass", SIGNS),
     ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", ALIGNED),
     ("rules/chain/weight_mirror.py", "self.decay * B - mirrored", "self.decay * B + mirrored", ALIGNED),
+    # skip paths
+    ("engine/autograd.py", "before = ctx.held.pop() if ctx.held else torch.zeros_like(grad)", "before = grad", HIGHWAY),
+    ("engine/autograd.py", "            held.clear()\n", "            pass\n", HIGHWAY),
+    ("engine/autograd.py", "for _ in range(ctx.sweeps)", "for _ in range(1)", HIGHWAY),
+    ("measure/cost.py", "passed + isinstance(child, DEFER)", "passed", HIGHWAY),
+    ("model/branches.py", "min(through, fewest.get(below, through))", "through", HIGHWAY),
+    ("model/branches.py", "for skip in (0, 1)", "for skip in (0,)", HIGHWAY),
     # relays
     ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", "core/test_relays.py"),
     ("rules/direct/relayed_kp.py", "B - edge.operator.average", "B + edge.operator.average", "core/test_relays.py"),
@@ -203,7 +210,7 @@ MUTATIONS = (
     ("measure/cost.py", "joint.total(\"feedback\") - seen", "joint.total(\"feedback\") * 0", COST),
     ("measure/cost.py", "(child, int(i > 0))", "(child, 0)", COST),
     ("measure/cost.py", "int(product and not products.made_of_weights(child))", "int(product)", COST),
-    ("measure/cost.py", "max(depth.get(child, 0), depth[node] + more)", "depth[node] + more", COST),
+    ("measure/cost.py", "max(depth.get(there, 0), depth[node, passed] + more)", "depth[node, passed] + more", COST),
     ("measure/cost.py", "if segment.parameters}", "}", COST),
     # dense feedback
     (DENSE, "grad = d.t() @ h", "grad = (h.t() @ d).reshape(d.shape[1], -1)", ORACLES),
