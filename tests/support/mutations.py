@@ -40,6 +40,7 @@ SIGNS, ALIGNED, PRODUCTS = (
     "rules/test_rules_pfa.py",
 )
 PREDICTIVE = "rules/test_rules_predictive.py"
+HIGHWAY = "rules/test_rules_highway.py"
 
 MUTATIONS = (
     # cuts and broadcasts
