@@ -109,27 +109,17 @@ class Hooked(ABC):
     def install(self, model: nn.Module, prepend: bool = False) -> list[RemovableHandle]:
         """Register the hooks; where a tensor is both source and site, the broadcast comes before the cut."""
         handles = []
-<<<<<<< HEAD
-        inputs: dict[str, dict[int, list[tuple[int, int]]]] = {}
-        kinds = (("source", self.sources), ("site", self.sites))
-        # of prepended hooks the last one runs first
-        for kind, activities in reversed(kinds) if prepend else kinds:
-=======
         inputs: dict[str, dict[int, list[tuple[str, int, int]]]] = {}
-        swept, branches = (
-            ((self.branches.source,), self.branches.inputs) if self.branches else ((), ())
-        )
-        # an error goes through the sweeps, then into the broadcast; a branch begins below the cut of its first layer
+        of = self.branches
+        # an error is swept before it is broadcast; a branch begins below the cut of its first layer
         kinds = (
             ("source", self.sources),
-            ("swept", swept),
-            ("branch", branches),
+            ("swept", (of.source,) if of else ()),
+            ("branch", of.inputs if of else ()),
             ("site", self.sites),
         )
-        for kind, activities in (
-            reversed(kinds) if prepend else kinds
-        ):  # of what is prepended the last comes first
->>>>>>> 1fa3a02 (Highway KP: learned feedback that follows the skip paths of residual nets, in 2 + 2k products)
+        # of prepended hooks the last one runs first
+        for kind, activities in reversed(kinds) if prepend else kinds:
             for index, activity in enumerate(activities):
                 for point in activity.points:
                     if point.kind == "input":
@@ -325,12 +315,7 @@ class _InputHook:
                     f"layer {self.name!r} did not get the tensor number {leaf} that it got on the example; call it with the "
                     "same arguments in every pass, or attach again with an example of the form that is used in training."
                 )
-<<<<<<< HEAD
             # a tensor that is passed twice must be cut in both places
-            old, new = leaves[leaf], self.cuts.on_site(index, leaves[leaf])
-=======
-            # given twice, it must be cut in both places
             old, new = leaves[leaf], self.cuts.on(kind)(index, leaves[leaf])
->>>>>>> 1fa3a02 (Highway KP: learned feedback that follows the skip paths of residual nets, in 2 + 2k products)
             leaves = [new if t is old else t for t in leaves]
         return tree_unflatten(leaves, spec)
