@@ -17,19 +17,23 @@ from feedbackward.errors import AttachError
 from feedbackward.operators.base import Operator
 from feedbackward.operators.layer import LayerForm
 
+# the place of a call's first argument
+FIRST = "[0][0]"
+
 
 @dataclass(frozen=True)
 class HookPoint:
     """A place in the forward pass: the input or the output of one call of one module.
 
-    `leaf` counts the leaves of a structured output (tuple, dict, ModelOutput); None for a plain tensor. Of an input it counts
-    those of the call's arguments and keywords.
+    `leaf` counts the leaves of a structured output (tuple, dict, ModelOutput); None for a plain tensor. `place` is where an
+    input is among the call's arguments and keywords.
     """
 
     module: str
     kind: str  # "input" | "output"
     call: int = 0
     leaf: int | None = None
+    place: str = FIRST
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import feedbackward as fb
@@ -160,3 +162,53 @@ def test_a_chain_feeds_a_layer_that_is_called_by_keyword() -> None:
     assert len(learner.sites) == 2
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+class Named(nn.Linear):
+    """A Linear whose activity is one of several named arguments."""
+
+    def forward(self, x: Tensor, style: Tensor, more: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * style + more["shift"] + more["scale"]
+
+
+class Reordered(nn.Module):
+    """Layers called with keywords and dicts, in the order and the manner that `turn` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (Named(n, 6) for n in (4, 6, 6))
+        self.out, self.turn = nn.Linear(6, 3), (0, 0, 0)
+
+    def given(self, layer: nn.Module, h: Tensor) -> Tensor:
+        extra = torch.tanh(h.detach().mean(1, keepdim=True))
+        more = [("shift", extra), ("scale", extra * 2)]
+        keywords = [("style", extra), ("more", dict(more[:: -1 if self.turn[0] else 1])), ("x", h)]
+        places = {"x": 0, "style": 1, "more": 2}
+        by_position = self.turn[2]
+        args = [value for _, value in sorted(keywords, key=lambda k: places[k[0]])][:by_position]
+        rest = [k for k in keywords if places[k[0]] >= by_position][:: -1 if self.turn[1] else 1]
+        return layer(*args, **dict(rest))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b, self.c):
+            x = torch.tanh(self.given(layer, x))
+        return self.out(x)
+
+
+@settings(max_examples=20, deadline=None)
+@given(*[st.tuples(st.booleans(), st.booleans(), st.integers(0, 3))] * 2)
+def test_arguments_may_come_in_another_order_and_manner_than_on_the_example(
+    first_turn: tuple[bool, bool, int], turn: tuple[bool, bool, int]
+) -> None:
+    torch.manual_seed(0)
+    model = Reordered().double()
+    model.turn, x = first_turn, X.double()
+    learner = fb.attach(model, fb.DFA(), example=x)
+    learner(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    learner.zero_grad()
+    model.turn = turn
+    learner(x).square().sum().backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) == len(expected) == 8
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

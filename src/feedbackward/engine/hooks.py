@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.target import Target
 from feedbackward.errors import SiteError
-from feedbackward.graph import Branches, HookPoint, Site, Source
+from feedbackward.graph import FIRST, Branches, HookPoint, Site, Source
+from feedbackward.model.values import by_place
 
 
 class SegmentVisitor(Protocol):
@@ -109,7 +112,7 @@ class Hooked(ABC):
     def install(self, model: nn.Module, prepend: bool = False) -> list[RemovableHandle]:
         """Register the hooks; where a tensor is both source and site, the broadcast comes before the cut."""
         handles = []
-        inputs: dict[str, dict[int, list[tuple[str, int, int]]]] = {}
+        inputs: dict[str, dict[int, list[tuple[str, int, str]]]] = {}
         of = self.branches
         # an error is swept before it is broadcast; a branch begins below the cut of its first layer
         kinds = (
@@ -124,7 +127,7 @@ class Hooked(ABC):
                 for point in activity.points:
                     if point.kind == "input":
                         calls = inputs.setdefault(point.module, {})
-                        calls.setdefault(point.call, []).append((kind, index, point.leaf or 0))
+                        calls.setdefault(point.call, []).append((kind, index, point.place))
                     else:
                         hook = _OutputHook(self, kind, index, point)
                         handles.append(
@@ -277,12 +280,11 @@ class _OutputHook:
 class _InputHook:
     """Replaces those inputs of a layer that are sites.
 
-    calls: for the number of each call, its sites, each with the position of its tensor among the leaves of the arguments
-        and keywords.
+    calls: for the number of each call, its sites, each with the place of its tensor among the arguments and keywords.
     """
 
     def __init__(
-        self, cuts: Hooked, name: str, calls: dict[int, list[tuple[str, int, int]]]
+        self, cuts: Hooked, name: str, calls: dict[int, list[tuple[str, int, str]]]
     ) -> None:
         self.cuts, self.name, self.calls, self.most = cuts, name, calls, max(calls)
 
@@ -302,20 +304,32 @@ class _InputHook:
         sites = self.calls[call]
         if (
             len(sites) == 1
-            and sites[0][2] == 0
+            and sites[0][2] == FIRST
             and len(args) == 1
             and not kwargs
             and isinstance(args[0], Tensor)
         ):
             return (self.cuts.on(sites[0][0])(sites[0][1], args[0]),), kwargs
-        leaves, spec = tree_flatten((args, kwargs))
-        for kind, index, leaf in sites:
-            if leaf >= len(leaves) or not isinstance(leaves[leaf], Tensor):
+        given, spec = by_place(args, kwargs)
+        for kind, index, place in sites:
+            old = given.get(place if place in given else _other_place(module, place))
+            if not isinstance(old, Tensor):
                 raise SiteError(
-                    f"layer {self.name!r} did not get the tensor number {leaf} that it got on the example; call it with the "
-                    "same arguments in every pass, or attach again with an example of the form that is used in training."
+                    f"layer {self.name!r} did not get the tensor at {place} of (arguments, keywords) that it got on the example; "
+                    "call it with the same arguments in every pass, or attach again with an example of the form that is used in "
+                    "training."
                 )
+            new = self.cuts.on(kind)(index, old)
             # a tensor that is passed twice must be cut in both places
-            old, new = leaves[leaf], self.cuts.on(kind)(index, leaves[leaf])
-            leaves = [new if t is old else t for t in leaves]
-        return tree_unflatten(leaves, spec)
+            given = {p: new if t is old else t for p, t in given.items()}
+        return tree_unflatten(given.values(), spec)
+
+
+def _other_place(module: nn.Module, place: str) -> str:
+    """For an argument that is given by position the place by keyword, and the other way round."""
+    names = list(inspect.signature(module.forward).parameters)
+    kind, key, rest = re.fullmatch(r"\[([01])\]\[([^]]*)\](.*)", place).groups()  # type: ignore[union-attr]
+    if kind == "0":
+        return f"[1][{names[int(key)]!r}]{rest}" if int(key) < len(names) else ""
+    name = key.strip("'")
+    return f"[0][{names.index(name)}]{rest}" if name in names else ""

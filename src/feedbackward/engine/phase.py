@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from feedbackward.engine.hooks import Observer
 from feedbackward.errors import FeedbackError
 from feedbackward.graph import Edge, Site, Source
+from feedbackward.model.example import copied, run
 from feedbackward.model.state import preserved
-from feedbackward.model.trace import run
 from feedbackward.operators.base import Weights
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Phase:
             for handle in observer.install(learner.model, prepend=True):
                 stack.callback(handle.remove)
             tape = stack.enter_context(observer.recording())
-            output = run(under if weights else learner.model, self.inputs)
+            output = run(under if weights else learner.model, copied(self.inputs))
         activities = {
             site: h for site, h in zip(observer.sites, tape.h, strict=True) if h is not None
         }

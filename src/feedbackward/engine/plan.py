@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.engine.hooks import Observer
 from feedbackward.engine.weights import count_bytes
 from feedbackward.graph import LayerInput
-from feedbackward.model.state import all_trainable, preserved, training_mode
-from feedbackward.model.trace import run
+from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.values import tensors_in
 
 if TYPE_CHECKING:
@@ -91,17 +88,16 @@ def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:
     names = {id(p): name for name, p in learner.model.named_parameters()}
     model = learner.model
     with (
-        preserved(model),
-        training_mode(model),
-        all_trainable(model) if whole else nullcontext(),
-        torch.enable_grad(),
+        as_in_training(model, whole),
         learner.cuts.recording() as tape,
     ):
-        output = run(model, example)
+        output = run_example(model, example)
     above = [t for t in tensors_in(output) if t.requires_grad]
     ends = [[h] if h is not None else [] for h in tape.h]
     nodes = [_nodes(tensors) for tensors in (*ends, above)]
-    labels = [*(site.name for site in learner.cuts.sites), "head"]
+    names_of_sites = [site.name for site in learner.cuts.sites]
+    # a site's module may be called "head" itself
+    labels = [*names_of_sites, "the head" if "head" in names_of_sites else "head"]
     *segments, head = (
         Segment(label, _held(found, names)) for label, found in zip(labels, nodes, strict=True)
     )
@@ -124,14 +120,8 @@ def _uncut(
     observer, model = Observer(learner.sites, ()), learner.model
     handles = observer.install(model, prepend=True)
     try:
-        with (
-            preserved(model),
-            training_mode(model),
-            all_trainable(model),
-            torch.enable_grad(),
-            observer.recording() as tape,
-        ):
-            run(model, example)
+        with as_in_training(model), observer.recording() as tape:
+            run_example(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -140,7 +130,7 @@ def _uncut(
         behind = parameters_behind([] if h is None else [h], names)
         parts.append(Segment(site.name, tuple(name for name in behind if name not in seen)))
         seen.update(behind)
-    return (*parts, Segment("head", tuple(name for name in head.parameters if name not in seen)))
+    return (*parts, Segment(head.site, tuple(name for name in head.parameters if name not in seen)))
 
 
 def _overlaps(
@@ -211,7 +201,7 @@ def describe(learner: Learner) -> str:
             form = f"up from {lifted[site]}"
         size = in_bytes(count_bytes(held)) if edge or site in local else ""
         rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
-    rows.append(("head", "", "true gradient", "", _list(plan.head.parameters)))
+    rows.append((plan.head.site, "", "true gradient", "", _list(plan.head.parameters)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()

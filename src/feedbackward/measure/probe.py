@@ -14,8 +14,8 @@ from feedbackward.engine.hooks import Observer
 from feedbackward.errors import FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.learner import Learner
+from feedbackward.model.example import copied, run
 from feedbackward.model.state import preserved
-from feedbackward.model.trace import run
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,9 @@ def _gradients(
     with preserved(learner), _observed(learner) as tape:
         if exact:
             with learner.exact():
-                output = run(learner, batch)
+                output = run(learner, copied(batch))
         else:
-            output = run(learner, batch)
+            output = run(learner, copied(batch))
         loss = loss_fn(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise FeedbackError(
@@ -221,7 +221,7 @@ def _compare_feedback(
     if not wanted or not edges:
         return {}
     with preserved(learner), _observed(learner) as tape, learner.exact():
-        run(learner, batch)
+        run(learner, copied(batch))
         hs = {site.name: h for site, h in zip(learner.sites, tape.h, strict=True)}
         source = _rows(tape.sources[learner.source.name])
         units = _units(source.shape[1], jacobian)

@@ -28,7 +28,7 @@ def branch_inputs(trace: Trace, final: Tensor) -> Iterator[tuple[int, Site | str
         if not calls:
             yield _start(trace, fork), f"the branch that leaves the output of {fork.name()}"
         for call, place in calls:
-            point = HookPoint(call.name, "input", call.index, call.places[place])
+            point = HookPoint(call.name, "input", call.index, place=call.places[place])
             if point not in found:
                 found[point] = None
                 yield call.start, _branch(call, place, point)

@@ -88,7 +88,7 @@ def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
     source = Source(call.name, points, tuple(out.shape[1:]), out.dim() - 2 if linear else 0)
     return LayerInput(
         f"{call.name}.input",
-        (HookPoint(call.name, "input", call.index, call.places[number]),),
+        (HookPoint(call.name, "input", call.index, place=call.places[number]),),
         tuple(into.shape[1:]),
         into.dim() - 2 if linear else 0,
         source=source,

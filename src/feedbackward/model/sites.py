@@ -174,7 +174,7 @@ class _Finder:
         made = self.trace.producer(tensor, version, call.start)
         if made is not None:
             return _output(Site, self.trace, *made)
-        points = tuple(HookPoint(c.name, "input", c.index, c.places[n]) for c, n in consumers)
+        points = tuple(HookPoint(c.name, "input", c.index, place=c.places[n]) for c, n in consumers)
         name = f"{call.name}.input" + (f"#{call.index}" if call.index else "")
         if number != call.activity[0]:
             name += f"[{number}]"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from feedbackward.model.attributes import Attributes, copy_back
 
 
 class RandomState:
@@ -18,29 +20,31 @@ class RandomState:
         tensors = (*module.parameters(), *module.buffers())
         devices = {t.device for t in tensors if t.device.type == "cuda"}
         self.cpu = (random.getstate(), torch.get_rng_state())
+        self.numpy = np.random.get_state()
         self.cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
     def restore(self) -> None:
         """Put them back."""
         random.setstate(self.cpu[0])
         torch.set_rng_state(self.cpu[1])
+        np.random.set_state(self.numpy)
         for device, state in self.cuda:
             torch.cuda.set_rng_state(state, device)
 
 
 class PassState:
-    """What a forward pass may change besides weights: a module's buffers, and the random number generators.
+    """What a forward pass may change besides weights: buffers, attributes, and the random number generators.
 
-    Buffers get back their values and sizes. Where a pass created buffers, they are taken away again, and the plain
-    attributes of all modules, which may say that they are there, are put back.
+    Buffers get back their values and sizes; those that the pass created are taken away again.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.random = RandomState(module)
-        self.modules = [(m, dict(m._buffers), _plain(m)) for m in module.modules()]
+        self.attributes = Attributes(module)
+        self.modules = [(m, dict(m._buffers)) for m in module.modules()]
         self.values = [
             (b, b.detach().clone())
-            for _, buffers, _ in self.modules
+            for _, buffers in self.modules
             for b in buffers.values()
             if b is not None
         ]
@@ -48,40 +52,21 @@ class PassState:
     def restore(self) -> None:
         """Put everything back as it was."""
         self.random.restore()
-        created = False
-        for m, buffers, _ in self.modules:
-            created |= any(
-                buffers.get(name) is None for name, b in m._buffers.items() if b is not None
-            )
+        for m, buffers in self.modules:
             for name in m._buffers.keys() - buffers.keys():
                 delattr(m, name)
             m._buffers.update(buffers)
-        if created:  # any module may have noted that the buffer is there
-            for m, _, plain in self.modules:
-                for name in _plain(m).keys() - plain.keys():
-                    del m.__dict__[name]
-                m.__dict__.update(plain)
+        self.attributes.restore()
         for buffer, values in self.values:
-            # .data: a backward pass that is still to come may hold this buffer
-            if buffer.shape != values.shape:
-                # `.data` is another tensor, whose size is its own
-                with torch.no_grad():
-                    buffer.resize_(values.shape)
-            buffer.data.copy_(values)
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are numbers, texts, tensors and the like."""
-    kinds = (bool, int, float, str, type(None), Tensor)
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, kinds)}
+            copy_back(buffer, values)
 
 
 @contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
-    """Restore buffers and random number generators after a pass nobody asked for."""
+def preserved(module: nn.Module) -> Iterator[PassState]:
+    """Restore buffers, attributes and random number generators after a pass nobody asked for."""
     state = PassState(module)
     try:
-        yield
+        yield state
     finally:
         state.restore()
 
@@ -110,3 +95,32 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
+
+
+@contextmanager
+def unchanged_parameters(model: nn.Module) -> Iterator[None]:
+    """Parameters that a module changes in its own forward (an initialisation by the first batch) get back their values.
+
+    Each module's own are copied while it runs, so that no more memory is needed than for those of one layer at a time.
+    """
+    copies: list[list[tuple[Tensor, Tensor]]] = []
+
+    def enter(module: nn.Module, args: object) -> None:
+        own = module.parameters(recurse=False)
+        copies.append([(p, p.detach().clone()) for p in own if not p.is_meta])
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        changed.extend(pair for pair in copies.pop() if not torch.equal(*pair))
+
+    changed: list[tuple[Tensor, Tensor]] = []
+    with ExitStack() as stack:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+        try:
+            yield
+        finally:
+            unfinished = [pair for pairs in copies for pair in pairs]
+            for p, values in reversed([*changed, *unfinished]):
+                p.data.copy_(values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
+from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.features import CHANNELS_FIRST, CONVOLUTIONS, FEATURES_LAST, feature_axis
-from feedbackward.model.state import all_trainable, preserved, training_mode
+from feedbackward.model.values import by_place
 
 PARAMETRIC = (nn.Linear, *CONVOLUTIONS)
 # activations without parameters that work on each number by itself
@@ -52,8 +52,8 @@ class Call:
     index: int  # how many calls of this module came before
     start: int
     inputs: list[tuple[Tensor, int]]
-    # where each input is among the leaves of the arguments and keywords
-    places: list[int]
+    # where each input is among the arguments and keywords
+    places: list[str]
     end: int = -1
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
     structured: bool = False
@@ -130,19 +130,6 @@ class Trace:
         return tensor.dim() - 2 if isinstance(last, FEATURES_LAST) else 0
 
 
-def run(model: Callable[..., Any], example: Any) -> Any:
-    """`model(example)` for a tensor, `model(*example)` for a tuple or list, `model(**example)` for a dict."""
-    if isinstance(example, Tensor):
-        return model(example)
-    if isinstance(example, (tuple, list)):
-        return model(*example)
-    if isinstance(example, dict) or hasattr(example, "keys"):
-        return model(**example)
-    raise AttachError(
-        f"the example must be a tensor, a tuple or a dict of the model's inputs, not {type(example).__name__}."
-    )
-
-
 def trace(model: nn.Module, example: Any) -> Trace:
     """Run the model once on the example and record every module call; nothing of the model changes.
 
@@ -159,9 +146,9 @@ def trace(model: nn.Module, example: Any) -> Trace:
     clock = itertools.count()
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        leaves = list(enumerate(tree_leaves((args, kwargs))))
-        inputs = [(t, t._version) for _, t in leaves if isinstance(t, Tensor)]
-        places = [place for place, t in leaves if isinstance(t, Tensor)]
+        given, _ = by_place(args, kwargs)
+        inputs = [(t, t._version) for t in given.values() if isinstance(t, Tensor)]
+        places = [place for place, t in given.items() if isinstance(t, Tensor)]
         grad = torch.is_grad_enabled()
         call = Call(name, module, seen[name], next(clock), inputs, places, grad_enabled=grad)
         seen[name] += 1
@@ -177,10 +164,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         ]
 
     with ExitStack() as stack:
-        stack.enter_context(preserved(model))
-        stack.enter_context(training_mode(model))
-        stack.enter_context(all_trainable(model))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(as_in_training(model, batch_norms=False))
         for name, module in model.named_modules():
             pre = module.register_forward_pre_hook(
                 lambda m, a, k, name=name: enter(name, m, a, k), prepend=True, with_kwargs=True
@@ -188,21 +172,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
             post = module.register_forward_hook(lambda m, a, out: leave(out))
             stack.callback(pre.remove)
             stack.callback(post.remove)
-        try:
-            output = run(model, example)
-        except AttachError:
-            raise
-        except Exception as error:
-            shapes = [tuple(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
-            advice = (
-                " Batch norm in training mode needs a batch of at least 2."
-                if "more than 1 value" in str(error)
-                else ""
-            )
-            raise AttachError(
-                f"{type(model).__name__} failed on the example (tensors {shapes}): {error}.{advice} "
-                "Pass an `example` that the model accepts, as tensor, tuple or dict."
-            ) from error
+        output = run_example(model, example)
     return Trace(calls, output)
 
 

@@ -6,7 +6,16 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_is_leaf, tree_leaves
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_is_leaf, tree_leaves
+
+
+def by_place(args: Any, kwargs: Any) -> tuple[dict[str, Any], TreeSpec]:
+    """What a call was given, tensors and all else, by argument or keyword and by where it is within that; and its structure.
+
+    The places do not depend on the order of keywords or of a dict's items.
+    """
+    found, spec = tree_flatten_with_path((args, kwargs))
+    return {keystr(path): leaf for path, leaf in found}, spec
 
 
 def tensors_in(value: Any) -> list[Tensor]:

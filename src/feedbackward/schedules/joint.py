@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.model.trace import run
+from feedbackward.model.example import run
 from feedbackward.schedules.passes import Deliver, LossFn, finish, refuse_overlaps
 from feedbackward.schedules.replay import replay
 

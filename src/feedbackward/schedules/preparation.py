@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.errors import AttachError
 from feedbackward.graph import Source
+from feedbackward.model.example import copied, run
 from feedbackward.model.state import preserved
-from feedbackward.model.trace import run
 from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Fingerprint
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
-
-PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 @dataclass
@@ -30,10 +28,12 @@ class Preparation:
     """What is known of a learner's passes before they are replayed.
 
     `hold`: the number of the site above which everything is trained in the first pass; None to repeat the whole pass.
+    `changed`: an attribute that a pass gives another value, which each pass of a segment by itself would do again.
     `separable`: whether the segments have been seen to run by themselves.
     """
 
     hold: int | None
+    changed: str | None
     separable: bool = False
 
 
@@ -58,20 +58,9 @@ def prepared(learner: Learner, inputs: Any) -> Preparation:
 def prepare(learner: Learner, inputs: Any) -> Preparation:
     """Run the forward pass a few times, compare every site's activity, and weigh the segments.
 
-    Raises AttachError, naming the first site that differs or the attribute that a pass changed, before any gradient is
-    computed.
+    Raises AttachError, naming the first site that differs, before any gradient is computed.
     """
-    before = _attributes(learner.model)
     first, second = _listen(learner, inputs), _listen(learner, inputs)
-    changed = [
-        key for key, value in _attributes(learner.model).items() if before.get(key, value) != value
-    ]
-    if changed:
-        module, name = changed[0]
-        raise AttachError(
-            f"the forward pass changes {name!r} of {module or 'the model'!r}, so a replayed step would change it twice: keep such "
-            'state in buffers, which are restored, or use schedule="joint".'
-        )
     for name, fingerprint in first.fingerprints.items():
         if not fingerprint.like(second.fingerprints.get(name)):
             raise AttachError(
@@ -82,7 +71,7 @@ def prepare(learner: Learner, inputs: Any) -> Preparation:
     hold = _hold(learner, first.bytes)
     if hold is not None and not _holds(learner, inputs, hold):
         hold = None
-    return Preparation(hold)
+    return Preparation(hold, first.changed)
 
 
 class _Listener:
@@ -92,6 +81,7 @@ class _Listener:
         self.names, self.known = names, known
         self.fingerprints: dict[str, Fingerprint] = {}
         self.bytes: dict[int, int] = {}
+        self.changed: str | None = None
         self._seen: dict[int, int] = {}
 
     def at_site(self, index: int, h: Tensor, version: int) -> None:
@@ -116,8 +106,9 @@ def _listen(learner: Learner, inputs: Any) -> _Listener:
     known = {t.untyped_storage()._cdata for t in tensors}
     listener = _Listener([site.name for site in learner.cuts.sites], known)
     saving = torch.autograd.graph.saved_tensors_hooks(listener.save, lambda tensor: tensor)
-    with preserved(learner.model), saving, learner.cuts.visiting(listener):
-        run(learner.model, inputs)
+    with preserved(learner.model) as before, saving, learner.cuts.visiting(listener):
+        run(learner.model, copied(inputs))
+        listener.changed = before.attributes.changed()
     return listener
 
 
@@ -141,7 +132,7 @@ def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
     cuts, plan = learner.cuts, learner.plan
     names = {id(p): name for name, p in learner.model.named_parameters()}
     with preserved(learner.model), torch.no_grad(), cuts.recording(hold=hold) as tape:
-        output = run(learner.model, inputs)
+        output = run(learner.model, copied(inputs))
     torch.clear_autocast_cache()
     ends = [t for t in tensors_in(output) if t.requires_grad]
     lower = plan.order[: plan.order.index(hold) + 1]
@@ -155,13 +146,3 @@ def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
         set(parameters_behind(tensors, names)) >= set(segment.parameters) & trainable
         for tensors, segment in [*segments, (ends, plan.head)]
     )
-
-
-def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """The plain values that modules hold."""
-    return {
-        (name, key): value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, PLAIN)
-    }

@@ -16,8 +16,8 @@ from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError
 from feedbackward.graph import LayerInput, Source
+from feedbackward.model.example import copied, run
 from feedbackward.model.state import PassState, preserved
-from feedbackward.model.trace import run
 from feedbackward.schedules.passes import (
     Deliver,
     Fingerprint,
@@ -57,7 +57,7 @@ def _repeat_below(
     before.restore()
     visitor = Deliver(cuts, target, errors, (cuts.sites[hold].name, expected), until=hold)
     with cuts.visiting(visitor, target):
-        run(model, inputs)
+        run(model, copied(inputs))
     after.restore()
     return loss
 
@@ -67,7 +67,7 @@ def _train_above(
 ) -> tuple[Tensor, dict[str, Tensor], Fingerprint]:
     """The loss, the errors of the sources, and what the activity of the site `hold` looked like; nothing else lives on."""
     with torch.no_grad(), learner.cuts.recording(target, hold=hold) as tape:
-        output = run(learner.model, inputs)
+        output = run(learner.model, copied(inputs))
     torch.clear_autocast_cache()  # of weights that were cast without gradients
     assert tape.held is not None
     expected, tape.held = Fingerprint.of(tape.held), None
@@ -78,7 +78,7 @@ def _repeat_all(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target |
     errors, expected = _find_errors(learner, inputs, loss_fn, target)
     visitor = Deliver(learner.cuts, target, errors, expected)
     with learner.cuts.visiting(visitor, target):
-        output = run(learner.model, inputs)
+        output = run(learner.model, copied(inputs))
     return finish(loss_fn(output))
 
 
@@ -102,7 +102,7 @@ def _find_errors(
         seek = Seek(cuts, name, target, errors, stand_ins)
         with preserved(learner.model), torch.no_grad():
             with cuts.visiting(seek, target):
-                output = run(learner.model, inputs)
+                output = run(learner.model, copied(inputs))
             seek.add(loss_fn(output), None)
         torch.clear_autocast_cache()  # of weights that were cast without gradients
         errors[name] = seek.error()

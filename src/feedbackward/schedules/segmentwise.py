@@ -21,11 +21,12 @@ from feedbackward.engine.hooks import Director, PassOverError
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
+from feedbackward.model.attributes import PLAIN
+from feedbackward.model.example import copied, run
 from feedbackward.model.state import RandomState, preserved
-from feedbackward.model.trace import run
 from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Deliver, LossFn, finish
-from feedbackward.schedules.preparation import PLAIN, Preparation
+from feedbackward.schedules.preparation import Preparation
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
@@ -64,6 +65,11 @@ def replay_kept(
     learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, prepared: Preparation
 ) -> Tensor:
     """Forward and backward of a batch; returns the loss."""
+    if prepared.changed:
+        raise AttachError(
+            f"the forward pass changes {prepared.changed!r} of the model, so a step whose segments run "
+            "one by one would change it more than once. Use keep_inputs=False."
+        )
     director = Director(learner.graph.sites, learner.graph.sources)
     order = [index for index in learner.plan.order if isinstance(index, int)]
     deliver = Deliver(learner.cuts, target, {})
@@ -92,7 +98,7 @@ def _keep(learner: Learner, inputs: Any, director: Director) -> _Kept:
     recorded = _calls(learner.model, kept, clock)
     directed = director.directing(at_site, lambda source, tensor: tensor)
     with preserved(learner.model), torch.no_grad(), recorded, directed:
-        run(learner.model, inputs)
+        run(learner.model, copied(inputs))
     torch.clear_autocast_cache()  # of weights that were cast without gradients
     return kept
 
@@ -147,7 +153,7 @@ def _head(
     check: bool,
 ) -> tuple[Tensor, RandomState]:
     with _from(learner, director, kept, order, len(order), deliver):
-        output = run(learner.model, inputs)
+        output = run(learner.model, copied(inputs))
     if check:
         _refuse_interleaved(learner, tensors_in(output), learner.plan.head)
     loss = finish(loss_fn(output))
@@ -166,7 +172,7 @@ def _segment(
 ) -> None:
     index, found = order[place], list[Tensor]()
     with _from(learner, director, kept, order, place, deliver, found.append):
-        run(learner.model, inputs)
+        run(learner.model, copied(inputs))
     (h,) = found
     found.clear()
     if check:
