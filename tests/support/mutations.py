@@ -262,8 +262,8 @@ MUTATIONS = (
     ("engine/weights.py", "holder.register_buffer(name, weight)", "holder.register_buffer(name, weight, persistent=False)", LAWS),
     ("engine/plan.py", "stack += parents[:1] if", "stack += parents if", LAWS),
     # passes that must leave no trace
-    ("model/state.py", "buffer.data.copy_(values)", "pass", LAWS),
-    ("model/state.py", "buffer.data.copy_(values)", "buffer.copy_(values)", STEPS),
+    ("model/attributes.py", "tensor.data.copy_(values)", "pass", LAWS),
+    ("model/attributes.py", "tensor.data.copy_(values)", "tensor.copy_(values)", STEPS),
     ("model/state.py", "random.setstate(self.cpu[0])", "pass", MEASURES),
     ("model/state.py", "m.training = mode", "pass", STEPS),
     # the probe
