@@ -25,6 +25,7 @@ DENSE, LEARNER, PROBE, TRACE = (
     "measure/probe.py",
     "model/trace.py",
 )
+LEFT = "core/test_left_as_it_was.py"
 ORACLES, LAWS, STEPS = "rules/test_oracles.py", "core/test_laws.py", "core/test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "core/test_feedback.py", "core/test_probe.py", "core/test_chain.py"
 DIRECT, JACOBIAN, LIFTS = (
@@ -266,6 +267,12 @@ MUTATIONS = (
     ("model/attributes.py", "tensor.data.copy_(values)", "tensor.copy_(values)", STEPS),
     ("model/state.py", "random.setstate(self.cpu[0])", "pass", MEASURES),
     ("model/state.py", "m.training = mode", "pass", STEPS),
+    ("model/state.py", "p.data.copy_(values)", "pass", LEFT),
+    ("model/attributes.py", "del space[key]", "pass", LEFT),
+    ("model/attributes.py", "                _refill(container, items)", "                pass", LEFT),
+    ("model/example.py", "leaf if leaf.requires_grad else leaf.clone()", "leaf", LEFT),
+    ("model/example.py", "copy.deepcopy(leaf, known)", "leaf", LEFT),
+    ("engine/hooks.py", "else _other_place(module, place)", 'else ""', "core/test_arguments.py"),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),
