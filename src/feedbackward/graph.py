@@ -30,7 +30,8 @@ class HookPoint:
     """
 
     module: str
-    kind: str  # "input" | "output"
+    # "input" or "output"
+    kind: str
     call: int = 0
     leaf: int | None = None
     place: str = FIRST
@@ -38,10 +39,10 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Activity:
-    """A tensor of the forward pass: its name, where it is tapped, and its shape without the batch.
+    """A tensor of the forward pass: its name, its hook points, and its shape without the batch.
 
-    `tokens` is how many of the leading dimensions of `shape` are token dimensions (0 unless the layer
-    that produced it works on the last dimension only).
+    tokens: how many of the leading dimensions of `shape` are token dimensions. It is 0 unless the layer that made the
+        tensor works on the last dimension only.
     """
 
     name: str
@@ -83,9 +84,9 @@ class Source(Activity):
 
 @dataclass(frozen=True)
 class PreActivation(Site):
-    """A layer's output, of which the next layer sees an elementwise function and nothing else.
+    """A layer's output that reaches the next layer through nothing but an elementwise function.
 
-    `activation` is that function, the identity where there is none.
+    activation: that function, or the identity.
     """
 
     activation: Callable[[Tensor], Tensor] = field(kw_only=True, compare=False)
@@ -93,13 +94,17 @@ class PreActivation(Site):
 
 @dataclass(frozen=True)
 class LayerInput(Site):
-    """The input of one layer as that layer alone sees it: other users of the same tensor, such as a skip path, stay
-    connected. It is fed from the layer's own output, by weights of the layer's own form.
+    """The input of one layer, cut for that layer alone.
 
-    `weight` is the name of the layer's weight in the model. `below` is the output of the layer before, where nothing but
-    an elementwise activation lies between; else what does, in words. `dominates`: whether all that lies below reaches the
-    source of the rule's error through this layer's output and no other way. `branches`: the inputs of the residual branches
-    that begin with this layer, or words where no module begins a branch.
+    Other users of the same tensor, such as a skip path, stay connected. A chain feeds the input from the layer's own
+    output, through weights of the layer's own form.
+
+    source: the layer's output.
+    form: the shape and geometry of the layer's weight.
+    weight: the name of that weight in the model.
+    below: the output of the layer before, if only an elementwise activation lies between; otherwise what does, in words.
+    dominates: whether everything below reaches the source of the rule's error through this layer's output only.
+    branches: the inputs of the residual branches that begin with this layer, or words if no module begins a branch.
 
     Example:
         >>> import torch
@@ -125,9 +130,10 @@ class LayerInput(Site):
 class Edge:
     """A feedback connection from a source to a site, with weights `B` of the operator's form.
 
-    `shares` names a weight of the model whose gradient `B` gets as well, instead of one of its own. `forward_weight` names a
-    weight of the model which the operator is given, as it is in the forward pass, as the last of the edge's weights
-    (sign-symmetry uses its signs); it gets no gradient from the feedback.
+    shares: the name of a weight of the model. `B` gets the gradient of that weight instead of one of its own.
+    forward_weight: the name of a weight of the model. The operator gets it as the last of the edge's weights, as it is in
+        the forward pass (sign-symmetry uses its signs). The feedback gives it no gradient.
+    key: the name of the edge's weights in `learner.feedback`.
 
     Example:
         >>> import torch
@@ -186,16 +192,17 @@ _ESCAPED = str.maketrans({".": "/", "/": "%2F", ":": "%3A", "%": "%25"})
 
 
 def feedback_key(site: Site) -> str:
-    """The name under which the feedback of a site is kept: a module's name may not hold a dot.
+    """The name under which the feedback of a site is kept.
 
-    What stands for a dot, and for the parts of an edge's weights, is escaped, so that no two sites have the same key.
+    The name of a buffer may not hold a dot, so a slash replaces it. Slashes and colons are escaped, so that no two sites
+    have the same key.
     """
     return site.name.translate(_ESCAPED)
 
 
 @dataclass(frozen=True)
 class Local:
-    """A loss of its own for a site, from an auxiliary network; its gradient joins the backward pass at the source."""
+    """A local loss for a site, from an auxiliary network. Its backward pass starts with that of the source."""
 
     source: Source
     site: Site
@@ -207,7 +214,7 @@ class Local:
 
 @dataclass(frozen=True)
 class UpwardEdge:
-    """What a site is sent goes on upwards, through the layers between, to the next site (see `upward.response`)."""
+    """The signal of a site goes on upwards to the next site, through the layers between them (IFA)."""
 
     below: Site
     above: Site
@@ -228,8 +235,9 @@ class Branches:
 
 @dataclass(frozen=True)
 class Graph:
-    """Where the network is cut, what is sent where, and which sites have a local loss. Sites with neither an edge nor a
-    local loss, and to which nothing is lifted, get no signal.
+    """Where the network is cut, what is sent where, and which sites have a local loss.
+
+    A site without an edge, a local loss or an upward edge gets no signal.
 
     Example:
         >>> import torch

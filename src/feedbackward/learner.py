@@ -44,29 +44,29 @@ def attach(
 ) -> Learner:
     """Train `model` with `rule`: find the sites, make the feedback weights, and return the Learner.
 
-    The model's class, parameters and `state_dict` keys stay as they are; `learner(x)` gives bit-identical outputs,
-    and `loss.backward()` on them sends the error along the rule's feedback graph instead of through the layers.
+    The model keeps its class, its parameters and the keys of its `state_dict`. `learner(x)` returns the same outputs, bit for
+    bit. `loss.backward()` on them sends the error along the rule's feedback graph instead of down through the layers.
 
     Args:
         model: any module whose first dimension is the batch.
         rule: a rule instance, for example `DKP()`.
-        example: inputs the model accepts (a tensor, a tuple of arguments or a dict of keywords), of the shape used in
-            training. The model runs on it twice, in training mode; buffers, modes and random state are restored.
-        sites: `"layers"`: the activity that enters each Linear or convolution after the first (for chains, FA and KP: each
-            such layer's input, and names are names of layers); `"every-2"` (3, ...): every second of these, from the last
-            one down; `"stages"`: those at the end of a stage, after which height and width are smaller; `"blocks"`:
-            outputs of residual or transformer blocks; a list of module names (their outputs); or a predicate `(name, module) -> bool`.
-        error_at: the module whose output's error is broadcast; layers above it learn by their true gradient. Default:
-            the model's output.
-        output: which tensor of a structured output is the model's output, for example `lambda o: o.logits`.
+        example: inputs that the model accepts (a tensor, a tuple of arguments or a dict of keywords), of the shape used in
+            training. The model runs on them twice, in training mode; buffers, modes and random state are restored.
+        sites: where the network is cut. `"layers"`: the activity that enters each Linear layer or convolution after the
+            first. `"every-2"`: every second of these, from the last one down (also 3, ...). `"stages"`: the last of each
+            height and width. `"blocks"`: the outputs of residual or transformer blocks. Or a list of module names, whose
+            outputs are taken, or a function `(name, module) -> bool`. For chains (FA, KP) the sites are the inputs of layers,
+            and names are names of layers.
+        error_at: the module whose output's error is sent. Layers above it learn by their true gradient. Default: the
+            model's output.
+        output: a function that takes the output tensor from a structured output, for example `lambda o: o.logits`.
         seed: feedback weights depend on it and on the site's name only, so they are the same on every rank and device.
-        feedback_dtype: in which feedback weights are stored, `torch.bfloat16` to halve their bytes; products use the dtype
-            of the activities. Default: float32, or float64 for a float64 model. Learned feedback in bfloat16 loses updates
-            smaller than 1/256 of a weight.
+        feedback_dtype: the dtype of stored feedback weights: float32 by default, float64 for a float64 model.
+            `torch.bfloat16` halves their bytes, but learning loses updates smaller than 1/256 of a weight.
 
     Raises:
-        AttachError: the model, the example and the sites do not fit, naming the fix.
-        SiteError: a named site is unknown, called twice, or beyond the source.
+        AttachError: the model, the example and the sites do not fit together.
+        SiteError: a named site is unknown, is called twice, or lies above the source.
 
     Example:
         >>> import torch
@@ -106,9 +106,11 @@ class Learner(nn.Module):
 
     Attributes:
         model: the user's model, unchanged.
-        feedback: the feedback weights of every edge: Parameters where the rule learns them, buffers where it does not;
-            and the auxiliary networks of local losses.
-        rule, graph, source, sites, plan: what is sent where, and which parameters each segment trains.
+        feedback: the feedback weights of every edge (Parameters if the rule learns them, otherwise buffers), and the
+            auxiliary networks of local losses.
+        graph: the feedback graph: what is sent where.
+        source: the activity whose error is sent.
+        sites: the sites that `attach` found. A rule may cut fewer: `graph.sites`.
 
     Example:
         >>> import torch
@@ -118,8 +120,7 @@ class Learner(nn.Module):
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> learner = fb.attach(model, fb.DKP(), example=x)
         >>> nn.functional.cross_entropy(learner(x), y).backward()
-        >>> with torch.no_grad(), learner.exact():
-        ...     torch.equal(learner(x), model(x))  # forward values are the model's own
+        >>> torch.equal(learner(x), model(x))  # the outputs are the model's own
         True
         >>> learner.detach() is model
         True
@@ -150,9 +151,9 @@ class Learner(nn.Module):
         self._handles = self.cuts.install(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own output; under gradients, with the rule's cuts and broadcasts in place.
+        """The model's own output. If gradients are on, the rule's cuts and broadcasts are in place.
 
-        Raises SiteError where the pass does not match what was attached, AttachError for inputs that require gradients.
+        Raises SiteError if the pass differs from the example's, and AttachError for inputs that require gradients.
         """
         self._refuse_detached()
         cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
@@ -178,28 +179,27 @@ class Learner(nn.Module):
             )
 
     def _uncompiled(self, args: Any, kwargs: Any) -> Any:
-        """For signals that go up or are swept: a backward pass in which others run, which compiled layers do not have."""
+        """Run a pass uncompiled: its backward pass runs others (signals that go up, highways), which no compiler supports."""
         # a decorator would import torch._dynamo together with this file, which takes seconds
         return torch.compiler.disable(self._cut)(args, kwargs)
 
     def backward(
         self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint", keep_inputs: bool = False
     ) -> Tensor:
-        """Run forward and backward on a batch, and return the loss; gradients add to `.grad`, no optimizer steps.
+        """Run the forward and backward passes of a batch, and return the loss. Gradients add to `.grad`.
 
         Args:
-            inputs: of the model: a tensor, a tuple of arguments or a dict of keywords.
+            inputs: the model's inputs: a tensor, a tuple of arguments or a dict of keywords.
             loss_fn: `loss_fn(output) -> scalar`, for example `lambda out: F.cross_entropy(out, y)`. It may be called several
                 times. With a gradient scaler: `lambda out: scaler.scale(...)`.
-            schedule: `"joint"`: what `loss_fn(learner(inputs)).backward()` does. `"replay"`: the same gradients with one
-                segment's activities in memory at a time, for one more forward pass (and one for each relay that is no site).
-                `"eager"`: in one pass, for rules whose signals need no error. Batch norm's statistics are updated once,
-                dropout masks are the same in every pass.
-            keep_inputs: of `replay`: keep the activity of every site from the first pass, so that each segment runs by itself,
-                from the last to the first, and no pass is needed for any relay. Memory: the sites' activities and one segment.
+            schedule: `"joint"` does what `loss_fn(learner(inputs)).backward()` does. `"replay"` holds one segment's activities
+                at a time, for one more forward pass (and one for each relay that is not a site). `"eager"` takes one pass,
+                for rules whose signals need no error. Gradients, batch statistics and dropout masks are those of `joint`.
+            keep_inputs: for `replay`: keep every site's activity, so that each segment runs by itself, the last one first,
+                and relays need no pass. The sites' activities and one segment are in memory.
 
-        Raises AttachError where the rule, overlapping segments or a forward pass that cannot be repeated do not allow the
-        schedule, SiteError as a forward pass does.
+        Raises AttachError if the rule, overlapping segments or a forward pass that cannot be repeated do not allow the
+        schedule, and SiteError as a forward pass does.
 
         Example:
             >>> import torch
@@ -216,14 +216,12 @@ class Learner(nn.Module):
         return backward(self, inputs, loss_fn, schedule, keep_inputs)
 
     def feedback_step(self, inputs: Any, loss_fn: LossFn | None = None) -> None:
-        """For rules whose feedback learns in a phase of its own (weight mirror, decoders): run it on these inputs.
+        """Run the phase in which feedback learns, for rules that have one (weight mirror, decoders).
 
-        It adds to the gradients of the feedback weights and touches no buffer or mode of the model, and no `.grad` of it unless
-        the rule `revises` (DKP-PC), which needs the `loss_fn(output) -> scalar` of the training step as well; one number is
-        drawn from torch's generator, for the noise. Call it as often as the rule's docstring says, before the optimizer of
-        the feedback steps; where torch.distributed runs, on every rank, for the gradients are averaged over the ranks. Raises
-        FeedbackError for rules without such a phase, and under fp16 autocast: gradients that
-        are not made from a loss must not be unscaled with it.
+        It adds to the gradients of the feedback weights, and changes nothing of the model unless the rule `revises` its
+        gradients (DKP-PC), which needs `loss_fn(output) -> scalar`. One number is drawn from torch's generator. Call it as often
+        as the rule's docstring says, before the optimizer steps, and on every rank: the gradients are averaged. Raises
+        FeedbackError for other rules, and under fp16 autocast, because no GradScaler may unscale these gradients.
         """
         self._refuse_detached()
         if not self.rule.in_phase:
@@ -234,7 +232,7 @@ class Learner(nn.Module):
         self.rule.feedback_step(Phase(self, inputs, loss_fn))
 
     def begin_pass(self, inputs: Any) -> Target | None:
-        """Check the inputs of a pass under cuts, and take the targets that it was given."""
+        """Check the inputs of a pass under cuts, and return its targets."""
         _refuse_input_gradients(inputs)
         self.cuts.recompute = True
         self.cuts.renew()
@@ -253,12 +251,12 @@ class Learner(nn.Module):
             raise AttachError("this learner was detached; attach the model again.")
 
     def target(self, y: Tensor, scale: float = 1.0) -> None:
-        """Tell a rule that sends targets (DRTP) or has local losses (DGL) the targets of the next forward pass.
+        """Set the targets of the next forward pass, for rules that send targets (DRTP) or have local losses (DGL).
 
         Args:
             y: class indices `[N]` (`[N, T]` for tokens, `[N, H, W]` for maps), or targets of the output's own shape.
-            scale: a factor on the signals of the pass. They are not made from the loss, so what multiplies the loss (a loss
-                scale, 1/k of k accumulated batches) must be given here as well.
+            scale: a factor on the signals of the pass. They do not come from the loss, so a factor on the loss (1/k for k
+                accumulated batches) must be given here as well.
         """
         self._target = Target(y, scale)
 
@@ -286,7 +284,7 @@ class Learner(nn.Module):
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Within this context forward passes are plain, so that their backward is exact backpropagation."""
+        """A context in which forward passes are plain, so that their backward pass is exact backpropagation."""
         before, self._exact = self._exact, True
         try:
             yield
@@ -294,7 +292,7 @@ class Learner(nn.Module):
             self._exact = before
 
     def detach(self) -> nn.Module:
-        """Remove every hook and give the plain model back; the learner cannot be used any more."""
+        """Remove every hook and return the plain model. The learner cannot be used any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -302,11 +300,11 @@ class Learner(nn.Module):
         return self.model
 
     def feedback_of(self, edge: Edge) -> Tensor:
-        """The feedback weights of an edge; of those that are several tensors (indices, factors), the first."""
+        """The feedback weights of an edge. If they are several tensors (values and indices, factors), the first."""
         return self.weights_of(edge)[0]
 
     def weights_of(self, edge: Edge) -> Weights:
-        """All tensors of an edge, in the order of its operator's `parts`; none for seeded feedback."""
+        """All tensors of an edge, in the order of its operator's `parts`. Seeded feedback has none."""
         return weights_of(self.feedback, edge)
 
     @property
@@ -319,14 +317,15 @@ class Learner(nn.Module):
 
     @property
     def plan(self) -> Plan:
-        """Which parameters each segment trains, of those that train now."""
+        """Which parameters each segment trains, among those that require gradients now."""
         trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
         return self.whole_plan.among(trainable)
 
     def _with_plan(self, example: Any) -> Learner:
         try:
             self.whole_plan = make_plan(self, example)
-            if self.graph.upward:  # a frozen layer sends nothing on
+            # a frozen layer does not send its signal on, which is refused here
+            if self.graph.upward:
                 make_plan(self, example, whole=False)
         except Exception:
             self.detach()
@@ -341,7 +340,7 @@ class Learner(nn.Module):
         return self
 
     def _warn_of_size(self) -> None:
-        """Say when feedback whose form the user chooses is larger than the model itself."""
+        """Warn if feedback whose form the user chooses is larger than the model."""
         chosen = {
             e.key: weights_of(self.feedback, e)
             for e in self.graph.edges

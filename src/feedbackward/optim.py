@@ -1,4 +1,4 @@
-"""What goes between a learner and an optimizer: parameter groups, updates within the backward pass, kept norms."""
+"""Helpers for the optimizer: parameter groups, updates inside the backward pass, weights of fixed norm."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 def renormalize_weights(
     parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> RemovableHandle:
-    r"""After every step of the optimizer, each matrix or kernel among `parameters` gets back the norm that it has now.
+    r"""After every step of the optimizer, give each matrix or kernel among `parameters` back the norm that it has now.
 
     .. math:: W \leftarrow W\,\|W_0\|_F / \|W\|_F
 
-    For chains whose feedback does not follow the weights' growth (FA, sign-concordant feedback; Moskovitz et al. 2019). The
-    weights train: they are changed in place, so the optimizer goes on with them. Parameters of one dimension (biases, norms) are
-    left alone, and weights that are zero. To resume a run, call it before the weights are loaded, or on any later ones: their norms
-    are the same. Remove the returned handle to end it.
+    It serves chains whose feedback does not grow with the weights (FA, sign-concordant feedback; Moskovitz et al. 2019). The
+    weights still train, and keep their identity for the optimizer. Parameters of one dimension (biases, norms) and weights
+    that are zero are left alone. When you resume a run, call it before or after you load the weights: all have the same
+    norm. Remove the returned handle to end it.
 
     parameters: usually `learner.model.parameters()`.
     optimizer: the one that updates them.
@@ -59,10 +59,11 @@ def renormalize_weights(
 def param_groups(
     learner: Learner, model: dict[str, Any] | None = None, feedback: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups for the network's weights and for the feedback weights.
+    """Parameter groups for an optimizer: one for the model's parameters and one for the learned feedback weights.
 
-    `model` and `feedback` are the groups' options, for example `model={"lr": 0.1}, feedback={"lr": 0.01}`. A rule without
-    learned feedback gives one group.
+    model, feedback: options of the groups, for example `model={"lr": 0.1}` and `feedback={"lr": 0.01}`.
+
+    For a rule without learned feedback there is only the first group.
 
     Example:
         >>> import torch
@@ -83,12 +84,14 @@ def param_groups(
 def step_in_backward(
     parameters: Iterable[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 ) -> list[RemovableHandle]:
-    """Update each parameter as soon as its gradient is there, and drop the gradient: they are never all held.
+    """Update each parameter as soon as its gradient is there, and drop the gradient, so that they never exist all at once.
 
-    `make` builds the optimizer of one parameter, for example `lambda p: torch.optim.SGD(p, lr=0.1)`. Under `eager` and
-    `replay` a segment is then updated before the next one runs. Call `zero_grad` and `step` nowhere else; gradients cannot
-    be accumulated or clipped together. A parameter of several segments (tied weights, `Shared` feedback) is updated once
-    for each. Remove the returned handles to end it.
+    parameters: usually `learner.parameters()`.
+    make: builds the optimizer of one parameter, for example `lambda p: torch.optim.SGD(p, lr=0.1)`.
+
+    With the schedules `eager` and `replay`, a segment is updated before the next one runs. Do not call `zero_grad` or `step`
+    elsewhere. Gradients cannot be accumulated, or clipped together. A parameter in several segments (tied weights, `Shared`
+    feedback) is updated once for each of them. Remove the returned handles to end it.
 
     Example:
         >>> import torch

@@ -1,8 +1,7 @@
 """The contract of a learning rule.
 
-A rule is a frozen dataclass of hyper-parameters. It holds no tensors and knows no model; it says which
-activities are cut, which edges carry the error to them (and with which operator), and what gradient the
-feedback weights get.
+A rule is a frozen dataclass of hyper-parameters. It holds no tensors and knows no model. It says which activities are cut,
+which edges carry the error to them, through which operator, and what gradient the feedback weights get.
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
 class Properties:
     """What a rule needs and costs, for `feedbackward rules` and the docs.
 
-    L layers, N batch, n features of all sites, C units of the source, W weights of the network, c outputs of a layer, D the
-    multiplications of backprop's input gradients (saved: hence the minus), opt. the optimizer's state of the feedback.
+    In the texts, L counts layers, N is the batch, n the features of all sites, C the units of the source, W the weights of
+    the network, c the outputs of a layer, and "opt." the optimizer's state for the feedback. D is the multiply-adds of
+    backprop's input gradients, which a rule with "- D" saves.
 
-    weight_transport: whether forward weights are used in the backward pass; in a word where it is less than that ("signs").
+    weight_transport: whether the backward pass uses forward weights, or a word if it uses less than that ("signs").
 
     Example:
         >>> import feedbackward as fb
@@ -70,22 +70,19 @@ class Rule(ABC):
     label: ClassVar[str]
     paper: ClassVar[str]
     properties: ClassVar[Properties]
-    feeds: ClassVar[type[Site]] = (
-        Site  # LayerInput: the inputs of single layers instead of activities
-    )
-    sends_activity: ClassVar[bool] = False  # whether `message` is given the source's activity
-    receives: ClassVar[bool] = (
-        False  # whether `receive` makes a site's signal of what the operator sent
-    )
-    in_phase: ClassVar[bool] = (
-        False  # whether feedback learns in `feedback_step`, instead of in every backward pass
-    )
-    # whether `feedback_step` adds to the gradients of the model's weights too: call it once between backward and optimizer
+    # what the rule feeds: activities (Site), or the inputs of single layers (LayerInput)
+    feeds: ClassVar[type[Site]] = Site
+    # whether `message` gets the source's activity
+    sends_activity: ClassVar[bool] = False
+    # whether `receive` makes the signal of a site from what the operator sent
+    receives: ClassVar[bool] = False
+    # whether feedback learns in `feedback_step` instead of in every backward pass
+    in_phase: ClassVar[bool] = False
+    # whether `feedback_step` also adds to the gradients of the model's weights: call it between backward and optimizer
     revises: ClassVar[bool] = False
-    needs: ClassVar[Literal["error", "target", "nothing"]] = (
-        "error"  # what the signals of a pass are made from
-    )
-    # whether the signals and feedback gradients of a pass scale with the loss, so that a GradScaler may scale it
+    # what the signals of a pass are made from
+    needs: ClassVar[Literal["error", "target", "nothing"]] = "error"
+    # whether signals and feedback gradients scale with the loss, so that a GradScaler may scale it
     linear: ClassVar[bool] = True
 
     @abstractmethod
@@ -104,12 +101,14 @@ class Rule(ABC):
 
     @property
     def needs_error(self) -> bool:
-        """Whether some signal is made from the output or its error, so that it is known after the forward pass only."""
+        """Whether some signal needs the output or its error, and so the end of the forward pass."""
         return self.needs == "error" or self.sends_activity
 
     def delays(self, parts: int) -> tuple[int, ...]:
-        """For a preset of rule and schedule: how many steps late the gradients of each part of the network arrive, the lowest
-        part first and the head last. A `Delayed` then delays them."""
+        """For a rule with late gradients (DSP): the delay of each part of the network in steps, the lowest part first.
+
+        `fb.Delayed` applies these delays.
+        """
         return (0,) * parts
 
     def learns(self, edge: Edge) -> bool:
@@ -123,32 +122,34 @@ class Rule(ABC):
     def message(
         self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
     ) -> Tensor:
-        """What travels along an edge, `[M, *source]`: the source's error `d` unless the rule says otherwise.
+        """What an edge carries, `[M, *source]`: the source's error `d`, unless the rule says otherwise.
 
-        `target`: where the rule `needs` it, what `learner.target` was given, one-hot and times its scale, `[M, *source]`;
-            None at a source that is a site itself.
-        `activity`: where the rule `sends_activity`, the source itself, `[M, *source]`.
+        target: if the rule `needs` it, what `learner.target` got, one-hot and times its scale, `[M, *source]`. It is None
+            at a source that is also a site.
+        activity: if the rule `sends_activity`, the activity of the source, `[M, *source]`.
         """
         return d
 
     def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
-        """For a rule that `receives`: the signal of the edge's site, `[M, *site]`, from what the operator sent there.
+        """For a rule that `receives`: the signal of the edge's site, `[M, *site]`.
 
-        `sent`, `h: [M, *site]`: what the operator made of the message, and the site's activity.
+        sent: what the operator made of the message, `[M, *site]`.
+        h: the activity of the site, `[M, *site]`.
         """
         return sent
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        """The gradients of the edge's learnable weights, to be descended by the user's optimizer.
+        """The gradients of the edge's learnable weights, for the user's optimizer.
 
-        `d: [M, *source]` is what travelled, `h: [M, *site]` the activity.
+        d: what the edge carried, `[M, *source]`.
+        h: the activity of the site, `[M, *site]`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} says that it learns its feedback, but not how."
         )
 
     def feedback_step(self, phase: Phase) -> None:
-        """For a rule that learns its feedback `in_phase`: give the edges' weights their gradients, from passes of its own."""
+        """For a rule that learns its feedback `in_phase`: give the edges' weights their gradients."""
         raise NotImplementedError(
             f"{type(self).__name__} says that its feedback learns in a phase, but not how."
         )
@@ -160,15 +161,17 @@ class Rule(ABC):
         )
 
     def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss of an auxiliary network's output. `target` as `learner.target` got it."""
+        """The loss of an auxiliary network's output. `target` is what `learner.target` got."""
         raise NotImplementedError(
             f"{type(self).__name__} gives local losses to sites, but not the loss."
         )
 
 
 def refuse_zeros(label: str, holder: object) -> None:
-    """Fixed feedback must not be zero. `holder` has the fields `init` and `scale`, where they have a meaning; so may the
-    operators that it chooses from."""
+    """Refuse fixed feedback that is zero.
+
+    holder: an object with the fields `init` and `scale`, or with operators that have them.
+    """
     parts = list(within(holder))
     if any(
         getattr(part, "init", None) == "zeros" or getattr(part, "scale", None) == 0

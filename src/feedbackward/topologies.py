@@ -34,8 +34,12 @@ def chain(
     shared: bool = False,
     with_forward_weight: bool = False,
 ) -> Graph:
-    """The error of each layer's output is sent to that layer's input; with `shared`, `B` gets the gradient of `W`;
-    with `with_forward_weight`, the operator is given `W`.
+    """Send the error of each layer's output to that layer's input.
+
+    layer_inputs: sites of a rule with `feeds = LayerInput`.
+    form: the operator for each of them.
+    shared: whether `B` gets the gradient of `W`.
+    with_forward_weight: whether the operator gets `W`.
 
     Example:
         >>> import torch
@@ -52,7 +56,7 @@ def chain(
     """
     if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
         raise AttachError(
-            "a chain runs over layer_inputs: set `feeds = LayerInput` in the rule's class."
+            "a chain feeds the inputs of layers: set `feeds = LayerInput` in the rule's class."
         )
     edges = (
         Edge(
@@ -73,14 +77,18 @@ def relays(
     form: Callable[[Source, LayerInput], Operator],
     shared: bool = False,
 ) -> Graph:
-    """The layer_inputs in at most `steps` runs, each fed from the output of its last layer, whose error the run above gives;
-    with `shared`, the edge over that layer alone gets the gradient of its weight.
+    """Divide the layers into at most `steps` runs, and feed each run from the output of its last layer, the relay.
 
-    The runs are those whose edges pass over the fewest layers in sum: what lies between a relay and a site is what a constant
-    map cannot follow. A layer that is larger than the relay, before a pooling or above the classes, counts more (`_passed_over`).
+    The error of a relay comes from the run above it. The division is the one whose edges pass over the fewest layers in
+    total, because feedback cannot follow what changes between a relay and a site. A layer that is larger than the relay
+    counts more: one before a pool, or above the classes.
 
-    A relay that feeds more than its own layer's input is one that no other path leads round. Raises AttachError where such
-    relays do not suffice.
+    layer_inputs: sites of a rule with `feeds = LayerInput`.
+    form: the operator from a relay to a layer input.
+    shared: whether the edge over the relay's own layer gets the gradient of that layer's weight.
+
+    A relay that feeds more than one layer must be one that no other path bypasses. Raises AttachError if there are too few
+    such relays.
 
     Example:
         >>> import torch
@@ -96,14 +104,14 @@ def relays(
     """
     if not all(isinstance(layer_input, LayerInput) for layer_input in layer_inputs):
         raise AttachError(
-            "relays run over layer_inputs: set `feeds = LayerInput` in the rule's class."
+            "relays feed the inputs of layers: set `feeds = LayerInput` in the rule's class."
         )
     runs = _runs(layer_inputs, steps)
     if runs is None:
-        usable = [layer.source.name for layer in layer_inputs if layer.dominates] or "none here"
+        usable = [layer.source.name for layer in layer_inputs if layer.dominates] or "none"
         raise AttachError(
-            f"no {steps} layers can relay the error: a relay must be a layer that no other path (a skip connection, a branch) leads "
-            f"round, which are {usable}. Allow more steps, or use direct "
+            f"no {steps} layers can relay the error: a relay must be a layer that no other path (a skip connection, a branch) "
+            f"bypasses; here: {usable}. Allow more steps, or use direct "
             "feedback (DKP) or a rule of single layers (KolenPollack, WeightMirror)."
         )
     edges = [
@@ -120,7 +128,7 @@ def relays(
 
 
 def _runs(layer_inputs: Sequence[LayerInput], steps: int) -> list[Sequence[LayerInput]] | None:
-    """The cheapest partition of the layer_inputs into at most `steps` runs, the lowest first; None where there is none."""
+    """The cheapest division of the layer inputs into at most `steps` runs, the lowest run first; None if there is none."""
     none: list[Sequence[LayerInput]] = []
     best = [(0.0, none)] + [(math.inf, none)] * len(layer_inputs)
     for _ in range(steps):
@@ -143,8 +151,11 @@ def _runs(layer_inputs: Sequence[LayerInput], steps: int) -> list[Sequence[Layer
 
 
 def _passed_over(run: Sequence[LayerInput]) -> float:
-    """The layers that lie between the sites of a run and its relay; none between the relay and its own input. One that is larger
-    than the relay counts more, by the binary logarithm of how much larger. Infinite where other paths lead round the relay."""
+    """How many layers lie between the sites of a run and its relay, in total.
+
+    A layer that is larger than the relay counts more, by the binary logarithm of the ratio of sizes. The result is infinite
+    if other paths bypass the relay.
+    """
     if len(run) > 1 and not run[-1].dominates:
         return math.inf
     sizes = [math.prod(layer_input.source.shape) for layer_input in run]
@@ -153,7 +164,7 @@ def _passed_over(run: Sequence[LayerInput]) -> float:
 
 
 def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
-    """The source's error is sent to the last site, what that gets to the site before, and so on down.
+    """Send the source's error to the last site, the signal of that site to the site before it, and so on down.
 
     Example:
         >>> import torch
@@ -175,10 +186,14 @@ def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
 def modules(
     groups: Sequence[Sequence[Site]], source: Source, form: Callable[[int], Operator]
 ) -> Graph:
-    """Direct connections within each group of sites, from its output: that of the last group is the source, that of the
-    others is their last site, which is not cut: its error comes from the group above, through the layers between.
+    """Connect the output of each group of sites directly to the group's other sites.
 
-    `form(k)` is the operator of an edge from a group's output to a site k sites below it.
+    The output of the last group is the source. The output of another group is its last site. That site is not cut: its
+    error comes from the group above, through the layers between them.
+
+    groups: the sites, group by group, the lowest first.
+    source: the source of the last group.
+    form: `form(k)` is the operator of an edge to a site that lies k sites below the group's output.
 
     Example:
         >>> import torch
@@ -202,7 +217,7 @@ def modules(
 
 
 def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
-    """The error of one source is sent directly to every site.
+    """Send the error of one source directly to every site.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""The autograd functions: identities in the forward pass whose backward sends errors, starts losses, and shares gradients.
+"""The autograd functions: identities whose backward sends errors, starts local losses, and shares gradients.
 
-`Broadcast` returns a source unchanged and takes the kept activities as further inputs, so that autograd itself hands each
-its teaching signal and each feedback weight its gradient.
+`Broadcast` returns a source unchanged, and takes the kept activities and the feedback weights as further inputs. Autograd
+itself then gives each activity its teaching signal and each feedback weight its gradient.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class Broadcast(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """Identity on a source whose backward also starts that of the local losses: forward(source, loss_1..loss_k)."""
+    """Identity on a source; its backward also starts the backward passes of local losses.
+
+    forward(source, loss_1..loss_k) -> source.
+    """
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, *losses: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ class Sweep(torch.autograd.Function):
 
 
 class Fork(torch.autograd.Function):
-    """`h` as it is; its backward gives the same gradient to `h` and to `other`, which has its shape."""
+    """Identity on `h`; its backward gives the same gradient to `h` and to `other`, a tensor of the same shape."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, other: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ class Fork(torch.autograd.Function):
 
 
 class Blank(torch.autograd.Function):
-    """Zeros of the shape of `h`; their gradient is given to `h`."""
+    """Zeros of the shape of `h`; their gradient goes to `h`."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -165,7 +168,10 @@ class Blank(torch.autograd.Function):
 
 
 class Share(torch.autograd.Function):
-    """`W` as it is; its backward gives `W` its gradient, and `B` what the operator makes of it: it is computed once."""
+    """Identity on `W`; its backward gives `W` its gradient, and `B` what the operator makes of that gradient.
+
+    The gradient is computed once.
+    """
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, operator: Operator, *weights: Tensor) -> Tensor:
@@ -181,5 +187,5 @@ class Share(torch.autograd.Function):
         return (grad, None, *made, *[None] * (len(weights) - len(made)))
 
 
-# how autograd's graph shows these functions: the classes of their nodes
+# the classes of these functions' nodes in autograd's graph
 BROADCAST, DEFER, JOIN, SHARE = (f._backward_cls for f in (Broadcast, Defer, Join, Share))

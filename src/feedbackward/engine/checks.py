@@ -1,4 +1,4 @@
-"""What a feedback graph asks of the model that it is made for."""
+"""What a feedback graph requires of its model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from feedbackward.rule import Rule
 
 
 def check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
-    """A rule that cuts nothing is backprop; a weight that is used must be one that the model really has."""
+    """Refuse a graph without cuts, relays that no module makes, and weights that cannot be shared.
+
+    Raises AttachError. A graph without cuts would be plain backprop.
+    """
     if not graph.sites and rule.properties.weight_transport is not True:
         raise AttachError(
             f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."

@@ -1,4 +1,4 @@
-"""What a rule sees in a phase of its own: the edges, their weights, and passes of the model with changed activities."""
+"""The phase in which a rule learns its feedback: it has the edges, their weights, and passes with changed activities."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class Pass:
 
 
 class Phase:
-    """One call of `learner.feedback_step(inputs, loss_fn)`. Nothing of the model changes in it, but for the gradients of its
-    weights where a rule `revises` them.
+    """One call of `learner.feedback_step(inputs, loss_fn)`.
+
+    It changes nothing of the model except the gradients of its weights, if the rule `revises` them.
 
     Attributes:
         edges: the feedback graph's edges.
@@ -49,13 +50,12 @@ class Phase:
         self._learner, self.inputs, self._loss_fn = learner, inputs, loss_fn
         self.edges = learner.graph.edges
         self._sites, self._sources = learner.graph.sites, learner.graph.sources
-        self._seed = int(
-            torch.randint(2**62, ())
-        )  # here: a pass restores the generator that it is drawn from
+        # drawn here, because a pass restores the generator
+        self._seed = int(torch.randint(2**62, ()))
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def part(self, edges: Sequence[Edge], samples: int | None = None) -> Phase:
-        """The phase of some edges: its passes meet their sites and sources only, and run on the first `samples` of the batch."""
+        """The phase of some edges only. Its passes observe their sites and sources, on the first `samples` of the batch."""
         phase = Phase(self._learner, _first(self.inputs, samples), self._loss_fn)
         phase.edges = tuple(edges)
         phase._sites = tuple(dict.fromkeys(edge.site for edge in edges))
@@ -67,11 +67,11 @@ class Phase:
         return self._learner.weights_of(edge)
 
     def weight(self, name: str) -> Tensor:
-        """A weight of the model (an layer_input's own: `layer_input.weight`), detached."""
+        """A weight of the model by its name, detached. The weight of a layer input is `layer_input.weight`."""
         return self._learner.model.get_parameter(name).detach()
 
     def moved(self, rate: float) -> dict[str, Tensor]:
-        """The model's parameters that have gradients by now, by name, after a step along them: leaves of a graph of their own."""
+        """The model's parameters that have gradients, after a step along these: new leaves, by name."""
         found = {name: p for name, p in self._learner.model.named_parameters() if p.requires_grad}
         moved = {n: (p - rate * p.grad).detach() for n, p in found.items() if p.grad is not None}
         if not moved:
@@ -82,7 +82,7 @@ class Phase:
         return {name: p.requires_grad_() for name, p in moved.items()}
 
     def loss(self, output: Any) -> Tensor:
-        """The network's loss of the output of a pass. Raises FeedbackError where the call gave none."""
+        """The network's loss for the output of a pass. Raises FeedbackError if the user gave no loss."""
         if self._loss_fn is None:
             raise FeedbackError(
                 f"{self._learner.rule.label} needs the loss in its phase: call `learner.feedback_step(x, loss_fn)`, for example with "
@@ -99,9 +99,9 @@ class Phase:
     ) -> Pass:
         """A plain forward pass on the inputs, without cuts, in the model's current mode.
 
-        `change(site, h)` gives what the layers above a site get in place of its activity, `onward(source, a)` the same for a
-        source. Buffers and random state are restored afterwards. With `gradients` autograd records the pass. `weights` take the
-        place of the parameters of these names.
+        `change(site, h)` returns what the layers above a site get in place of its activity, and `onward(source, a)` does the
+        same for a source. With `gradients` autograd records the pass. `weights` replace the parameters of these names. Buffers
+        and random state are restored afterwards.
         """
         learner = self._learner
 
@@ -124,7 +124,7 @@ class Phase:
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal noise of this shape, device and dtype, new in every call and phase.
 
-        Noise that is drawn from torch's own generators within a pass would be the same in every phase: a pass restores them.
+        Torch's own generators would give the same noise in every phase, because a pass restores them.
         """
         if like.device not in self._generators:
             self._generators[like.device] = torch.Generator(like.device).manual_seed(self._seed)
@@ -132,12 +132,12 @@ class Phase:
         return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
     def perturbed(self) -> list[tuple[Edge, Tensor, Tensor]]:
-        """For every edge: how its source moves, `[M, *source]`, and the noise along which its site did, `[M, *site]`.
+        """For every edge: how its source moves, `[M, *source]`, and the noise along which its site moves, `[M, *site]`.
 
-        One forward-mode pass in which all sites move along standard normal noise `u` at once: the source moves by the sum
-        over the sites below of `dsource/dh u`, sample by sample. The movement ends at a source when all that moves has met the
-        sources that it feeds: with relays, a source moves by the noise of its own sites alone. Without autocast, and given in
-        the dtype of the edge's weights.
+        In one forward-mode pass all sites move along standard normal noise `u` at once. A source then moves by the sum of
+        `dsource/dh u` over the sites below it, sample by sample. A movement ends at a source once every moving site has
+        reached the sources that feed it, so with relays a source moves by the noise of its own sites alone. The pass runs
+        without autocast; the results have the dtype of the edge's weights.
 
         Raises FeedbackError where a layer has no forward-mode derivative.
         """
@@ -145,7 +145,8 @@ class Phase:
         moving: dict[Site, Tensor] = {}
 
         def push(site: Site, h: Tensor) -> Tensor:
-            if site not in moving:  # a second consumer gets the same
+            # a second consumer gets the same tensor
+            if site not in moving:
                 still, tangent = forward_ad.unpack_dual(h)
                 noise[site] = self.noise(still)
                 total = noise[site] if tangent is None else tangent + noise[site]
@@ -153,7 +154,8 @@ class Phase:
                 waiting.update(feeders[site])
             return moving[site]
 
-        waiting: set[str] = set()  # the sources that have yet to meet the noise of a site below
+        # the sources that the noise of a site below has not reached yet
+        waiting: set[str] = set()
         feeders = {
             site: {e.source.name for e in self.edges if e.site == site} for site in self._sites
         }
@@ -164,7 +166,7 @@ class Phase:
 
         device = next(self._learner.model.parameters()).device.type
         try:
-            # fused attention has no forward-mode derivative; norms under autocast give theirs in another dtype
+            # fused attention has no forward-mode derivative, and norms under autocast return theirs in another dtype
             with (
                 forward_ad.dual_level(),
                 sdpa_kernel(SDPBackend.MATH),
@@ -188,19 +190,24 @@ class Phase:
         return found  # type: ignore[return-value]
 
     def give(self, edge: Edge, grads: Weights) -> None:
-        """Add to the gradients of the edge's learnable weights, in their order; of several processes, their mean, as
-        DistributedDataParallel makes it in a backward pass."""
+        """Add to the gradients of the edge's learnable weights, in their order.
+
+        With several processes the mean over them is added, as DistributedDataParallel does in a backward pass.
+        """
         for weight, grad in zip(self.weights(edge), grads, strict=False):
             _add(weight, grad)
 
     def revise(self, grads: Mapping[str, Tensor]) -> None:
-        """For a rule that `revises`: add to the gradients of the model's parameters; of several processes, their mean."""
+        """For a rule that `revises`: add to the gradients of the model's parameters (the mean over processes)."""
         for name, grad in grads.items():
             _add(self._learner.model.get_parameter(name), grad)
 
 
 def _first(inputs: Any, samples: int | None) -> Any:
-    """The inputs of the first samples; the batch is the first dimension of the first tensor and of all that are as long."""
+    """The inputs of the first samples.
+
+    The batch is the first dimension of the first tensor, and of all tensors of the same length.
+    """
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
     if samples is None or not tensors:
         return inputs

@@ -82,8 +82,8 @@ class Plan:
 def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:
     """Run the cut network once on the example and read from autograd's graph which parameters each segment holds.
 
-    It is the plan of a network that trains as a whole, so it stays true when parameters are frozen or
-    unfrozen later: `Plan.among` tells what that leaves. Not `whole`: of what trains now alone.
+    With `whole`, the plan is made as if every parameter trained. It then stays true when parameters are frozen or
+    unfrozen later, and `Plan.among` restricts it to those that train. Without `whole` it covers what trains now.
     """
     names = {id(p): name for name, p in learner.model.named_parameters()}
     model = learner.model
@@ -116,7 +116,10 @@ def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:
 def _uncut(
     learner: Learner, example: Any, head: Segment, names: dict[int, str]
 ) -> tuple[Segment, ...]:
-    """The parts between the sites of a network without cuts; a parameter that several parts use is the lowest one's."""
+    """The parts between the sites of a network without cuts.
+
+    A parameter that several parts use belongs to the lowest of them.
+    """
     observer, model = Observer(learner.sites, ()), learner.model
     handles = observer.install(model, prepend=True)
     try:
@@ -136,7 +139,7 @@ def _uncut(
 def _overlaps(
     labels: Sequence[str], nodes: Sequence[set[Any]], names: dict[int, str]
 ) -> dict[tuple[str, str], tuple[str, ...]]:
-    """The pairs whose graphs share a computation; a parameter that both use (a leaf) is no computation."""
+    """The pairs whose graphs share a computation. A parameter that both use (a leaf) does not count as one."""
     inner = [{node for node in found if not hasattr(node, "variable")} for found in nodes]
     found = {}
     for i, j in itertools.combinations(range(len(labels)), 2):
@@ -162,8 +165,10 @@ def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
 
 
 def _behind(nodes: Iterable[Any]) -> set[Any]:
-    """These nodes and all that they lead to. A broadcast on the way leads on to its source only: what it feeds
-    belongs to other segments."""
+    """These nodes, and all that they lead to.
+
+    The walk goes on from a broadcast to its source only, because the sites that it feeds belong to other segments.
+    """
     seen: set[Any] = set()
     stack = list(nodes)
     while stack:
@@ -211,9 +216,8 @@ def describe(learner: Learner) -> str:
         f"{learner.rule} on {type(learner.model).__name__}: {len(learner.graph.sites)} sites, "
         f"error of {learner.source.name!r}, feedback {in_bytes(learner.feedback_bytes)}"
     )
-    shared = (
-        {} if issubclass(learner.rule.feeds, LayerInput) else plan.shared
-    )  # of layer_inputs it is the rule: skip paths stay whole
+    # in a chain skip paths stay whole, so it is normal that parameters are in several segments
+    shared = {} if issubclass(learner.rule.feeds, LayerInput) else plan.shared
     notes = [
         f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in shared.items()
     ]

@@ -1,4 +1,4 @@
-"""What a rule that needs targets is told before a forward pass."""
+"""The targets of a pass, for rules that send them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Target:
                 )
             return y.to(source.dtype) * self.scale
         axis = self._class_axis(y, source, tokens)
-        # by comparison: no label outside the classes (an ignore_index) sends anything, and nothing waits for a device
+        # by comparison, so that a label outside the classes (ignore_index) sends nothing, without waiting for the device
         classes = torch.arange(shape[axis], device=y.device)
         return (y.unsqueeze(-1) == classes).movedim(-1, axis).to(source.dtype) * self.scale
 
     def _class_axis(self, y: Tensor, source: Tensor, tokens: int) -> int:
         """The dimension of the classes: 1 for [N, C] and maps [N, C, H, W], the last for tokens [N, T, C]."""
         shape, last = list(source.shape), source.dim() - 1
-        # with as many steps as classes the shapes fit both ways, so what the source is comes first
+        # with as many time steps as classes both axes fit; the kind of the source decides
         for axis in (last, 1) if tokens else (1, last):
             if list(y.shape) == shape[:axis] + shape[axis + 1 :]:
                 return axis

@@ -14,7 +14,7 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import UpwardEdge
 from feedbackward.model.trace import PRODUCTS
 
-# autograd's nodes that give an element another place
+# autograd's nodes that move elements to other positions
 _MOVES = ("Permute", "Transpose", "TBackward", "Flip", "Roll")
 
 

@@ -1,4 +1,4 @@
-"""The feedback weights of a graph: made once, the same on every rank and device, kept in one module."""
+"""The feedback weights of a graph: one module holds them, and they are the same on every rank and device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def make_feedback(
 
 
 class Feedback(nn.Module):
-    """Holds the feedback weights. Made for a model on the meta device, they are drawn when `to_empty` gives them memory."""
+    """Holds the feedback weights.
+
+    For a model on the meta device they are drawn when `to_empty` gives them memory.
+    """
 
     def __init__(self, drawn: Callable[..., nn.Module]) -> None:
         super().__init__()
@@ -152,8 +155,10 @@ def count_bytes(tensors: Iterator[Tensor] | Weights) -> int:
 
 @contextmanager
 def _drawn_on(device: torch.device) -> Iterator[None]:
-    """Weights are drawn on the CPU in float32, to be the same everywhere, whatever the program's default device and dtype
-    are; for a meta model nothing is drawn nor allocated."""
+    """Draw weights on the CPU in float32, so that they are the same whatever the default device and dtype are.
+
+    For a model on the meta device nothing is drawn and nothing is allocated.
+    """
     ambient = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -164,7 +169,7 @@ def _drawn_on(device: torch.device) -> Iterator[None]:
 
 
 def _distinct(graph: Graph) -> list[Edge]:
-    """One edge per set of weights: of those that share one, the edge to the largest site."""
+    """One edge per set of weights: the edge to the largest site, if several share a set."""
     largest: dict[str, Edge] = {}
     for edge in graph.edges:
         known = largest.get(edge.key)

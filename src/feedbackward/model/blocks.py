@@ -1,4 +1,4 @@
-"""Finding the blocks of a model: the modules that `sites="blocks"` cuts behind."""
+"""Finding the blocks of a model: the modules whose outputs are the sites of `sites="blocks"`."""
 
 from __future__ import annotations
 

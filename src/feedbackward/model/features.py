@@ -1,4 +1,4 @@
-"""Which dimension of a tensor holds features, told from the autograd graph of what made it."""
+"""Finding the dimension of a tensor that holds features, from the autograd graph that made it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 CHANNELS_FIRST = (*CONVOLUTIONS, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-# on a map they normalise whatever the last dimension is, so what came before them is asked first
+# on a map they normalise the last dimension, which need not hold features: the layers before them are asked first
 _NORMS_LAST = (nn.LayerNorm, nn.RMSNorm)
 FEATURES_LAST = (nn.Linear, *_NORMS_LAST, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 
-Output = tuple[Any, int]  # an autograd node and the number of its output
-_Path = tuple[Any, "_Path"] | None  # the nodes passed on the way down, the lowest first
+# an autograd node and the number of its output
+Output = tuple[Any, int]
+# the nodes passed on the way down, the lowest first
+_Path = tuple[Any, "_Path"] | None
 
 
 def feature_axis(tensor: Tensor, made: dict[Output, nn.Module]) -> int | None:
-    """The dimension of the features of the nearest layer that made the tensor; None where the graph does not tell.
+    """The dimension that holds the features of the nearest layer below the tensor; None if the graph does not show it.
 
-    `made`: the outputs of the layers, and which layer each is from. Only what keeps the tensor's form is followed: a gate or
-    an embedding that is broadcast over it says nothing of its dimensions.
+    made: the outputs of the layers, and the layer of each.
+
+    The search follows operands that have the tensor's form. A gate or an embedding that is broadcast says nothing about the
+    dimensions.
     """
     stack: list[tuple[Output, _Path]] = [((tensor.grad_fn, tensor.output_nr), None)]
     seen, norms = set[Output](), list[tuple[Output, _Path]]()
@@ -64,7 +68,7 @@ def _below(output: Output) -> Iterator[Output]:
         return
     yield from (parent for parent in parents if _shape(parent) == shape)
     alike = [p for p in parents if len(_shape(p)) == len(shape) and _shape(p) != shape]
-    # a pool or a slice has one operand; of several, those of size 1 are broadcast
+    # a pool or a slice has one operand; among several operands, those of size 1 are broadcast
     if node.name().startswith("Cat") or len(parents) == 1:
         yield from alike
 
@@ -111,7 +115,7 @@ def _moves(node: Any) -> Any:
 
 
 def _signed(dim: int) -> int:
-    """Autograd saves a negative dimension as the unsigned number of the same bits."""
+    """The dimension that autograd saved: it stores a negative one as an unsigned number."""
     return dim - 2**64 if dim >= 2**63 else dim
 
 

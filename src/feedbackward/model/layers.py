@@ -1,4 +1,4 @@
-"""Finding the layer_inputs of a chain: the input of each parametric layer, fed from that layer's own output."""
+"""Finding the sites of a chain: the input of each Linear layer or convolution, fed from that layer's own output."""
 
 from __future__ import annotations
 
@@ -28,18 +28,17 @@ from feedbackward.operators.layer import LayerForm
 def find_layer_inputs(
     model: nn.Module, trace: Trace, sites: Sites, source: Source
 ) -> list[LayerInput]:
-    """One layer_input per Linear or convolution whose input depends on parameters, in forward order.
+    """The input of every Linear layer or convolution whose input depends on parameters, in forward order.
 
-    `sites` is `"layers"`, names of such layers, or a predicate; layers that are left out pass the error on through
-    their own weights, as in backprop.
+    `sites` is `"layers"`, names of such layers, or a predicate. Layers that are left out send the error on through their
+    own weights, as in backprop.
 
-    Raises AttachError where an error would silently travel through weights that no layer_input stands for.
+    Raises AttachError where an error would silently travel through weights that no layer input replaces.
     """
     final, end = source_tensor(trace, source)
     above = tensors_in(trace.output)
-    if any(
-        t is final for t in above
-    ):  # the errors of the other outputs travel down the chain as well
+    # the errors of the other outputs travel down the chain as well
+    if any(t is final for t in above):
         end = max(call.end for call in trace.calls)
     else:
         above = [final]
@@ -100,7 +99,7 @@ def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
 
 
 def _form(layer: nn.Module, into: Tensor, out: Tensor) -> LayerForm:
-    """The layer's form in this call: `output_size` overrules a transposed convolution's own output padding."""
+    """The layer's form in this call. `output_size` overrides the output padding of a transposed convolution."""
     form = LayerForm.of(layer)
     if not form.transposed:
         return form
@@ -108,7 +107,10 @@ def _form(layer: nn.Module, into: Tensor, out: Tensor) -> LayerForm:
 
 
 def _below(trace: Trace, call: Call) -> PreActivation | str:
-    """The output of the layer before this one, or what stands between that is not a single elementwise activation."""
+    """The output of the layer before this one.
+
+    If more than one elementwise activation lies between, the result is a text that names it.
+    """
     activation: nn.Module | None = None
     before, (_, tensor, version) = call, call.activity
     while True:
@@ -130,7 +132,7 @@ def _below(trace: Trace, call: Call) -> PreActivation | str:
 
 
 def _refuse_subclass(call: Call) -> None:
-    """A layer that does more with its weight than its class does cannot be stood in for by a plain `B`."""
+    """Refuse a layer that uses its weight in another way than its class: a plain `B` could not replace it."""
     kind = type(call.module)
     base = next(c for c in PARAMETRIC if issubclass(kind, c))
     if any(
@@ -144,7 +146,7 @@ def _refuse_subclass(call: Call) -> None:
 
 
 def _wanted(model: nn.Module, sites: Sites) -> tuple[list[str], bool]:
-    """The names, and whether somebody chose them one by one."""
+    """The names, and whether the user gave them one by one."""
     if isinstance(sites, str) and (sites in ("blocks", "stages") or sites.startswith("every-")):
         raise AttachError(
             'a chain runs from layer to layer: use sites="layers", names of layers, or a predicate.'
@@ -157,7 +159,7 @@ def _wanted(model: nn.Module, sites: Sites) -> tuple[list[str], bool]:
 
 
 def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: list[Call]) -> None:
-    """Every product of an activity with a parameter must be a layer's; others pass the error on through true weights."""
+    """Refuse a product of an activity with a parameter outside a layer: it would send the error through true weights."""
     names = {id(p): name for name, p in model.named_parameters()}
     layers = {id(p) for call in calls for p in call.module.parameters(recurse=False)}
     for node in {node for t in outputs for node, _ in gradient_edges(t)}:
@@ -166,10 +168,10 @@ def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: l
             continue
         operands = [_parameter(parent) for parent, _ in node.next_functions if parent is not None]
         if all(p is not None for p in operands) and not recurrent:
-            continue  # nothing below it to pass an error to
-        own = [
-            p for p in operands if p is not None and id(p) in names
-        ]  # a tensor from outside is not the model's to refuse
+            # nothing below it gets an error
+            continue
+        # a tensor from outside the model is left alone
+        own = [p for p in operands if p is not None and id(p) in names]
         hidden = [p for p in own if p.dim() > 1 and id(p) not in layers]
         if hidden:
             raise AttachError(_hidden_weight(model, names[id(hidden[0])]))

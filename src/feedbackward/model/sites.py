@@ -1,4 +1,4 @@
-"""Finding the sites of a model: `"layers"`, every so many of them, `"stages"`, `"blocks"`, names, or a predicate."""
+"""Finding the sites of a model: `"layers"`, every k-th of them, `"stages"`, `"blocks"`, names, or a predicate."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def find_source(
 
 
 def source_tensor(trace: Trace, source: Source) -> tuple[Tensor, int]:
-    """The source as the trace recorded it, and when it was there."""
+    """The source as the trace recorded it, and the time at which it was made."""
     (point,) = source.points
     call = next(c for c in trace.calls if c.name == point.module)
     return call.outputs[point.leaf or 0][0], call.end
 
 
 class _Finder:
-    """Turns tensors and module names into sites, keeping only those whose error the source can carry."""
+    """Turns tensors and module names into sites, and keeps those that lead to the source."""
 
     def __init__(self, trace: Trace, source: Source) -> None:
         self.trace = trace
@@ -111,8 +111,10 @@ class _Finder:
         return list(found.values())
 
     def stages(self) -> list[Site]:
-        """Of the layers' sites the last, and those whose height and width differ from the site before (the input, for the
-        first): what a pool or a stride made."""
+        """The last of the layers' sites, and those that a pool or a stride made.
+
+        The latter have another height and width than the site before them, or than the input.
+        """
         sites = self.layers()
         images = [
             call.activity[1]
@@ -127,7 +129,7 @@ class _Finder:
         ]
 
     def named(self, names: Iterable[str], chosen: bool = True) -> list[Site]:
-        """The outputs of these modules, one site per tensor; names that somebody chose must all be usable."""
+        """The outputs of these modules, one site per tensor. Names that the user chose must all be usable."""
         found: dict[tuple[int, int], tuple[int, Site]] = {}
         for name in names:
             if not chosen and name not in self.trace.counts:
@@ -142,9 +144,8 @@ class _Finder:
             if leaves:
                 leaf, tensor, version = leaves[0]
                 other = found.get((id(tensor), version))
-                if (
-                    other is None or call.end < other[0]
-                ):  # a container returns what its last part made
+                # a container returns what its last part made
+                if other is None or call.end < other[0]:
                     found[id(tensor), version] = call.end, _output(Site, self.trace, call, leaf)
             elif chosen:
                 raise SiteError(
@@ -154,7 +155,7 @@ class _Finder:
         return [site for _, site in sorted(found.values(), key=lambda pair: pair[0])]
 
     def _leaves(self, call: Call) -> list[tuple[int, Tensor, int]]:
-        """The distinct tensors that the call returned and that lead to the source: number, tensor, version."""
+        """The distinct tensors that the call returned and that lead to the source, with their numbers and versions."""
         _float_leaf(call)
         leaves: dict[int, tuple[int, Tensor, int]] = {}
         for leaf, (tensor, version) in enumerate(call.outputs):
@@ -170,7 +171,7 @@ class _Finder:
         version: int,
         consumers: list[tuple[Call, int]],
     ) -> Site:
-        """Cut where the tensor is made, so that every consumer sees the cut; else at the layers' inputs."""
+        """Cut where a module makes the tensor, so that every consumer sees the cut; otherwise at the layers' inputs."""
         made = self.trace.producer(tensor, version, call.start)
         if made is not None:
             return _output(Site, self.trace, *made)
@@ -197,7 +198,7 @@ def _every(sites: str) -> int:
 
 
 def refuse_unrecorded(trace: Trace) -> None:
-    """A layer whose graph is not recorded would be trained by nothing, or by backprop behind the cuts."""
+    """Refuse a layer without a recorded graph: nothing would train it, or backprop would, past the cuts."""
     for call in trace.calls:
         if not call.grad_enabled and any(
             p.requires_grad for p in call.module.parameters(recurse=False)
@@ -209,8 +210,8 @@ def refuse_unrecorded(trace: Trace) -> None:
 
 
 def _output(kind: type, trace: Trace, call: Call, leaf: int) -> Any:
-    """One tensor of what a call returned; its name is the module's, with a number for all but the first."""
-    # a module may be called "output" itself
+    """One tensor of what a call returned. It has the module's name, and a number unless it is the first tensor."""
+    # a module may be called "output"
     whole = "output" if "output" not in trace.counts else "the model's output"
     name = (call.name or whole) + (f"[{leaf}]" if leaf and kind is Site else "")
     point = HookPoint(call.name, "output", 0, leaf if call.structured else None)

@@ -1,4 +1,4 @@
-"""What a forward pass changes, saved and put back: random numbers, buffers, modes, flags."""
+"""Saving and restoring what a forward pass changes: random numbers, buffers, modes and flags."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def preserved(module: nn.Module) -> Iterator[PassState]:
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Training mode, where the model is in evaluation mode as a whole; restored module by module."""
+    """Put the model into training mode if it is in evaluation mode as a whole; restore it module by module."""
     modes = [(m, m.training) for m in model.modules()]
     if not model.training:
         model.train()
@@ -86,7 +86,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def all_trainable(model: nn.Module) -> Iterator[None]:
-    """Every parameter requires a gradient, so that the graph shows what depends on parameters at all."""
+    """Let every parameter require a gradient, so that the graph shows everything that depends on parameters."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     for p in frozen:
         p.requires_grad_(True)

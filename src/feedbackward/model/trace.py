@@ -1,4 +1,4 @@
-"""One recorded forward pass: which module made which tensor, when, and what it depends on."""
+"""A recorded forward pass: which module made which tensor, when, and what the tensor depends on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ELEMENTWISE = (
     nn.Softsign,
     nn.Tanh,
 )
-# how autograd's nodes of matrix products and convolutions begin
+# how the names of autograd's nodes for matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
 
 
@@ -49,7 +49,8 @@ class Call:
 
     name: str
     module: nn.Module
-    index: int  # how many calls of this module came before
+    # how many calls of this module came before
+    index: int
     start: int
     inputs: list[tuple[Tensor, int]]
     # where each input is among the arguments and keywords
@@ -61,9 +62,9 @@ class Call:
 
     @property
     def activities(self) -> list[tuple[int, Tensor, int]]:
-        """The inputs that depend on parameters: number, tensor, version; the first input where none does.
+        """The inputs that depend on parameters, as (number, tensor, version), or the first input if none does.
 
-        An adjacency, a mask or a condition from the data comes before or after the activity, or by keyword.
+        Other inputs, such as a mask or an adjacency matrix, may stand before or after the activity.
         """
         found: dict[int, tuple[int, Tensor, int]] = {}
         for number, (tensor, version) in enumerate(self.inputs):
@@ -96,9 +97,9 @@ class Trace:
         }
 
     def producer(self, tensor: Tensor, version: int, before: int) -> tuple[Call, int] | None:
-        """The innermost module, called once, whose output is `tensor` at that version; and which leaf.
+        """The innermost module that is called once and returns `tensor` at that version, and the number of the leaf.
 
-        A module that only passes its input through (Identity) did not produce it.
+        A module that only returns its input (Identity) did not produce it.
         """
         for call in self.by_end:
             if call.end >= before or self.counts[call.name] > 1:
@@ -111,10 +112,10 @@ class Trace:
         return None
 
     def tokens(self, tensor: Tensor, when: int) -> int:
-        """How many token dimensions follow the batch: those between it and the features, where these come last.
+        """How many token dimensions the tensor has: those between the batch and the features, if these come last.
 
-        The features are those of the layer that made the tensor; where the graph does not lead to one, of the last layer
-        that ran before.
+        The layer that made the tensor says which dimension holds the features. If the graph leads to no layer, the last
+        layer that ran before decides.
         """
         if tensor.dim() < 3:
             return 0
@@ -177,7 +178,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
 
 def _refuse_lazy(model: nn.Module) -> None:
-    """What a first pass creates could not be taken back, and there would be nothing to make feedback for before it."""
+    """Refuse lazy modules: their first pass creates parameters, which could not be undone."""
     for name, module in model.named_modules():
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if any(is_lazy(t) for t in own):
@@ -188,7 +189,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 def dominators(tensor: Tensor) -> set[Any]:
-    """The autograd nodes through which all that was made before them reaches the tensor: no other path leads round them."""
+    """The autograd nodes that every path to the tensor from what was made before them passes through."""
     order: dict[Any, int] = {}
     stack: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]
     while stack:
@@ -202,9 +203,8 @@ def dominators(tensor: Tensor) -> set[Any]:
                 for n, _ in reversed(node.next_functions)
                 if n is not None and n.next_functions
             ]
-    rounds = [0] * (
-        len(order) + 1
-    )  # how many edges begin to lead round a place, less those that end there
+    # how many edges begin to bypass a place, less those that end there
+    rounds = [0] * (len(order) + 1)
     for node, place in order.items():
         for below, _ in node.next_functions:
             if below in order:
@@ -215,7 +215,7 @@ def dominators(tensor: Tensor) -> set[Any]:
 
 
 def gradient_edges(tensor: Tensor) -> set[tuple[Any, int]]:
-    """Every autograd node that leads to the tensor, its own included, with the number of its output that does."""
+    """Every autograd node that leads to the tensor (its own included), with the number of the output that does."""
     seen: set[tuple[Any, int]] = set()
     stack: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
     while stack:

@@ -1,4 +1,4 @@
-"""Looking into what a model returns, whatever class it is of."""
+"""The tensors in what a model returns, whatever its class."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def by_place(args: Any, kwargs: Any) -> tuple[dict[str, Any], TreeSpec]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a nested value: of tuples, lists, dicts and dataclasses, and of the value itself if it is an object with
-    attributes. Other objects within it stay closed: a cache of keys and values is no prediction."""
+    """The tensors in tuples, lists, dicts and dataclasses, and in the value itself if it is an object with attributes.
+
+    Other objects inside it are not searched: a cache of keys and values is no prediction.
+    """
     found: list[Tensor] = []
     seen = set[int]()
     stack = list(attributes(value).values()) if is_opaque(value) else [value]
@@ -35,7 +37,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def is_opaque(value: Any) -> bool:
-    """Whether it is an object that holds attributes, which PyTorch does not open by itself."""
+    """Whether the value is an object with attributes that PyTorch does not look into."""
     if isinstance(value, (Tensor, type)) or callable(value) or not tree_is_leaf(value):
         return False
     return bool(attributes(value))
@@ -49,7 +51,7 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def describe_type(value: Any) -> str:
-    """The class of a value, with its fields if it has names for them."""
+    """The class of a value, with the names of its fields if it has any."""
     kind = type(value).__name__
     if hasattr(value, "keys"):
         fields = list(map(str, value.keys()))

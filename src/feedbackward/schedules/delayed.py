@@ -1,4 +1,4 @@
-"""Staleness: a schedule in which the gradients of each part of the network arrive some steps late."""
+"""Delayed gradients: those of each part of the network arrive some steps late."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from feedbackward.errors import AttachError, CheckpointError, FeedbackError
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
 
-# who delays the gradients of a learner; an object that is gone delays nothing
+# the `Delayed` objects of a learner that still exist
 _LIVE: WeakKeyDictionary[nn.Module, WeakSet[Delayed]] = WeakKeyDictionary()
 
 
 def check_delayed(learner: nn.Module, label: str) -> None:
-    """A rule that is a schedule as well is plain backprop without its `Delayed`.
+    """Check that a rule that needs a `Delayed`, such as DSP, has one: without it, it would be plain backprop.
 
-    Raises FeedbackError where none was made, and warns where the one that was made is gone.
+    Raises FeedbackError if none was made, and warns if the one that was made is gone.
     """
     if _LIVE.get(learner):
         return
@@ -44,31 +44,33 @@ def check_delayed(learner: nn.Module, label: str) -> None:
 
 
 class Delayed:
-    r"""Gradients that arrive late: a part that is k steps stale is updated at step t with its gradient of step t - k.
+    r"""Gradients that arrive late: a part with a delay of k steps is updated at step t with its gradient of step t - k.
 
     .. math:: W_l^{t+1} = W_l^t - \eta\, \nabla_{W_l} \mathcal L\,(W^{t-k_l};\, x^{t-k_l})
 
-    What a pipeline gives, where every stage works on another batch, on one device and step by step. It goes with any rule.
+    A pipeline whose stages work on different batches gives such gradients. This class gives them on one device, step by
+    step, with any rule.
 
-    The parts are the segments of `learner.plan.stages`, the lowest first and the head last. The feedback weights of a
-    site, and its auxiliary network, belong to the part that they train; feedback that shares a weight's gradient is as late
-    as the weight. In its first k steps a part has no gradient (None), and the optimizer leaves it as it is. A part that
-    is not stale keeps its gradients untouched.
+    The parts are the segments of `learner.plan.stages`, the lowest first and the head last. The feedback weights of a site
+    and its auxiliary network belong to the part that they train. Feedback that shares the gradient of a weight is as late as
+    the weight. In its first k steps a part has no gradient (None), and the optimizer leaves it alone. A part without a
+    delay keeps its gradients.
 
     Args:
         learner: as `attach` returned it.
-        staleness: steps for all parts alike (1: pipelined DFA), or one number per part. Default: what the rule says
-            (:class:`DSP`).
-        steps: the most products in sequence that an update waits for, 0 for no bound. A part whose signal takes p of them is
-            ceil(p / steps) - 1 steps late, besides `staleness`: a chain of any length then works like a pipeline in which every update
-            takes `steps` products, each batch going on from where the last step left it.
+        staleness: the delay in steps: one number for all parts (1 is pipelined DFA), or one number per part. Default: what
+            the rule says, see :class:`DSP`.
+        steps: the most products in sequence that an update waits for; 0 for no bound. A part whose signal takes p products
+            is ceil(p / steps) - 1 steps later than `staleness` says. A chain of any length then works like a pipeline in which every
+            update takes `steps` products.
 
-    Call `exchange` once before every optimizer step, after the gradients of all accumulated batches and of
-    `feedback_step` are there; clip afterwards. It holds k gradients of each part. Not with a GradScaler that changes its
-    scale, unless gradients are unscaled before, and not with `step_in_backward`, which leaves no gradients to exchange.
+    Call `exchange` once before every optimizer step, when the gradients of all accumulated batches and of `feedback_step`
+    are there, and clip gradients afterwards. It keeps k gradients of each part. A GradScaler that changes its scale needs
+    `unscale_` before. `step_in_backward` leaves no gradients to exchange.
 
-    Raises AttachError where a parameter belongs to parts of different staleness, for their sum has no one age, and with
-    `steps` where signals go on upwards, through the layers (IFA): it counts products along edges.
+    Raises AttachError if a parameter belongs to parts with different delays, because the sum of their gradients has no one
+    age. With `steps` it also refuses signals that go upwards through the layers (IFA), because it counts products along
+    edges.
 
     Example:
         >>> import torch
@@ -116,30 +118,30 @@ class Delayed:
         _LIVE.setdefault(learner, WeakSet()).add(self)
 
     def exchange(self) -> None:
-        """Put in place of each stale part's gradients those of so many steps ago, and keep the present ones.
+        """Replace the gradients of each part by those of k steps ago, and keep the present ones for later.
 
-        Raises AttachError where a parameter trains by now that belongs to parts of different staleness.
+        Raises AttachError if a parameter that belongs to parts with different delays trains by now.
         """
         for name, (p, parts) in self._unclear.items():
             if p.grad is not None:
                 raise _no_one_age(name, parts)
         for name, p in self._parameters.items():
             queue, grad = self._queues[name], p.grad
-            # a view of somebody's buffer (DDP) will be written over
+            # DDP will overwrite a gradient that is a view of its buffer
             queue.append(grad.clone() if grad is not None and grad._is_view() else grad)
             p.grad = queue.popleft()
 
     @contextmanager
     def predicted(self) -> Iterator[None]:
-        r"""Weights where they will be when the gradients taken here arrive; on leaving they are what they were.
+        r"""Put the weights where they will be when the gradients taken here arrive, and restore them on leaving.
 
         .. math:: \hat W_l^t = W_l^t + k_l\,(W_l^t - W_l^{t-1})
 
-        Linear weight prediction by the last step's movement, so it goes with any optimizer. Without it a late gradient belongs to
-        weights that have moved on, which costs the more the more momentum there is.
+        This is linear weight prediction from the movement of the last step, so it works with any optimizer. Without it, the
+        weights move on before their gradient arrives, which costs more with more momentum.
 
-        Enter it once for every optimizer step, around all accumulated batches and `feedback_step`. It holds a copy of each
-        stale parameter, two while it is entered.
+        Enter it once for every optimizer step, around all accumulated batches and `feedback_step`. It keeps a copy of each
+        delayed parameter, and two copies inside the context.
 
         Source: Kosson et al., "Pipelined Backpropagation at Scale", MLSys 2021 (there LWP in its form for weights).
 
@@ -171,7 +173,7 @@ class Delayed:
                     self._parameters[name].copy_(weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradients that have yet to arrive, by parameter, the oldest first; of `predicted` the weights before the last step."""
+        """The gradients that have not arrived yet, by parameter, the oldest first, and the weights that `predicted` needs."""
         return {
             "delays": list(self.delays),
             "waiting": {name: list(queue) for name, queue in self._queues.items()},
@@ -179,7 +181,7 @@ class Delayed:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave. Raises CheckpointError where it belongs to another network or staleness."""
+        """Restore what `state_dict` gave. Raises CheckpointError if it belongs to another network or other delays."""
         waiting = state["waiting"]
         if list(state["delays"]) != list(self.delays) or waiting.keys() != self._queues.keys():
             raise CheckpointError(
@@ -200,7 +202,7 @@ class Delayed:
 
 
 def _waits(learner: Learner, steps: int) -> tuple[int, ...]:
-    """How many steps of at most so many products the signal of each part takes besides the first."""
+    """How many steps of at most `steps` products the signal of each part takes after the first step."""
     if not steps:
         return (0,) * len(learner.plan.stages)
     return tuple(max(0, -(-p // steps) - 1) for p in products(learner))
@@ -238,7 +240,7 @@ def products(learner: Learner) -> tuple[int, ...]:
 
 
 def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, dict[int, str]]:
-    """The delays of every parameter of the learner that is in some part, each with a part of that delay."""
+    """For every parameter that is in a part: its delays, each with the name of a part that has it."""
     found: dict[str, dict[int, str]] = {}
     for part, delay in zip(learner.whole_plan.stages, delays, strict=True):
         for name in part.parameters:

@@ -2,11 +2,11 @@ r"""Schedules: when the backward of each segment runs. A schedule is not a rule;
 
 F is the work of the forward pass, G of the weight gradients, D of the input gradients; backprop does F + G + D.
 
-joint: one backward over all segments after the forward pass. Holds every segment's activities. F + G.
-eager: a segment's backward runs within the forward pass, as soon as its site is met. Holds one segment. F + G. For rules
-    whose signals need no error (DRTP, DGL, Frozen).
-replay: a forward pass gives the error, and the lower part of it is repeated, segment by segment. Holds as much as the largest
-    segment. At most 2F + G.
+joint: one backward pass over all segments follows the forward pass. Every segment's activities are in memory. F + G.
+eager: a segment's backward pass runs inside the forward pass, as soon as this reaches the site. One segment is in memory.
+    F + G. For rules whose signals need no error (DRTP, DGL, Frozen).
+replay: a forward pass gives the error, and its lower part is repeated, segment by segment. As much as the largest segment
+    is in memory. At most 2F + G.
 """
 
 from __future__ import annotations

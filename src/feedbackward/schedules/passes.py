@@ -1,4 +1,4 @@
-"""What the schedules other than `joint` share: a pass that runs the backward of each segment at its site."""
+"""What the schedules other than `joint` share: a pass that runs the backward pass of each segment at its site."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class Fingerprint:
 
     @staticmethod
     def of(h: Tensor) -> Fingerprint:
-        """The fingerprint of an activity; one wait for the device."""
-        if h.untyped_storage().device.type == "meta":  # a fake tensor has a shape only
+        """The fingerprint of an activity. It waits for the device once."""
+        # a fake tensor has a shape only
+        if h.untyped_storage().device.type == "meta":
             return Fingerprint(tuple(h.shape), 0.0, 0.0)
         h = h.detach()
         last = h.shape[-1] if h.dim() else 1
@@ -48,7 +49,7 @@ class Fingerprint:
         return Fingerprint(tuple(h.shape), magnitude, weighted)
 
     def like(self, other: Fingerprint | None) -> bool:
-        """Whether both are of the same activity, up to the rounding of kernels that add in any order."""
+        """Whether both belong to the same activity, up to the rounding of kernels that add in any order."""
         if other is None or self.shape != other.shape:
             return False
         pairs = ((self.magnitude, other.magnitude), (self.weighted, other.weighted))
@@ -57,10 +58,11 @@ class Fingerprint:
 
 
 class Deliver:
-    """Runs the backward of each segment as soon as its site is met. `errors`: of the sources, empty where none is needed.
+    """Runs the backward pass of each segment as soon as the forward pass reaches its site.
 
-    `expected`: what the activity or source of that name must look like again. `until`: the number of the last site that is
-    wanted; the pass ends there.
+    errors: those of the sources; empty if none is needed.
+    expected: the name of an activity or source, and the fingerprint that it must have.
+    until: the number of the last site that is wanted; the pass ends there.
     """
 
     def __init__(
@@ -76,14 +78,15 @@ class Deliver:
 
     def at_site(self, index: int, h: Tensor, version: int) -> None:
         self._compare(self.cuts.sites[index].name, h)
-        if h.requires_grad:  # a segment with nothing to train gets no signal
+        # a segment with nothing to train gets no signal
+        if h.requires_grad:
             self._send(index, h, version)
         if index == self.until:
             raise PassOverError
 
     def _send(self, index: int, h: Tensor, version: int) -> None:
         outputs, grads = [], []
-        # not the hooks of a checkpoint, where the site lies in one
+        # the site may lie in a checkpoint, whose hooks must not apply here
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             for edge in self.cuts.edges_to[index]:
                 d = self._error(edge.source, h)
@@ -100,7 +103,8 @@ class Deliver:
 
     def at_source(self, source: Source, tensor: Tensor) -> Tensor:
         self._compare(source.name, tensor)
-        return tensor  # its own error comes from above, as in any backward pass
+        # its own error comes from above, as in any backward pass
+        return tensor
 
     def _compare(self, name: str, now: Tensor) -> None:
         if (
@@ -124,7 +128,7 @@ class Deliver:
 
 
 def no_error(name: str) -> SiteError:
-    """What to say where a source gets no error."""
+    """The error for a source that gets no error signal."""
     return SiteError(
         f"the loss does not depend on the source {name!r}, so there is no error to send: return the model's "
         "predictions from it, or choose another error_at."

@@ -1,4 +1,4 @@
-"""Before the first replay: can the forward pass be repeated, and which part of it needs no repeating?"""
+"""Preparing the first replay: whether the forward pass can be repeated, and which part need not be."""
 
 from __future__ import annotations
 
@@ -42,11 +42,14 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Preparation]] = WeakKeyDicti
 
 
 def prepared(learner: Learner, inputs: Any) -> Preparation:
-    """The preparation of the model as it is now, made anew where other parameters train, other modules are in place, or
-    their modes differ. Raises AttachError as `prepare` does."""
+    """The preparation of the model as it is now.
+
+    It is made again when other parameters train, or modules or their modes have changed. Raises AttachError as `prepare`
+    does.
+    """
     known = _KNOWN.setdefault(learner, {})
     key = (
-        # a module's number may be that of one that is gone
+        # a reference, because a new module may have the id of one that is gone
         tuple((name, ref(m), m.training) for name, m in learner.model.named_modules()),
         tuple(name for name, p in learner.model.named_parameters() if p.requires_grad),
     )
@@ -75,7 +78,7 @@ def prepare(learner: Learner, inputs: Any) -> Preparation:
 
 
 class _Listener:
-    """A visitor that fingerprints every activity and weighs what autograd saves for each segment; it trains nothing."""
+    """A visitor that takes every activity's fingerprint, and counts what autograd saves for each segment."""
 
     def __init__(self, names: list[str], known: set[int]) -> None:
         self.names, self.known = names, known
@@ -113,7 +116,10 @@ def _listen(learner: Learner, inputs: Any) -> _Listener:
 
 
 def _hold(learner: Learner, weights: dict[int, int]) -> int | None:
-    """The lowest site above which all segments together weigh no more than the largest below, all sources included."""
+    """The lowest site such that all segments above it take no more memory than the largest segment.
+
+    All sources must lie above it. None if there is no such site.
+    """
     below = list(itertools.takewhile(lambda item: isinstance(item, int), learner.plan.order))
     met = [index for index in below if isinstance(index, int)]
     rest = [index for index in learner.plan.order if isinstance(index, int) and index not in met]
@@ -128,7 +134,7 @@ def _hold(learner: Learner, weights: dict[int, int]) -> int | None:
 
 
 def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
-    """Whether a pass that records gradients from this site on reaches all that is to be trained above it."""
+    """Whether a pass that records gradients from this site on reaches everything that trains above it."""
     cuts, plan = learner.cuts, learner.plan
     names = {id(p): name for name, p in learner.model.named_parameters()}
     with preserved(learner.model), torch.no_grad(), cuts.recording(hold=hold) as tape:

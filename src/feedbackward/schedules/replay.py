@@ -1,8 +1,8 @@
 """The `replay` schedule: joint gradients with the activities of about one segment in memory.
 
-Where it can, the upper part of the network is held: the first pass records gradients from some site on, and its backward
-runs at once. It holds no more than the largest segment will need later, and only what lies below is repeated. Where the
-segments interleave, or a source lies below that part, everything is repeated.
+Where possible, the first pass records gradients from some site on, and trains the part above this site at once. That part
+takes no more memory than the largest segment will need later. Only the part below is repeated. If segments interleave, or a
+source lies below that site, the whole pass is repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def replay(learner: Learner, inputs: Any, loss_fn: LossFn, keep_inputs: bool = F
 def _repeat_below(
     learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
 ) -> Tensor:
-    """One pass whose part above the site `hold` trains at once, and a second one up to that site."""
+    """Run a pass that trains the part above the site `hold`, and then a second pass up to that site."""
     cuts, model = learner.cuts, learner.model
     before = PassState(model)
     loss, errors, expected = _train_above(learner, inputs, loss_fn, target, hold)
@@ -65,7 +65,7 @@ def _repeat_below(
 def _train_above(
     learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
 ) -> tuple[Tensor, dict[str, Tensor], Fingerprint]:
-    """The loss, the errors of the sources, and what the activity of the site `hold` looked like; nothing else lives on."""
+    """The loss, the errors of the sources, and the fingerprint of the activity at the site `hold`."""
     with torch.no_grad(), learner.cuts.recording(target, hold=hold) as tape:
         output = run(learner.model, copied(inputs))
     torch.clear_autocast_cache()  # of weights that were cast without gradients
@@ -85,10 +85,10 @@ def _repeat_all(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target |
 def _find_errors(
     learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None
 ) -> tuple[dict[str, Tensor], tuple[str, Fingerprint]]:
-    """The error of every source, the last source first; and the last source's fingerprint.
+    """The error of every source, beginning with the last one, and the last source's fingerprint.
 
-    A pass runs without gradients up to the source, and with them from there on. A source that is a site as well
-    needs no pass: its error is the signal it is sent.
+    A pass runs without gradients up to the source, and with gradients from there on. A source that is also a site needs
+    no pass, because its error is the signal that it gets.
     """
     cuts, errors = learner.cuts, dict[str, Tensor]()
     order = {source.name: source for source in cuts.sources}
@@ -104,7 +104,8 @@ def _find_errors(
             with cuts.visiting(seek, target):
                 output = run(learner.model, copied(inputs))
             seek.add(loss_fn(output), None)
-        torch.clear_autocast_cache()  # of weights that were cast without gradients
+        # it has weights that were cast without gradients
+        torch.clear_autocast_cache()
         errors[name] = seek.error()
         if expected is None:
             expected = seek.fingerprint()
@@ -115,7 +116,7 @@ def _find_errors(
 def _sent(
     cuts: Cuts, index: int, like: Tensor, errors: dict[str, Tensor], target: Target | None
 ) -> Tensor:
-    """What a site is sent, given the errors of its sources."""
+    """The signal that a site gets from the errors of its sources."""
     h = like.requires_grad_()
     total = torch.zeros_like(h)
     for edge in cuts.edges_to[index]:
@@ -126,7 +127,7 @@ def _sent(
 
 
 class Seek:
-    """Finds the error of one source: gradients are on from the source to the next cuts, whose signals are known."""
+    """Finds the error of one source. Gradients are on from the source to the next cuts, whose signals are known."""
 
     def __init__(
         self,
@@ -144,7 +145,8 @@ class Seek:
 
     def at_site(self, index: int, h: Tensor, version: int) -> None:
         if index in self.relays:
-            self.stand_ins[index] = h.new_zeros(()).expand_as(h)  # its shape, in no memory
+            # its shape, without its memory
+            self.stand_ins[index] = h.new_zeros(()).expand_as(h)
         if self.source is None or not h.requires_grad:
             return
         for edge in self.cuts.edges_to[index]:
@@ -156,11 +158,12 @@ class Seek:
         if source.name == self.name:
             torch.set_grad_enabled(True)
             self.source = tensor.detach().requires_grad_()
-            return self.source.clone()  # an in-place operation may follow
+            # an in-place operation may follow
+            return self.source.clone()
         return tensor
 
     def add(self, output: Tensor, d: Tensor | None, more: bool = False) -> None:
-        """Add what an output with the gradient `d` (None for a loss) contributes to the source's error."""
+        """Add the contribution of an output with the gradient `d` (None for a loss) to the source's error."""
         if not output.requires_grad or self.source is None:
             return
         with torch.enable_grad(), torch.autocast(output.device.type, enabled=False):

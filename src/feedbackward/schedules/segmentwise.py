@@ -1,8 +1,8 @@
 """Replay with kept segment inputs: each segment runs by itself, from the last to the first.
 
-A forward pass without gradients keeps the activity of every site. Then each segment is the model's own forward pass in which
-every module that had ended before the segment began is left out, the kept activities stand in for the sites, and the pass
-ends at the segment's own site. The segments need each other only for the errors of relays, which come from above.
+A forward pass without gradients keeps the activity of every site. After that, each segment is a forward pass of the model
+that skips every module that had ended before the segment began. Kept activities replace the sites, and the pass ends at the
+segment's own site. A segment needs another one only for the error of a relay, which comes from above.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Call:
-    """One module call of the first pass: when it ended, within which other call, and what stands in for its output."""
+    """A module call of the first pass: when it ended, inside which other call, and what replaces its output later."""
 
     name: str
     parent: _Call | None
@@ -45,14 +45,14 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Site:
-    """In a call's output: the activity of the site of this number."""
+    """A placeholder in a call's output for the activity of the site with this number."""
 
     index: int
 
 
 @dataclass
 class _Kept:
-    """What the first pass left: activities and random states by site, when each was at_site, and the calls."""
+    """What the first pass left: the calls, and for each site its activity, its random state and its time."""
 
     beginning: RandomState
     activities: dict[int, Tensor] = field(default_factory=dict)
@@ -127,15 +127,14 @@ def _calls(model: nn.Module, kept: _Kept, clock: Iterator[int]) -> Iterator[None
             if name:
                 pre = module.register_forward_pre_hook(lambda m, a, name=name: enter(name))
                 stack.callback(pre.remove)
+                # prepended, so that the call has ended before its output is handled as a site
                 post = module.register_forward_hook(lambda m, a, out: leave(out), prepend=True)
-                stack.callback(
-                    post.remove
-                )  # prepended: the module has ended before its output is at_site as a site
+                stack.callback(post.remove)
         yield
 
 
 def _skeleton(t: Tensor, kept: _Kept) -> Any:
-    """What stands for a tensor of a call's output until the call is left out."""
+    """What replaces a tensor of a call's output until the call is skipped."""
     for index in reversed(kept.activities):
         if kept.activities[index] is t:
             return _Site(index)
@@ -196,7 +195,7 @@ def _from(
     deliver: Deliver,
     end: Callable[[Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """The model's next pass begins at the site before `place` in `order`, and ends at the one there, if there is one."""
+    """Let the model's next pass begin at the site before `place` in `order`, and end at the site at `place`, if any."""
     lower = set(order[:place])
     start = order[place - 1] if place else None
 
@@ -234,8 +233,10 @@ def _from(
 
 @contextmanager
 def _left_out(learner: Learner, kept: _Kept, start: int | None) -> Iterator[None]:
-    """Modules whose only call had ended when the site was at_site return what they returned where that is a kept activity, else
-    zeros, which nothing reads but other such modules."""
+    """Skip the modules whose only call had ended when the first pass reached the site `start`.
+
+    They return the kept activity if they returned one, and zeros otherwise, which only other skipped modules read.
+    """
     if start is None:
         yield
         return
@@ -258,7 +259,7 @@ def _left_out(learner: Learner, kept: _Kept, start: int | None) -> Iterator[None
 
 @contextmanager
 def _forward_of(module: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
-    """Run `stand_in` for the module's forward; a forward that the instance itself holds is put back."""
+    """Run `stand_in` in place of the module's forward. A forward that the instance holds is restored afterwards."""
     own = vars(module).get("forward")
     vars(module)["forward"] = stand_in
     try:
@@ -279,7 +280,7 @@ def _stand_in(skeleton: Any, kept: _Kept, device: torch.device) -> Callable[...,
 
 
 def _refuse_interleaved(learner: Learner, ends: Sequence[Any], segment: Any) -> None:
-    """What a segment trains by itself must be what the plan says."""
+    """Refuse a segment that does not train all the parameters that the plan says."""
     names = {id(p): name for name, p in learner.model.named_parameters()}
     tensors = [t for t in ends if isinstance(t, Tensor) and t.requires_grad]
     trainable = {name for name, p in learner.model.named_parameters() if p.requires_grad}
