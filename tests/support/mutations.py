@@ -42,6 +42,7 @@ SIGNS, ALIGNED, PRODUCTS = (
 )
 PREDICTIVE = "rules/test_rules_predictive.py"
 HIGHWAY = "rules/test_rules_highway.py"
+HEADS = "rules/test_rules_local_heads.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -84,6 +85,15 @@ MUTATIONS = (
     ("optim.py", "W.mul_(torch.where(now > 0, norm / now, 1.0))", "pass", SIGNS),
     ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", ALIGNED),
     ("rules/chain/weight_mirror.py", "self.decay * B - mirrored", "self.decay * B + mirrored", ALIGNED),
+    # local losses
+    ("rules/local/predsim.py", "(1 - self.similarity) * prediction", "prediction", HEADS),
+    ("rules/local/predsim.py", "x = x.flatten(2).std(2)", "x = x.flatten(2).mean(2)", HEADS),
+    ("rules/local/predsim.py", "x = x - x.mean(1, keepdim=True)", "pass", HEADS),
+    ("rules/local/predsim.py", "(z - z.detach()) @ self.back.t()", "(z - z.detach()) @ self.decoder.weight.t()", HEADS),
+    ("rules/local/predsim.py", "(wanted > 0)", "(wanted < 0)", HEADS),
+    ("rules/local/lls.py", "F.normalize(self.reader(h), dim=1)", "self.reader(h)", HEADS),
+    ("rules/local/lls.py", "scores / self.temperature", "scores", HEADS),
+    ("rules/local/heads.py", "h.flatten(1, self.averaged).mean(1).flatten(1)", "h.flatten(1, self.averaged).sum(1).flatten(1)", HEADS),
     # skip paths
     ("engine/autograd.py", "before = ctx.held.pop() if ctx.held else torch.zeros_like(grad)", "before = grad", HIGHWAY),
     ("engine/autograd.py", "            held.clear()\n", "            pass\n", HIGHWAY),

@@ -41,6 +41,8 @@ from feedbackward.rules.direct.shared_dfa import SharedDFA
 from feedbackward.rules.direct.sign_dfa import SignDFA
 from feedbackward.rules.direct.sparse_dfa import SparseDFA
 from feedbackward.rules.local.dgl import DGL
+from feedbackward.rules.local.lls import LLS
+from feedbackward.rules.local.predsim import PredSim
 from feedbackward.rules.mixed.cdfa import CDFA
 from feedbackward.rules.mixed.dsp import DSP
 from feedbackward.rules.mixed.han2020 import Han2020
@@ -78,6 +80,8 @@ RULES: dict[str, type[Rule]] = {
     "highway_kp": HighwayKP,
     "ebd": EBD,
     "dgl": DGL,
+    "predsim": PredSim,
+    "lls": LLS,
     "weight_mirror": WeightMirror,
     "information_alignment": InformationAlignment,
     "symmetric_alignment": SymmetricAlignment,
@@ -114,6 +118,7 @@ __all__ = [
     "FDFA",
     "FRSF",
     "IFA",
+    "LLS",
     "LRA",
     "PDFA",
     "PFA",
@@ -131,6 +136,7 @@ __all__ = [
     "KernelDFA",
     "KolenPollack",
     "Mixed",
+    "PredSim",
     "Properties",
     "RecLRA",
     "RelayedKP",

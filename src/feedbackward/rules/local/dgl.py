@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Local, Site, Source
+from feedbackward.graph import Graph, Site, Source
 from feedbackward.rule import Properties, Rule
+from feedbackward.rules.local.heads import count_classes, is_map, local_losses, per_token
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class DGL(Rule):
     properties = Properties(
         backward_unlocked=True,
         update_unlocked=True,
-        forward_unlocked=True,
+        forward_unlocked=False,
         weight_transport=False,
         learned_feedback=True,
         backward_steps="0",
@@ -73,19 +74,13 @@ class DGL(Rule):
             )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return Graph(tuple(sites), local=tuple(Local(source, site) for site in sites))
+        return local_losses(sites, source)
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
-        per_token = bool(site.tokens) and site.tokens == source.tokens
-        if len(source.shape) != 1 + (source.tokens if per_token else 0):
-            raise AttachError(
-                f"DGL classifies at site {site.name!r}, but the source {source.name!r} of shape {list(source.shape)} holds no class "
-                "scores per sample or token: use a rule with feedback (DFA, DKP)."
-            )
-        classes = source.shape[-1]
-        if per_token:
+        classes = count_classes(self.label, site, source)
+        if per_token(site, source):
             return _Head(site.shape[-1], self.hidden, classes, tokens=True)
-        if len(site.shape) in (2, 3, 4) and not site.tokens:
+        if is_map(site):
             return _maps(site.shape, self.convs, self.hidden, classes)
         return nn.Sequential(nn.Flatten(), _Head(math.prod(site.shape), self.hidden, classes))
 

@@ -1,0 +1,79 @@
+"""What rules with local losses have in common: the sites' losses, and features of a size that a head can read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Graph, Local, Site, Source
+
+
+def local_losses(sites: Sequence[Site], source: Source) -> Graph:
+    """The graph in which every site has a loss of its own."""
+    return Graph(tuple(sites), local=tuple(Local(source, site) for site in sites))
+
+
+def per_token(site: Site, source: Source) -> bool:
+    """Whether every token of the site has a target."""
+    return bool(site.tokens) and site.tokens == source.tokens
+
+
+def count_classes(label: str, site: Site, source: Source) -> int:
+    """The classes that the source holds scores of. Raises AttachError where it holds none per sample or token."""
+    if len(source.shape) != 1 + (source.tokens if per_token(site, source) else 0):
+        raise AttachError(
+            f"{label} classifies at site {site.name!r}, but the source {source.name!r} of shape {list(source.shape)} holds no class "
+            "scores per sample or token: use a rule with feedback (DFA, DKP)."
+        )
+    return source.shape[-1]
+
+
+def is_map(site: Site) -> bool:
+    """Whether the site is a map: channels, then one to three dimensions of space."""
+    return len(site.shape) in (2, 3, 4) and not site.tokens
+
+
+def pooled_space(shape: Sequence[int], features: int) -> tuple[int, ...]:
+    """The space of a map `[c, *space]`, its longest side halved until no more than so many features are left."""
+    channels, *space = shape
+    while channels * math.prod(space) > features and max(space) > 1:
+        longest = space.index(max(space))
+        space[longest] = -(-space[longest] // 2)
+    return tuple(space)
+
+
+class Reader(nn.Module):
+    """The features of an activity that a head reads, one row per target: `[N, features]`.
+
+    Maps are averaged down to `space`. Tokens with targets of their own are rows; others are averaged.
+    """
+
+    def __init__(self, site: Site, source: Source, space: tuple[int, ...]) -> None:
+        super().__init__()
+        self.space, self.averaged = space, site.tokens if not per_token(site, source) else 0
+        shape = site.shape[site.tokens :]
+        self.kept = len(shape)
+        self.channels = shape[0]
+        self.width = shape[0] * math.prod(space) if space else math.prod(shape)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.space:
+            return self.pooled(h).flatten(1)
+        if self.averaged:
+            return h.flatten(1, self.averaged).mean(1).flatten(1)
+        return h.flatten(-self.kept).flatten(0, -2)
+
+    def pooled(self, h: Tensor) -> Tensor:
+        """A map `[N, c, ...]` averaged down."""
+        if tuple(h.shape[2:]) == self.space:
+            return h
+        pools: list[Callable[..., Tensor]] = [
+            F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool2d,
+            F.adaptive_avg_pool3d,
+        ]
+        return pools[len(self.space) - 1](h, self.space)
