@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 from feedbackward.errors import AttachError, ConfigError
-from feedbackward.experiment.benchmark import report as benchreport
-from feedbackward.experiment.benchmark.bench import Bench, Case, Trainee, summary
-from feedbackward.experiment.benchmark.cases import LEARNING_RATE, BenchConfig, Factory, make_cases
-from feedbackward.experiment.config.files import to_dict
+from feedbackward.experiment.benchmark import cost_report
+from feedbackward.experiment.benchmark.steps import Bench, Case, Trainee, summary
+from feedbackward.experiment.benchmark.subject import CostConfig
+from feedbackward.experiment.benchmark.trainees import LEARNING_RATE, Factory, make_cases
 from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.progress import Progress
@@ -160,7 +160,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(config: BenchConfig, folder: Path | None) -> tuple[dict[str, Any], int]:
+def measure(config: CostConfig, folder: Path | None) -> tuple[dict[str, Any], int]:
     """The results, ready for JSON, and the signal that stopped the run, or 0."""
     device, stopped = find_device(config.device), 0
     (model,) = config.models
@@ -178,11 +178,11 @@ def measure(config: BenchConfig, folder: Path | None) -> tuple[dict[str, Any], i
             bench.measure(config.rounds)
         except InterruptedRunError as stop:
             stopped = stop.signum
-    benchreport.print_rows(benchreport.describe(config, model), bench.rows, config.batch, Console())
-    print(benchreport.LEGEND)
-    head = {"settings": to_dict(config), "interrupted": bool(stopped)}
-    measured = [{"model": model, "rows": summary(bench.rows, config.batch)}]
-    return benchreport.document(head, measured, device), stopped
+    rows = summary(bench.rows, config.batch)
+    cost_report.print_measured(cost_report.describe(config, model), rows, bench.rows, Console())
+    print(cost_report.MEASURED)
+    measured = [{"model": model, "rows": rows}]
+    return cost_report.document(config, measured, device, bool(stopped)), stopped
 
 
 def main() -> int:
@@ -192,14 +192,16 @@ def main() -> int:
     names = ("batch", "size", "classes", "rounds", "threads", "device")
     chosen = {name: getattr(args, name) for name in names}
     try:
-        config = BenchConfig(models=[args.model], rules=["dfa", "fa", "dkp"], **chosen).resolved()
+        config = CostConfig(
+            models=[args.model], rules=["dfa", "fa", "dkp"], measure=True, **chosen
+        ).resolved()
         results, stopped = measure(config, args.dkp_gist)
     except fb.FeedbackError as error:
         print(f"peers.py: error: {error}", file=sys.stderr)
         return 2
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        benchreport.write_json(args.json, results)
+        cost_report.write_json(args.json, results)
     return 128 + stopped if stopped else 0
 
 

@@ -1,36 +1,37 @@
-"""The command line: `feedbackward train`, `compare`, `study`, `probe`, `bench`, `cost` and `rules`.
+"""The command line: `feedbackward train`, `compare`, `probe`, `cost` and `rules`.
 
 Exit codes: 0 success; 2 anything that feedbackward refuses, a diverged run included, with one sentence on
-stderr; 130 and 143 a run stopped by Ctrl-C or SIGTERM, after saving it; 1 a fault of feedbackward itself,
-with its traceback.
+stderr; 130 and 143 a run that Ctrl-C or SIGTERM stopped, after saving it; 1 a fault of feedbackward
+itself, with its traceback, or a comparison in which a run failed.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from feedbackward import errors
-from feedbackward.experiment.config.parser import Parser
 
 USAGE = """\
 usage: feedbackward COMMAND [options]
 
   train    train one network by one rule
-  compare  train by several rules and seeds under one recipe, and report
-  study    a grid of comparisons that a config describes, in one table: feedbackward study paper --scale 0.05
-  probe    how near a trained run's gradients are to backprop's
-  bench    step time, throughput and memory beside backprop's
-  cost     multiply-adds, bytes and steps in sequence on a network, counted without running it
-  rules    what each rule needs and costs
+  compare  train by several rules and seeds, or a whole grid of settings, and write a report
+  probe    measure how near a trained run's gradients are to backprop's
+  cost     count what a training step costs, or measure it, beside backprop
+  rules    list the rules, with what each needs and costs
 
 feedbackward COMMAND --help lists the options. A first look, in under four minutes:
   feedbackward compare --config demo
 """
+# of the experiment layer, which needs more than the library does
+NEEDED = (
+    "jsonargparse docstring_parser yaml rich safetensors datasets jinja2 matplotlib tensorboard"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,76 +62,85 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"feedbackward {__version__}")
         return 0
-    command, *rest = arguments
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        raise errors.ConfigError(f"unknown command '{command}': {hint}")
     _check_installed()
+    from feedbackward.experiment.config.renamed import renamed, unknown
+
+    command, rest = renamed(arguments[0], arguments[1:])
+    if command not in COMMANDS:
+        raise errors.ConfigError(unknown(command, [*COMMANDS]))
     return COMMANDS[command](rest)
 
 
 def _train(arguments: list[str]) -> int:
     from feedbackward.experiment.config.arguments import parse
     from feedbackward.experiment.config.schema import TrainConfig
+
+    config = parse(TrainConfig, arguments, "train").resolved()
     from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
     from feedbackward.experiment.training.progress import Progress
-
-    config = parse(
-        TrainConfig, arguments, "feedbackward train", "Train one network by one rule."
-    ).resolved()
     from feedbackward.experiment.training.train import train
 
     try:
         with Interrupts() as interrupts, Progress() as progress:
             result = train(config, progress, interrupts)
     except InterruptedRunError as stop:
-        return _stopped(
-            stop.signum, config.out, f"train --config {config.out}/config.yaml --resume"
-        )
+        again = f"feedbackward train --config {config.out}/config.yaml --resume"
+        return _stopped(stop.signum, config.out, again)
     print(f"test accuracy {result['test_accuracy']:.2f} %, on images that no choice was made with")
     print(f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl")
     return 0
 
 
 def _compare(arguments: list[str]) -> int:
-    from feedbackward.experiment.config.arguments import parse
-    from feedbackward.experiment.config.schema import CompareConfig
-    from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
+    from feedbackward.experiment.grid.compare import parse_compare, run_and_gather, show_plan
 
-    about = "Train by several rules and seeds under one recipe, and report."
-    config = parse(CompareConfig, arguments, "feedbackward compare", about).resolved()
+    plan, command = parse_compare(arguments)
     from rich.console import Console
 
-    from feedbackward.experiment.grid.compare import compare
-    from feedbackward.experiment.report.report import print_summary, write_report
+    from feedbackward.experiment.grid.gather import gather
+    from feedbackward.experiment.grid.runner import opened
+    from feedbackward.experiment.report.report import failed_cells, print_report, write_report
+    from feedbackward.experiment.training.environment import command_line
+    from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 
-    console = Console()
+    console, out, again = Console(), plan.options.out, command_line()
+    if command.dry_run:
+        show_plan(plan, command.only, console)
+        return 0
+    overwrite, signum = command.overwrite and not command.report_only, 0
     try:
-        with Interrupts() as interrupts:
-            results = compare(config, console, interrupts)
-    except InterruptedRunError as stop:
-        return _stopped(stop.signum, config.out, f"compare --config {config.out}/config.yaml")
-    assert config.out is not None
-    paths = write_report(results, config.out)
-    print_summary(results, console)
+        with (
+            Interrupts() as interrupts,
+            opened(plan, command.only, command.workers, interrupts, overwrite) as runner,
+        ):
+            if command.report_only:
+                results = gather(runner)
+            else:
+                results, signum = run_and_gather(runner, console, interrupts)
+    except InterruptedRunError as stop:  # before there was anything to report
+        return _stopped(stop.signum, out, again)
+    paths = write_report(results, out)
+    if signum:
+        return _stopped(signum, out, again)
+    print_report(results, console)
     print(f"\nreport: {paths['report.html']}")
-    return 0
-
-
-def _study(arguments: list[str]) -> int:
-    from feedbackward.experiment.grid.command import study_command
-
-    return study_command(arguments)
+    if failed := failed_cells(results) + sum(runner.failed.values()):
+        print(
+            f"feedbackward: {failed} cells or trials failed ({out}/compare.log has the reasons); "
+            "the same command tries them again",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
 
 
 def _probe(arguments: list[str]) -> int:
-    parser = Parser(
-        "probe", "How near a trained run's gradients are to backprop's, on held-out images."
-    )
+    from feedbackward.experiment.config.parser import Parser
+
+    about = "Measure how near a trained run's gradients are to backprop's, on held-out images."
+    parser = Parser("probe", about)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument(
-        "--images", type=int, help="held-out images (default: as in the run's config)"
+        "--images", type=int, help="number of held-out images (default: that of the run's config)"
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
@@ -140,9 +150,22 @@ def _probe(arguments: list[str]) -> int:
     return 0
 
 
+def _cost(arguments: list[str]) -> int:
+    from feedbackward.experiment.benchmark.subject import parse_cost
+
+    config = parse_cost(arguments)
+    from feedbackward.experiment.benchmark.cost_report import run_cost
+
+    return run_cost(config)
+
+
 def _rules(arguments: list[str]) -> int:
-    parser = Parser("rules", "What each rule needs and costs.")
-    parser.add_argument("--format", choices=["table", "markdown", "json"], default="table")
+    from feedbackward.experiment.config.parser import Parser
+
+    parser = Parser("rules", "List the rules, with what each needs and costs.")
+    parser.add_argument(
+        "--format", choices=["table", "markdown", "json"], default="table", help="(default: table)"
+    )
     options = parser.parse_args(arguments)
     from feedbackward.experiment.training.inspect import print_rules
 
@@ -150,50 +173,17 @@ def _rules(arguments: list[str]) -> int:
     return 0
 
 
-def _bench(arguments: list[str]) -> int:
-    from feedbackward.experiment.benchmark.cases import parse_bench
-
-    config = parse_bench(arguments)
-    from feedbackward.experiment.benchmark.report import run_bench
-
-    return run_bench(config, arguments)
-
-
-def _cost(arguments: list[str]) -> int:
-    from feedbackward.experiment.benchmark.cost import parse_cost
-
-    config = parse_cost(arguments)
-    from feedbackward.experiment.benchmark.cost_report import run_cost
-
-    return run_cost(config, arguments)
-
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
-    "study": _study,
     "probe": _probe,
-    "bench": _bench,
     "cost": _cost,
     "rules": _rules,
 }
 
 
 def _check_installed() -> None:
-    """The experiment layer needs more than the library does."""
-    from importlib.util import find_spec
-
-    needed = [
-        "jsonargparse",
-        "yaml",
-        "rich",
-        "safetensors",
-        "datasets",
-        "jinja2",
-        "matplotlib",
-        "tensorboard",
-    ]
-    missing = [name for name in needed if find_spec(name) is None]
+    missing = [name for name in NEEDED.split() if find_spec(name) is None]
     if missing:
         raise errors.ConfigError(
             f"the command line needs {', '.join(missing)}: pip install 'feedbackward[experiment]'"
@@ -201,10 +191,7 @@ def _check_installed() -> None:
 
 
 def _stopped(signum: int, folder: str | None, again: str) -> int:
-    print(
-        f"feedbackward: stopped; saved to {folder}; go on with: feedbackward {again}",
-        file=sys.stderr,
-    )
+    print(f"feedbackward: stopped; saved to {folder}; go on with: {again}", file=sys.stderr)
     return 128 + signum
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 _PACKAGES = {
     ("experiment", "experiment.config"): ("arguments configfile=files parser recipes suggest"),
     ("experiment", "experiment.benchmark"): (
-        "benchcases=cases benching=bench benchreport=report costing=cost "
+        "benchcases=trainees benching=steps benchreport=cost_report costing=subject "
         "costreport=cost_report costs=step_costs"
     ),
     ("experiment", "experiment.training"): (
@@ -22,7 +22,7 @@ _PACKAGES = {
         "measure optimizing progress randomness record refusal run runfolder train"
     ),
     ("experiment", "experiment.data"): ("cache decode decode_progress fashion_mini loader sources"),
-    ("experiment", "experiment.grid"): ("compare search"),
+    ("experiment", "experiment.grid"): ("compare search=candidates"),
     ("experiment", "experiment.report"): ("drawing heatmap plots summary"),
     ("rules", "rules.chain"): (
         "activation_alignment brsf concordant fa frsf information_alignment "

@@ -40,22 +40,24 @@ def test_python_blocks_run_and_print_what_is_shown(
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "sh")], ids=lambda p: p.name)
 def test_commands_parse(page: Path) -> None:
     from feedbackward.cli import COMMANDS
+    from feedbackward.experiment.benchmark.subject import parse_cost
     from feedbackward.experiment.config.arguments import parse
-    from feedbackward.experiment.config.schema import CompareConfig, TrainConfig
+    from feedbackward.experiment.config.schema import TrainConfig
+    from feedbackward.experiment.grid.compare import parse_compare
 
-    configs = {"train": TrainConfig, "compare": CompareConfig}
+    parsers = {
+        "train": lambda words: parse(TrainConfig, words, "train").resolved(),
+        "compare": parse_compare,
+        "cost": parse_cost,
+    }
     for block in blocks(page, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if not words or words[0] != "feedbackward":
                 continue
             assert words[1] in COMMANDS, line
-            if words[1] == "study":
-                from feedbackward.experiment.grid.command import parser
-
-                parser().parse_args(words[2:])
-            if words[1] in configs:
-                parse(configs[words[1]], words[2:], f"feedbackward {words[1]}", "").resolved()
+            if words[1] in parsers and "--help" not in words:
+                parsers[words[1]](words[2:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -85,14 +87,10 @@ def test_results_are_tables_and_small_files() -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.name)
 def test_configurations_are_read(page: Path, tmp_path: Path) -> None:
-    from feedbackward.experiment.config.arguments import parse
-    from feedbackward.experiment.config.schema import CompareConfig
-    from feedbackward.experiment.grid.definition import load_study
+    from feedbackward.experiment.grid.compare import parse_compare
 
     for block in blocks(page, "yaml"):
         path = tmp_path / "config.yaml"
         path.write_text(block)
-        if "\nsections:" in block:
-            assert load_study(str(path)).sections
-        else:
-            parse(CompareConfig, ["--config", str(path)], "feedbackward compare", "").resolved()
+        plan, _ = parse_compare(["--config", str(path)])
+        assert plan.comparisons

@@ -7,10 +7,9 @@ import shutil
 import subprocess
 
 import pytest
+from test_grid_report import results as grid_results
 from test_report import SITES, make_results
-from test_study_report import results as study_results
 
-from feedbackward.experiment.grid.study_report import write_study_report
 from feedbackward.experiment.report.report import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -108,7 +107,7 @@ def measured(folder):
 def study(tmp_path_factory):
     """What the browser measured of a study's page."""
     folder = tmp_path_factory.mktemp("study")
-    write_study_report(study_results(), folder)
+    write_report(grid_results(), folder)
     (folder / "harness.html").write_text(HARNESS)
     return measure(folder)
 

@@ -134,7 +134,7 @@ def test_compare_writes_its_report_and_is_quick_the_second_time(capsys, tmp_path
     assert cli(capsys, "compare", "--config", folder / "config.yaml")[0] == 0
     assert (folder / "bp-s0" / "result.json").stat().st_mtime_ns == before
     log = (folder / "compare.log").read_text()
-    assert log.count("[1/2] BP, seed 0: finished in") == 2
+    assert len(re.findall(r"\] (BP|DKP), seed 0: done in", log)) == 2
     assert len(re.findall(r"^\d{4}-\d\d-\d\d .*epoch 1/1: train loss", log, re.MULTILINE)) == 2
 
 

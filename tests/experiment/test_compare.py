@@ -13,7 +13,8 @@ from feedbackward.errors import AttachError, ConfigError, FeedbackError
 from feedbackward.experiment.config.recipes import find_recipe
 from feedbackward.experiment.config.schema import CompareConfig, RuleEntry, Search
 from feedbackward.experiment.grid.compare import compare
-from feedbackward.experiment.report.report import table, write_report
+from feedbackward.experiment.report.report import write_report
+from feedbackward.experiment.report.tables import detailed as table
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.run import Run
 
@@ -160,9 +161,7 @@ def test_a_refused_baseline_is_not_replaced_by_another_rule(comparison, monkeypa
     monkeypatch.setitem(RULES, "refuser", refuser("attach"))
     search = Search(run=True, lr=[0.05], epochs=1, baseline_only=True)
     settings = replace(comparison, rules=["refuser", "frozen"], seeds=[0], epochs=1, search=search)
-    with pytest.raises(
-        AttachError, match="Refuser is to be searched for the rate of all, but refused"
-    ):
+    with pytest.raises(AttachError, match="every rule is refused; Refuser: nothing here is round"):
         compared(settings)
 
 

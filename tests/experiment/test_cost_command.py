@@ -63,12 +63,11 @@ def test_tables_json_and_plot(capsys: Any, tmp_path: Path) -> None:
     learner = fb.attach(nets.build("small_cnn", (3, 8, 8), 10), fb.DKP.published(), example=x)
     expected = fb.count_cost(learner, x)
     results = json.loads(file.read_text())
-    found = next(
-        row for row in results["rows"] if (row["name"], row["operator"]) == ("dkp", "dense")
-    )
+    (rows,) = (model["rows"] for model in results["models"])
+    found = next(row for row in rows if (row["rule"], row["operator"]) == ("dkp", "dense"))
     assert {key: found[key] for key in expected.as_dict()} == expected.as_dict()
-    assert found["of_bp"] == found["total"] / results["rows"][0]["total"]
-    assert results["settings"]["model"] == "small_cnn"
+    assert found["of_bp"] == found["total"] / rows[0]["total"]
+    assert results["settings"]["models"] == ["small_cnn"]
     assert macs["dkp dense"]["of BP"] == f"{found['of_bp']:.2f}"
     assert float(macs["dkp dense"]["forward"]) == pytest.approx(expected.forward / 1e6, rel=0.01)
     assert held["dkp dense"]["replay"] == f"{expected.held['replay'] / 1e3:.1f} KB"
@@ -100,7 +99,11 @@ def test_an_operator_that_does_not_serve_a_site_says_where_and_why(
     assert set(table(out, "multiply-adds")["dfa pooled"].values()) == {"dfa", "pooled", "-"}
     (reason,) = re.findall(r"^dfa, pooled: (.*)$", out, flags=re.M)
     assert re.match(r"site '\S+': Pooled", reason)
-    assert [row["refused"] for row in json.loads(file.read_text())["rows"]] == [None, reason, None]
+    assert [row["refused"] for row in json.loads(file.read_text())["models"][0]["rows"]] == [
+        None,
+        reason,
+        None,
+    ]
 
 
 def test_the_documentation_shows_what_is_printed(capsys: Any) -> None:
@@ -160,7 +163,7 @@ def test_a_model_of_ones_own(
     ]
     code, _, err = cost(capsys, f"{module}:{name}", *options, "--rules", "dfa")
     assert (code, err) == (0, "")
-    (backprop, direct) = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    (backprop, direct) = json.loads((tmp_path / "cost.json").read_text())["models"][0]["rows"]
     assert backprop["forward"] == direct["forward"] == 5 * (low * 8 + 8 * 3)
     assert direct["feedback"] == 5 * 3 * 8
 
@@ -170,7 +173,7 @@ def test_a_model_of_ones_own(
     [
         ([], "name a model: feedbackward cost vgg16"),
         (["vgg61"], "unknown net 'vgg61'. Did you mean vgg6"),
-        (["vgg6", "mlp"], "one model at a time"),
+        (["mlp", "mlp"], "models must name at least one, and none twice"),
         ([*SMALL, "--rules", "[dfa,dpk]"], "unknown rule 'dpk': did you mean 'dkp'"),
         (
             [*SMALL, "--operators", "[dence]"],

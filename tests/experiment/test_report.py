@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 import pytest
 
 from feedbackward.errors import FeedbackError
-from feedbackward.experiment.report.report import size, summarise, table, write_report
-from feedbackward.experiment.report.summary import conclusion
+from feedbackward.experiment.report.numbers import size
+from feedbackward.experiment.report.report import write_report
+from feedbackward.experiment.report.summary import conclusion, summarise
+from feedbackward.experiment.report.tables import detailed as table
 
 SITES = [f"features.act{i}" for i in range(1, 8)] + ["classifier.act1"]
 LEVEL = {"bp": 88.0, "dkp": 84.0, "dfa": 79.0, "frozen": 66.0}

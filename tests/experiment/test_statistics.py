@@ -3,8 +3,8 @@
 import pytest
 from test_report import small
 
-from feedbackward.experiment.report.report import summarise, table
-from feedbackward.experiment.report.summary import conclusion, notes
+from feedbackward.experiment.report.summary import conclusion, notes, summarise
+from feedbackward.experiment.report.tables import detailed as table
 
 
 def rows(results):

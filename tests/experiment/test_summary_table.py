@@ -5,13 +5,14 @@ import io
 from rich.console import Console
 from test_report import make_results
 
-from feedbackward.experiment.report.report import print_summary, table
+from feedbackward.experiment.report.report import print_report
 from feedbackward.experiment.report.summary import conclusion
+from feedbackward.experiment.report.tables import detailed as table
 
 
 def printed(results, **options):
     stream = io.StringIO()
-    print_summary(results, Console(file=stream, **options))
+    print_report(results, Console(file=stream, **options))
     return stream.getvalue()
 
 
@@ -40,6 +41,6 @@ def test_a_log_file_gets_whole_lines_and_no_colour():
 def test_a_log_file_without_unicode_is_no_error():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    print_summary(make_results(), Console(file=stream))
+    print_report(make_results(), Console(file=stream))
     stream.flush()
     assert "85.6 +/- 0.2" in raw.getvalue().decode("ascii")

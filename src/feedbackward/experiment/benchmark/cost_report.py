@@ -1,96 +1,158 @@
-"""Running `feedbackward cost`, and telling what it counted: tables, JSON, a figure."""
+"""Running `feedbackward cost`, and showing what it counted and measured: tables, JSON, figures."""
 
 from __future__ import annotations
 
-import io
-import shlex
+import datetime
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from feedbackward import __version__
-from feedbackward.experiment.benchmark.cost import CostConfig, Row, count_rows
-from feedbackward.experiment.benchmark.report import write_json
+from feedbackward.experiment.benchmark import counted
+from feedbackward.experiment.benchmark.cost_plots import plot_counted, plot_measured
+from feedbackward.experiment.benchmark.counted import count_rows
+from feedbackward.experiment.benchmark.steps import Bench, Row, summary
+from feedbackward.experiment.benchmark.subject import CostConfig
+from feedbackward.experiment.benchmark.trainees import make_cases
+from feedbackward.experiment.benchmark.units import ALWAYS, KINDS, SCHEDULES, scaled, sized, unit
 from feedbackward.experiment.config.files import to_dict
-from feedbackward.experiment.report.drawing import INK, drawing
+from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.checkpoint import replace_file
+from feedbackward.experiment.training.environment import environment
+from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
+from feedbackward.experiment.training.progress import Progress
 from feedbackward.measure.cost import Cost
 
-LEGEND = """\
-Forward, weight and input gradients: of the network; input gradients end at a cut. Signals: from the errors to the sites. Learn B:
-gradients of the feedback weights. Aux.: networks of local losses. Phase: one call of feedback_step, not in the total. Norms,
-activations and the optimizer are not counted.
-Steps: products in sequence from the output's error to the last signal. Errors: what travels along the feedback graph's edges.
+COUNTED = """\
+Forward, weight and input gradients: of the network; input gradients end at a cut. Signals: from the errors to the sites.
+Learn B: gradients of the feedback weights. Aux.: networks of local losses. Phase: one call of feedback_step, which is not part
+of the total. Norms, activations and the optimizer are not counted.
+Steps: products in sequence from the output's error to the last signal. Errors: what travels along the edges.
 Held: the most that autograd keeps for the backward pass at any time, in one backward pass (joint), in a replayed one, or within
-the forward pass (eager); - where the rule or the sites do not allow it."""
-
-# of multiply-adds: field, heading in the table, name in the figure, colour
-KINDS = (
-    ("forward", "forward", "forward", "#7d858e"),
-    ("weight_gradients", "weight gr.", "weight gradients", "#1b7bbd"),
-    ("input_gradients", "input gr.", "input gradients", "#d55e00"),
-    ("feedback", "signals", "feedback signals", "#009e73"),
-    ("learning", "learn B", "learning of feedback", "#b0568f"),
-    ("auxiliary", "aux.", "auxiliary nets", "#a07a00"),
-)
-ALWAYS = 4  # of these have a column, the others where a rule has any
-SCHEDULES = (("joint", "#1b7bbd", "o"), ("replay", "#d55e00", "s"), ("eager", "#009e73", "D"))
+the forward pass (eager); - if the rule or the sites do not allow it."""
+MEASURED = """\
+Step: zero gradients, forward, loss, backward, the feedback's own phase if a rule has one, SGD with momentum of all weights;
+median of the rounds, in each of which every configuration takes one step. Of BP: relative to bp in the same round, median
+(least-most). MACs of BP: the counted multiply-adds, for comparison. Activations: the most bytes that are alive in a step,
+without weights, gradients, feedback, optimizer state and the batch."""
 
 
-def run_cost(config: CostConfig, arguments: Sequence[str]) -> int:
-    """Count, print the tables, and write the files; returns the exit code."""
+def run_cost(config: CostConfig) -> int:
+    """Count, or measure; print a table per model, and write the files; returns the exit code.
+
+    A signal stops a measurement between two steps. What was measured so far is printed and written,
+    and the code is 128 + the signal.
+    """
     for file in filter(None, (config.json, config.plot)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # now rather than when all is done
-    with Console(stderr=True).status("counting bp") as status:
-        rows = count_rows(config, lambda name: status.update(f"counting {name}"))
-    print_rows(describe(config), rows, Console())
-    print(LEGEND)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return _measure(config) if config.measure else _count(config)
+
+
+def _count(config: CostConfig) -> int:
+    models, console = [], Console()
+    for model in config.models:
+        with Console(stderr=True).status(f"counting {model}") as status:
+            rows = count_rows(config, model, lambda name: status.update(f"counting {name}"))
+        print_counted(describe(config, model), rows, console)
+        models.append(
+            {"model": model, "rows": list(map(_counted_row, rows, [rows[0]] * len(rows)))}
+        )
+    print(COUNTED)
     if config.json:
-        write_json(Path(config.json), document(config, rows, arguments))
+        write_json(Path(config.json), document(config, models))
     if config.plot:
-        write_plot(Path(config.plot), describe(config), rows)
+        plot_counted(Path(config.plot), describe(config, config.models[-1]), rows)
     return 0
 
 
-def describe(config: CostConfig) -> str:
-    """What all rows have in common."""
+def _measure(config: CostConfig) -> int:
+    device = find_device(config.device)
+    models, stopped, console = [], 0, Console()
+    with Interrupts() as interrupts:
+        for model in config.models:
+            with Progress() as progress:
+                bench = Bench(make_cases(config, model, device), device, progress, interrupts.check)
+                try:
+                    bench.measure(config.rounds)
+                except InterruptedRunError as stop:
+                    stopped = stop.signum
+            rows = _with_macs(config, model, summary(bench.rows, config.batch))
+            models.append({"model": model, "rows": rows})
+            print_measured(describe(config, model), rows, bench.rows, console)
+            if stopped:
+                break
+    print(MEASURED)
+    if config.json:
+        write_json(Path(config.json), document(config, models, device, bool(stopped)))
+    if config.plot:
+        plot_measured(Path(config.plot), models)
+    return 128 + stopped if stopped else 0
+
+
+def describe(config: CostConfig, model: str) -> str:
+    """What all rows of a model have in common."""
     image = f"{config.channels}x{config.size}x{config.size}"
-    return f"{config.model}, batch {config.batch}, {image}, {config.classes} classes"
+    parts = [model, f"batch {config.batch}", image, f"{config.classes} classes"]
+    if config.measure:
+        words = [word for word in ("compile", "channels_last") if getattr(config, word)]
+        parts += [config.precision, *words, f"n = {config.rounds} rounds"]
+    return ", ".join(parts)
 
 
-def document(config: CostConfig, rows: Sequence[Row], arguments: Sequence[str]) -> dict[str, Any]:
-    """All numbers, and what they are of."""
-    best = _backprop(rows).total
+def document(
+    config: CostConfig,
+    models: list[dict[str, Any]],
+    device: torch.device | None = None,
+    interrupted: bool = False,
+) -> dict[str, Any]:
+    """All that a result needs to be understood later: command, date, hardware, versions, settings, numbers."""
+    found = environment(device or torch.device("cpu"))
     return {
-        "command": shlex.join(["feedbackward", "cost", *arguments]),
-        "versions": {"feedbackward": __version__, "torch": torch.__version__},
+        "command": found.pop("command"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": found,
         "settings": to_dict(config),
-        "rows": [
-            {
-                "name": row.rule,
-                "operator": row.operator,
-                "refused": row.refused,
-                **({**row.cost.as_dict(), "of_bp": row.cost.total / best} if row.cost else {}),
-            }
-            for row in rows
-        ],
+        "interrupted": interrupted,
+        "models": models,
     }
 
 
-def print_rows(title: str, rows: Sequence[Row], console: Console) -> None:
+def _counted_row(row: counted.Row, first: counted.Row) -> dict[str, Any]:
+    cost = {} if row.cost is None else row.cost.as_dict() | {"of_bp": _of_bp(row, first)}
+    return {"rule": row.rule, "operator": row.operator, "refused": row.refused, **cost}
+
+
+def _of_bp(row: counted.Row, first: counted.Row) -> float | None:
+    if row.cost is None or first.cost is None:
+        return None
+    return row.cost.total / first.cost.total
+
+
+def _with_macs(config: CostConfig, model: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measured rows with their counted multiply-adds, relative to backprop's."""
+    try:
+        found = count_rows(config, model)
+    except Exception:  # a net that cannot be counted can be measured all the same
+        found = []
+    known = {(row.rule, row.operator): _of_bp(row, found[0]) for row in found}
+    return [row | {"macs_ratio": known.get((row["rule"], row["operator"]))} for row in rows]
+
+
+def print_counted(title: str, rows: Sequence[counted.Row], console: Console) -> None:
     """A table of multiply-adds, one of bytes, and why rows are missing."""
     if not console.is_terminal:
         console = Console(file=console.file, width=200)  # a log is not wrapped
-    bp = _backprop(rows)
-    _, unit, word = _unit(bp.total)
+    bp = rows[0].cost
+    assert bp is not None
+    _, name, word = unit(bp.total)
     costs = [row.cost for row in rows if row.cost is not None]
     kinds = [k for i, k in enumerate(KINDS) if i < ALWAYS or any(getattr(c, k[0]) for c in costs)]
     headings = [*(heading for _, heading, *_ in kinds), "total", "of BP", "steps"]
@@ -100,7 +162,7 @@ def print_rows(title: str, rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         for table, cells in ((macs, _macs(row.cost, kinds, bp)), (held, _sizes(row.cost))):
             table.add_row(escape(row.rule), escape(row.operator), *cells[: len(table.columns) - 2])
-    titles = (f"{title}: multiply-adds of a training step, in {word} ({unit})", "bytes")
+    titles = (f"{title}: multiply-adds of a training step, in {word} ({name})", "bytes")
     for heading, table in zip(titles, (macs, held), strict=True):
         console.print(escape(heading), style="bold", soft_wrap=True, highlight=False)
         console.print(table)
@@ -109,9 +171,9 @@ def print_rows(title: str, rows: Sequence[Row], console: Console) -> None:
             console.print(escape(f"{row.name}: {row.refused}"), soft_wrap=True, highlight=False)
 
 
-def _table(headings: Sequence[str]) -> Table:
+def _table(headings: Sequence[str], names: Sequence[str] = ("rule", "operator")) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("rule", "operator"):
+    for heading in names:
         table.add_column(heading, no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -121,96 +183,60 @@ def _table(headings: Sequence[str]) -> Table:
 def _macs(cost: Cost | None, kinds: Sequence[Any], bp: Cost) -> list[str]:
     if cost is None:
         return ["-"] * (len(kinds) + 4)
-    size = _unit(bp.total)[0]
-    counts = [_scaled(getattr(cost, kind), size) for kind, *_ in kinds]
-    total = [_scaled(cost.total, size), f"{cost.total / bp.total:.2f}", str(cost.steps)]
-    return [*counts, *total, _scaled(cost.phase, size)]
+    size = unit(bp.total)[0]
+    counts = [scaled(getattr(cost, kind), size) for kind, *_ in kinds]
+    total = [scaled(cost.total, size), f"{cost.total / bp.total:.2f}", str(cost.steps)]
+    return [*counts, *total, scaled(cost.phase, size)]
 
 
 def _sizes(cost: Cost | None) -> list[str]:
     if cost is None:
         return ["-"] * 6
     held = (cost.held[name] for name, *_ in SCHEDULES)
-    return [_bytes(n) for n in (cost.feedback_bytes, cost.traffic_bytes, cost.signal_bytes, *held)]
+    return [sized(n) for n in (cost.feedback_bytes, cost.traffic_bytes, cost.signal_bytes, *held)]
 
 
-def _backprop(rows: Sequence[Row]) -> Cost:
-    found = rows[0].cost
-    assert found is not None
-    return found
-
-
-def _unit(largest: int) -> tuple[float, str, str]:
-    """A unit in which the largest number is at least one."""
-    units = ((1e12, "T", "trillions"), (1e9, "G", "billions"), (1e6, "M", "millions"))
-    return next((unit for unit in units if largest >= unit[0]), (1e3, "k", "thousands"))
-
-
-def _scaled(count: int | None, size: float) -> str:
-    if not count:
-        return "-" if count is None else "0"
-    return f"{count / size:#.3g}" if count < 100 * size else f"{count / size:.0f}"
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "-"
-    size, unit = next(
-        (u for u in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if count >= u[0]), (1, "B")
+def print_measured(
+    title: str, found: Sequence[dict[str, Any]], rows: Sequence[Row], console: Console
+) -> None:
+    """A table of times and memory, and below it what was refused and why."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=200)  # a log is not wrapped
+    table = _table(
+        ["step ms", "of BP", "", "images/s", "MACs of BP", "activations", "of BP", "feedback"],
+        ("rule", "schedule", "operator"),
     )
-    return f"{count / size:.0f} {unit}" if size == 1 else f"{count / size:.1f} {unit}"
+    for row in found:
+        if not row["refused"]:
+            table.add_row(*(escape(cell) for cell in _measured_cells(row)))
+    console.print(escape(title), style="bold", soft_wrap=True, highlight=False)
+    console.print(table)
+    for row, full in zip(found, rows, strict=True):
+        if row["refused"] or row["note"]:
+            what = f"refused: {row['refused']}" if row["refused"] else row["note"]
+            console.print(escape(f"{full.case.label}: {what}"), soft_wrap=True, highlight=False)
 
 
-def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Two panels with a row per rule and operator: multiply-adds by what they are for, and bytes held by schedule."""
-    done = [(row, row.cost) for row in rows if row.cost is not None]
-    with drawing():
-        size = (9.6, 1.5 + 0.25 * max(4, len(done)))
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-        _stacks(left, [cost for _, cost in done])
-        _held(right, [cost for _, cost in done])
-        for axes, names in ((left, [row.name for row, _ in done]), (right, [""] * len(done))):
-            axes.set_ylim(len(done) - 0.5, -0.5)
-            axes.set_yticks(range(len(done)), names, size=8.5)
-            axes.tick_params(axis="y", length=0)
-            axes.xaxis.label.set_fontsize(8.5)
-            axes.grid(axis="x")
-            axes.set_axisbelow(True)
-        left.set_title(title, loc="left", weight="bold", size=10.5)
-        figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
-        stream = io.BytesIO()
-        figure.savefig(stream, format=path.suffix[1:], dpi=180)
-    replace_file(path, lambda temporary: temporary.write_bytes(stream.getvalue()))
+def _measured_cells(row: dict[str, Any]) -> list[str]:
+    time, ratio = row["ms"], row["time_ratio"]
+    return [
+        *(row[key] for key in ("rule", "schedule", "operator")),
+        f"{time['median']:.1f}" if time else "-",
+        f"{ratio['median']:.3f}" if ratio else "-",
+        f"({ratio['min']:.3f}-{ratio['max']:.3f})" if ratio else "",
+        f"{row['images_per_second']:.0f}" if time else "-",
+        _ratio(row.get("macs_ratio")),
+        sized(row["activation_bytes"]),
+        _ratio(row["activation_ratio"]),
+        sized(row["feedback_bytes"]),
+    ]
 
 
-def _stacks(axes: Axes, costs: Sequence[Cost]) -> None:
-    size, unit, _ = _unit(costs[0].total)
-    starts = [0.0] * len(costs)
-    for kind, _, name, colour in KINDS:
-        widths = [getattr(cost, kind) / size for cost in costs]
-        if any(widths):
-            axes.barh(range(len(costs)), widths, 0.62, left=starts, color=colour, label=name, lw=0)
-            starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    axes.axvline(starts[0], color=INK, lw=0.8, ls=":")
-    where = axes.get_yaxis_transform()
-    axes.text(1.01, -0.75, "of bp", va="center", size=8, weight="bold", transform=where)
-    for at, cost in enumerate(costs):
-        axes.text(
-            1.01, at, f"{cost.total / costs[0].total:.2f}", va="center", size=8, transform=where
-        )
-    axes.set_xlim(0, 1.04 * max(starts))
-    axes.set_xlabel(f"multiply-adds of a step ({unit})")
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
-def _held(axes: Axes, costs: Sequence[Cost]) -> None:
-    size, unit, _ = _unit(costs[0].held["joint"] or 0)
-    for name, colour, marker in SCHEDULES:
-        found = [(at, cost.held[name]) for at, cost in enumerate(costs)]
-        points = [(at, count / size) for at, count in found if count is not None]
-        if points:
-            rows, sizes = zip(*points, strict=True)
-            axes.hlines(rows, 0, sizes, color=colour, lw=1.2, alpha=0.5)
-            axes.plot(sizes, rows, marker, color=colour, ms=5, label=f"held: {name}")
-    axes.set_xlim(0, 1.08 * axes.get_xlim()[1])
-    axes.set_xlabel(f"activations held for the backward pass ({unit}B)")
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """The results, whole or not at all."""
+    text = json.dumps(results, indent=1) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

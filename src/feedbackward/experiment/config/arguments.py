@@ -1,197 +1,228 @@
 """Command-line arguments and config files to a config dataclass, through jsonargparse.
 
-Every field is a flag (``--forward.lr``), and dashes may stand for underscores. What is written here comes
-before jsonargparse: short names, lists without brackets, switches without values, errors that suggest names.
+Every field is a flag with dashes (``--forward.weight-decay``). What is done here comes before
+jsonargparse: underscores for dashes, lists without brackets, switches with a value as in 0.1.0, and
+errors that suggest names.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import difflib
 import functools
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.config.files import check_keys, from_dict, read_yaml
+from feedbackward.experiment.config.files import check_keys, from_dict, merged, read_yaml
+from feedbackward.experiment.config.options import (
+    ABOUT,
+    EXAMPLES,
+    HEADINGS,
+    SHIPPED,
+    SHORT,
+    Option,
+    options,
+    shipped,
+)
 
 C = TypeVar("C")
 
-SHORT = {
-    "data": "data.name",
-    "data_root": "data.root",
-    "lr": "forward.lr",
-    "feedback_lr": "feedback.lr",
-    "search": "search.run",
-}
-SHIPPED = Path(__file__).parent / "comparisons"
 
-
-def parse(kind: type[C], arguments: Sequence[str], command: str, about: str) -> C:
-    """The config that the arguments describe; ``--config`` first, then the flags, whatever their order.
+def parse(kind: type[C], arguments: Sequence[str], command: str) -> C:
+    """The config that the arguments describe: config files first, then the flags, whatever their order.
 
     Raises:
         ConfigError: an unknown or repeated flag or key, a missing file, or a value of another type.
     """
-    parser = _parser(kind, command, about)
-    tokens = list(_normalised(arguments, kind, parser))
-    tokens.sort(key=lambda token: not token.startswith("--config="))  # stable: flags win over files
-    for token in tokens:
+    files, flags = read(kind, arguments, command)
+    values: dict[str, Any] = {}
+    for file, given in files:
+        values = merged(values, _checked(kind, given, f"the config file {file}"))
+    return from_dict(kind, merged(values, flags), "the command line")
+
+
+def read(
+    kind: type, arguments: Sequence[str], command: str
+) -> tuple[list[tuple[Path, dict[str, Any]]], dict[str, Any]]:
+    """The config files that the arguments name, with what they hold, and the values of the flags."""
+    parser = _parser(kind, command)
+    files, flags = [], []
+    for token in _normalised(arguments, kind):
         if token.startswith("--config="):
-            file = Path(token.partition("=")[2])
-            check_keys(kind, read_yaml(file), f"the config file {file}")
+            file = _config_file(token.partition("=")[2])
+            files.append((file, read_yaml(file)))
+        else:
+            flags.append(token)
     try:
-        given = parser.parse_args(tokens, defaults=False).as_dict()
+        given = parser.parse_args(flags, defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise ConfigError(_sentence(error)) from error
-    given.pop("config", None)
-    return from_dict(kind, given, "the command line")
+    return files, given
 
 
 def validated(kind: type[C], values: Mapping[str, Any], where: str) -> C:
-    """The config that nested mappings describe, as `parse` would read it from a file.
+    """The config that nested mappings describe.
 
     Raises:
         ConfigError: an unknown key, or a value of another type.
     """
+    return from_dict(kind, _checked(kind, values, where), where)
+
+
+def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_keys(kind, values, where)
-    parser = _parsers(kind)  # type: ignore[arg-type]
     try:
-        given = parser.parse_object(copy.deepcopy(dict(values)), defaults=False).as_dict()
+        given = _parser(kind, "").parse_object(copy.deepcopy(dict(values)), defaults=False)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{where}: {_sentence(error)}") from error
-    given.pop("config", None)
-    return from_dict(kind, given, where)
+    return dict(given.as_dict())
+
+
+class _Help(DefaultHelpFormatter):
+    """Help in the words of the docstrings, with examples as they are written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if not name.endswith("+")]
+        if isinstance(action, ActionYesNo) and action.default is False:
+            names = names[:1]
+        # `_normalised` reads them: jsonargparse would take --data for the mapping `data`
+        names += [f"--{SHORT[action.dest]}"] if action.dest in SHORT else []
+        value = f" {action.metavar}" if action.metavar else ""
+        return ", ".join(names) + value
 
 
 @functools.cache
-def _parsers(kind: type) -> ArgumentParser:
-    return _parser(kind, "", "")
-
-
-def _parser(kind: type, command: str, about: str) -> ArgumentParser:
-    usage = f"{command} [--config FILE] [--option value ...]"
+def _parser(kind: type, command: str) -> ArgumentParser:
+    example = EXAMPLES.get(command)
+    models = " [MODEL ...]" if command == "cost" else ""
     parser = ArgumentParser(
-        prog=command, usage=usage, description=about, exit_on_error=False, allow_abbrev=False
+        prog=f"feedbackward {command}",
+        usage=f"feedbackward {command}{models} [--config FILE] [--flag value ...]",
+        description=ABOUT.get(command),
+        epilog=f"examples:\n{example}" if example else None,
+        formatter_class=_Help,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
+    # read before the others, in `read`; here for --help
     parser.add_argument(
-        "--config", action="config", help="a YAML file, or the name of a shipped one: " + _shipped()
+        "--config", metavar="FILE", help=f"a YAML file, or one that is shipped: {shipped()}"
     )
-    parser.add_class_arguments(kind, None)
-    for action in (
-        parser._actions
-    ):  # a nested dataclass also gets a flag of its own, which would only confuse
-        if action.dest in typing.get_type_hints(kind) and dataclasses.is_dataclass(
-            _hints(kind).get(action.dest)
-        ):
-            action.help = (
-                f"short for --{SHORT[action.dest]}" if action.dest in SHORT else argparse.SUPPRESS
-            )
+    groups = {heading: parser.add_argument_group(heading) for heading in HEADINGS}
+    for option in sorted(options(kind), key=_place):
+        _add(groups[option.heading], option)
     return parser
 
 
-def _normalised(arguments: Sequence[str], kind: type, parser: ArgumentParser) -> Iterator[str]:
-    """Every flag as ``--full_name=value``."""
-    hints, flags = (
-        _hints(kind),
-        {option for action in parser._actions for option in action.option_strings},
-    )
+def _place(option: Option) -> int:
+    """Where a flag stands below its heading; flags that no heading names stay in order."""
+    names = HEADINGS[option.heading].split()
+    return names.index(option.field) if option.field in names else len(names)
+
+
+def _add(group: Any, option: Option) -> None:
+    value = option.default
+    shown = ",".join(map(str, value)) if isinstance(value, list) else value
+    shown = "yes" if value is True else shown
+    hidden = value is None or value is False or shown in ("", {})
+    said = "" if hidden else f" (default: {shown})"
+    more: dict[str, Any] = {"help": option.help + said, "default": option.default}
+    if option.is_switch:
+        group.add_argument(option.flag, action=ActionYesNo(no_prefix="no-"), **more)
+    else:
+        group.add_argument(option.flag, type=option.hint, metavar=option.metavar, **more)
+
+
+def _normalised(arguments: Sequence[str], kind: type) -> Iterator[str]:
+    """Every flag as ``--full-name=value``, a switch as ``--name`` or ``--no-name``."""
+    known = {flag: option for option in options(kind) for flag in option.flags}
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
-        if token in ("-h", "--help") or token.startswith("--print_config"):
+        if token in ("-h", "--help"):
             yield token
+            continue
+        if not token.startswith("-") and "--models" in known:
+            yield f"--models+={token}"
             continue
         if not token.startswith("--"):
             raise ConfigError(
                 f"unexpected argument '{token}': options start with --, as in --model vgg6"
             )
-        name, equals, value = token[2:].partition("=")
-        name = name.replace("-", "_")
-        name = SHORT.get(name, name)
-        if name.startswith("no_") and _is_switch(hints.get(name[3:])):
-            name, equals, value = name[3:], "=", "false"
-        _check_known(name, hints, flags)
-        if not equals and _is_switch(hints.get(name)):
-            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
-        elif not equals:
+        name, equals, value = token.partition("=")
+        name, option, off = _find(name, known)
+        following = rest[0].lower() if rest else ""
+        if option is not None and option.is_switch:
+            if not equals and following in ("true", "false"):
+                value = rest.pop(0)
+            on = (value.lower() != "false") != off
+            yield option.flag if on else f"--no-{option.flag[2:]}"
+            continue
+        if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{name} needs a value")
+                raise ConfigError(f"{name} needs a value")
             value = rest.pop(0)
-        yield f"--{name}={_value(name, value, hints)}"
+        yield f"{name}={_bracketed(option, value)}"
 
 
-def _value(name: str, value: str, hints: dict[str, Any]) -> str:
-    if name == "config":
-        return str(_config_file(value))
-    lists = typing.get_origin(hints.get(name)) is list
-    if not value.startswith("[") and (lists or (name == "sites" and "," in value)):
-        return f"[{value}]"
-    return value
+def _find(name: str, known: Mapping[str, Option]) -> tuple[str, Option | None, bool]:
+    """A flag by its full name, its option, and whether it is a switch's --no- form.
 
-
-def _check_known(name: str, hints: dict[str, Any], flags: set[str]) -> None:
-    parent = name.partition(".")[0]
-    if f"--{name}" in flags or (hints.get(parent) == dict[str, Any] and "." in name):
-        return
-    names = sorted({flag[2:] for flag in flags if flag.startswith("--")} | {*SHORT}, reverse=True)
+    Raises ConfigError, with the nearest flags, for a flag that does not exist.
+    """
+    dashed = name.replace("_", "-")
+    if dashed in known:
+        return known[dashed].flag, known[dashed], False
+    positive = "--" + dashed.removeprefix("--no-")
+    if dashed.startswith("--no-") and positive in known and known[positive].is_switch:
+        return known[positive].flag, known[positive], True
+    part, dot, key = name.partition(".")
+    part = part.replace("_", "-")
+    if dot and part in known and known[part].is_mapping:
+        return f"{part}.{key}", None, False
+    if dashed == "--config":
+        return dashed, None, False
     # the last part counts too: --learning-rate is far from every flag, but --weight-decay ends one
-    ends = [flag for flag in names if flag.endswith(f".{name}")]
-    near = ends or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join('--' + n.replace('_', '-') for n in near)}?"
-        if near
-        else "see --help"
-    )
-    raise ConfigError(f"unknown option --{name.replace('_', '-')}: {hint}")
+    names = [*sorted(known, reverse=True), "--config"]
+    ends = [flag for flag in known if flag.endswith(f".{dashed[2:]}")]
+    near = ends or difflib.get_close_matches(dashed, names, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+    raise ConfigError(f"unknown option {dashed}: {hint}")
+
+
+def _bracketed(option: Option | None, value: str) -> str:
+    """A list as YAML has it."""
+    if option is None or not option.is_list or value.startswith("["):
+        return value
+    return value if option.field == "sites" and "," not in value else f"[{value}]"
 
 
 def _config_file(name: str) -> Path:
     """A path, or the shipped config of that name."""
-    if (SHIPPED / f"{name}.yaml").is_file() and not Path(name).exists():
-        return SHIPPED / f"{name}.yaml"
-    if not Path(name).is_file():
-        if (SHIPPED.with_name("studies") / f"{name}.yaml").is_file():
-            raise ConfigError(
-                f"{name} is a study, not a config file: run it with feedbackward study {name}"
-            )
-        raise ConfigError(
-            f"there is no config file {name}: give a path, or one of the shipped: {_shipped()}"
-        )
-    return Path(name)
-
-
-def _shipped() -> str:
-    return ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
-
-
-def _hints(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every field by its dotted name, nested dataclasses included."""
-    found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        found[prefix + name] = hint
-        if dataclasses.is_dataclass(hint):
-            found |= _hints(typing.cast(type, hint), f"{prefix}{name}.")
-    return found
-
-
-def _is_switch(hint: Any) -> bool:
-    return hint is bool or (isinstance(hint, types.UnionType) and bool in typing.get_args(hint))
+    for file in (Path(name), SHIPPED / f"{name}.yaml"):
+        if file.is_file():
+            return file
+    known = {file.stem for file in SHIPPED.glob("*.yaml")}
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "give a path"
+    raise ConfigError(f"there is no config file {name}: {hint} Shipped are {shipped()}")
 
 
 def _sentence(error: argparse.ArgumentError) -> str:
     """jsonargparse's message on one line, with the flag instead of the "parser key"."""
     text = " ".join(str(error).split())
-    text = (
-        text.replace('Parser key "', "--").replace('":', ":", 1)
-        if text.startswith("Parser key")
-        else text
-    )
+    if text.startswith('Parser key "'):
+        key, _, rest = text.removeprefix('Parser key "').partition('":')
+        text = f"--{key.replace('_', '-')}:{rest}"
     return text.replace("typing.", "").replace("<class '", "").replace("'>", "")

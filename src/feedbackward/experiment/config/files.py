@@ -123,6 +123,24 @@ def differences(
             yield f"{prefix}{key}: {a} -> {b}"
 
 
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """`first` with what `second` sets; nested mappings are merged, all else is replaced."""
+    both = dict(first)
+    for key, value in second.items():
+        old = both.get(key)
+        both[key] = (
+            merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        )
+    return both
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`data.name` and a value as `{data: {name: value}}`."""
+    for part in reversed(str(key).split(".")):
+        value = {part: value}
+    return dict(value)
+
+
 def _filled(value: Any) -> Any:
     """Without None and empty mappings, which mean "the default"."""
     if isinstance(value, dict):

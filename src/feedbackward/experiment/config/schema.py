@@ -21,18 +21,18 @@ from feedbackward.rules import RULES
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What to change in a recipe's optimizer.
+    """What to change in a recipe's optimizer. None keeps the recipe's value.
 
     Attributes:
         name: the optimizer.
-        lr: learning rate, the peak of it where the schedule varies it.
-        momentum: of sgd.
-        nesterov: Nesterov's momentum, of sgd.
-        weight_decay: L2 in sgd and adam, decoupled in adamw.
-        schedule: of the rate over the run.
-        gamma: factor per epoch of the step schedule.
-        clip: largest norm of the gradient; 0 does not clip.
-        renormalize_weights: after every update give each matrix or kernel its initial norm back (strict normalisation).
+        lr: the learning rate; its peak if the schedule varies it.
+        momentum: momentum of SGD.
+        nesterov: use Nesterov momentum in SGD.
+        weight_decay: weight decay; an L2 term in SGD and Adam, decoupled in AdamW.
+        schedule: how the rate changes over the run.
+        gamma: factor of the rate after every epoch, for the step schedule.
+        clip: clip the gradient to this norm; 0 does not clip.
+        renormalize_weights: after every update, give each matrix or kernel its initial norm back.
     """
 
     name: Literal["sgd", "adam", "adamw"] | None = None
@@ -51,38 +51,42 @@ class Settings:
     """What a training run and a comparison have in common.
 
     Attributes:
-        model: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56, resnet110, mlp, or package.module:callable.
-        norm: batch norm in the named nets.
-        dropout: probability of the net's dropout layers, which are put after its hidden linear layers where it has none; by default
-            the net's own.
-        sites: layers, every-2 (or 3, ...), stages, blocks, published, a list of module names; by default the net's own choice.
-        error_at: module whose output's error is broadcast; by default the model's output.
-        data: which images.
-        recipe: default or published; the fields below change it.
+        model: the network: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56,
+            resnet110, mlp, or your own as package.module:callable.
+        norm: use batch norm in the named networks.
+        dropout: probability of the network's dropout layers. A network without any gets them after its
+            hidden linear layers.
+        sites: where the error arrives: layers, every-2 (or 3, ...), stages, blocks, published, or a list
+            of module names; by default the network's own choice.
+        error_at: the module whose output's error is sent; by default the network's output.
+        data: short for --data.name.
+        recipe: the training recipe: default or published. Other flags change it.
         epochs: passes over the training images.
         batch_size: images per step.
-        forward: changes to the recipe's optimizer of the network's weights.
-        feedback: changes to the recipe's optimizer of learned feedback weights.
-        schedule: joint; replay keeps one segment's activities in memory, eager too, for rules that need no error.
-        staleness: steps by which all gradients arrive late, on top of what the rule says (dsp).
-        backward_steps: products in sequence that an update waits for; parts whose signal takes more get it late, as in a pipeline; 0
-            waits for all.
-        predict_weights: take gradients that will be late at the weights that will then be there, as far as the last step's
-            movement tells; nothing else changes.
-        calibrate_every: steps from one training step by exact backprop, weight transport and all, to the next; 0 never.
-        feedback_every: steps from one phase in which feedback learns by itself (weight mirror, FDFA, decoders) to the next.
-        freeze_feedback_after: epochs after which learned feedback (and auxiliary networks) stays as it is; by default never.
-        device: auto takes a CUDA device where there is one.
-        precision: bf16 and fp16 use autocast, fp16 with a loss scale.
-        compile: compile the learner with torch.compile.
-        channels_last: memory format of images and convolutions.
+        forward: changes to the optimizer of the network's weights.
+        feedback: changes to the optimizer of learned feedback weights.
+        schedule: when each segment's backward runs. replay keeps one segment's activities in memory;
+            eager does too, for rules that need no error.
+        staleness: delay all gradients by this many steps, in addition to the rule's own delay.
+        backward_steps: products in sequence that an update waits for. Signals that take more arrive late,
+            as in a pipeline; 0 waits for all.
+        predict_weights: take late gradients at extrapolated weights.
+        calibrate_every: make every n-th step a step of exact backprop; 0 never does.
+        feedback_every: steps between two phases in which feedback learns by itself (weight mirror, FDFA,
+            decoders).
+        freeze_feedback_after: stop learning feedback after this many epochs; by default never.
+        device: where to train; auto takes a CUDA device if there is one.
+        precision: bf16 and fp16 use autocast, fp16 also a loss scale.
+        compile: compile the network with torch.compile.
+        channels_last: use the channels-last memory format for images and convolutions.
         threads: CPU threads; by default PyTorch's choice.
-        probe_every: measure the alignment with backprop before training and every so many epochs; 0 never.
-        probe_images: held-out images of the probe's fixed batch.
-        probe_jacobian: rows of each B that the probe compares with the batch-mean Jacobian, a backward pass each; 0 none. By
-            default all, where feedback is learned and there are at most 256.
+        probe_every: compare the signals with backprop's before training and after every n epochs; 0 never
+            does.
+        probe_images: held-out images in the probe's batch.
+        probe_jacobian: rows of each B that the probe compares with the mean Jacobian, one backward pass
+            each. By default all, if feedback is learned and there are at most 256.
         tensorboard: write scalars for TensorBoard.
-        out: the folder of results.
+        out: folder of the results; by default below runs/.
         overwrite: replace earlier results in that folder.
     """
 
@@ -122,9 +126,9 @@ class TrainConfig(Settings):
     """One training run.
 
     Attributes:
-        rule: a rule's name, or package.module:Class.
-        rule_options: the rule's own options.
-        seed: of initial weights, feedback, order of images, augmentation and dropout.
+        rule: the learning rule, or your own as package.module:Class. `feedbackward rules` lists them.
+        rule_options: an option of the rule, as in --rule-options.center true.
+        seed: seed of initial weights, feedback, order of images, augmentation and dropout.
         resume: continue the run in its folder.
     """
 
@@ -207,13 +211,13 @@ class Search:
     """The search of rates before a comparison: one grid, equal trials per rule, held-out accuracy decides.
 
     Attributes:
-        run: whether to search.
+        run: pick the rates of every rule on held-out images first; --search is short for it.
         lr: rates of W to try.
-        feedback_lr: rates of B to try with each; a rule that learns no B tries as many more rates of W.
-        epochs: per trial.
-        seed: of the trials.
-        baseline_only: search for backprop alone (for the first rule, where it is not among them), at these rates of W; the
-            others take the one that suits it best. A B without a rate of its own (KP, Relayed KP) follows W, others keep theirs.
+        feedback_lr: rates of B to try with each. A rule that learns no B tries as many more rates of W.
+        epochs: epochs of a trial.
+        seed: seed of the trials.
+        baseline_only: search for backprop alone (or for the first rule, if backprop is not compared); the
+            other rules take its rate of W. A B without a rate of its own (KP, Relayed KP) follows W.
     """
 
     run: bool = False
@@ -229,11 +233,11 @@ class CompareConfig(Settings):
     """Several rules under one recipe, over several seeds.
 
     Attributes:
-        title: of the report.
-        rules: names, entries (rule, label, options, lr, ...), or `all` for every rule there is.
-        seeds: one run per rule and seed.
-        search: pick each rule's rates first.
-        timing_steps: steps measured per rule, interleaved, for the time per step; 0 skips it.
+        title: title of the report.
+        rules: names, entries (rule, label, options, lr, ...), or `all` for every rule.
+        seeds: seeds; there is one run per rule and seed.
+        search: short for --search.run.
+        timing_steps: steps to measure per rule for the time per step; 0 measures none.
     """
 
     title: str | None = None
@@ -282,6 +286,50 @@ class CompareConfig(Settings):
             self.cell(entry, self.seeds[0]).resolved()
         name = f"runs/compare-{slug(self.model)}-{slug(self.data.name)}-{slug(self.recipe)}"
         return replace(self, rules=list(entries), out=self.out or name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Only:
+    """The part of a grid to run; the rest keeps its results. None is everything.
+
+    Attributes:
+        sections: run these sections only.
+        models: run these networks only.
+        data: run these data sets only.
+        rules: run these rules or labels only.
+        seeds: run these seeds only.
+    """
+
+    sections: list[str] | None = None
+    models: list[str] | None = None
+    data: list[str] | None = None
+    rules: list[str] | None = None
+    seeds: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(CompareConfig):
+    """A comparison, or a grid of them, as the command line describes it.
+
+    Attributes:
+        only: the part to run.
+        scale: share of the training images, such as 0.05. Below 1, a grid's `scaled` settings apply.
+        workers: runs at once, each in a process and on a thread of its own; by default one per core, as
+            far as memory allows, and one on a GPU.
+        dry_run: show what would be run, and run nothing.
+        report_only: write the report of what is there, and run nothing.
+    """
+
+    only: Only = field(default_factory=Only)
+    scale: float = 1.0
+    workers: int | None = None
+    dry_run: bool = False
+    report_only: bool = False
+
+    def comparison(self) -> CompareConfig:
+        """What is compared, without how it is run."""
+        names = [f.name for f in dataclasses.fields(CompareConfig)]
+        return CompareConfig(**{name: getattr(self, name) for name in names})
 
 
 def slug(text: str) -> str:

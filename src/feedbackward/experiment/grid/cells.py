@@ -1,4 +1,4 @@
-"""One cell of a study: a training run whose end, whatever it is, is told instead of raised."""
+"""One cell of a grid: a training run whose end is reported, whatever it is, and not raised."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ STATES = ("done", "diverged", "refused", "failed", "stopped")  # how a cell can 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to run: a trial of rates unless `test`.
+    """A cell to run.
 
     Attributes:
-        title: for people.
-        group: model, data set and the rest of the point; cells of a group cost alike.
-        label: of the rule.
-        images: training images that the whole run sees, epoch after epoch.
+        title: its name for people.
+        group: model, data set and folder; cells of a group take about as long.
+        label: the label of the rule.
+        images: training images that the whole run sees, over all epochs.
+        test: whether to use the test images at the end; a trial of rates must not.
     """
 
     title: str
@@ -56,8 +57,8 @@ class Outcome:
     result: dict[str, Any] | None = None
 
 
-class Relay(Progress):
-    """Passes on what a run tells: ("begin", (steps, done)), ("step", (done, note)), ("say", text)."""
+class ForwardedProgress(Progress):
+    """Sends on what a run reports: ("begin", (steps, done)), ("step", (done, note)), ("say", text)."""
 
     def __init__(self, send: Send) -> None:
         super().__init__()
@@ -83,13 +84,13 @@ class Relay(Progress):
 
 
 def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
-    """Train a cell, or go on with it, and say how it ended; only a bug of the machine itself is raised.
+    """Train a cell, or continue it, and report how it ended.
 
-    Why a cell was refused or failed is kept in its folder, for tables that are made later.
+    The reason of a refusal or a failure is kept in the cell's folder, for tables that are made later.
     """
-    _note(job).unlink(missing_ok=True)
+    _reason_file(job).unlink(missing_ok=True)
     try:
-        result = train(job.config, Relay(send), interrupts, test=job.test)
+        result = train(job.config, ForwardedProgress(send), interrupts, test=job.test)
         return Outcome("done", "", result)
     except InterruptedRunError:
         return Outcome("stopped")
@@ -100,34 +101,56 @@ def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
             "failed" if isinstance(error, CheckpointError) else "refused",
             " ".join(str(error).split()),
         )
-    except (
-        Exception
-    ) as error:  # one cell's fault, of whatever kind, must not cost the night's other cells
+    except Exception as error:  # an error in one cell must not stop the others
         send("say", traceback.format_exc())
         outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    keep(job, outcome)
+    keep_reason(job, outcome)
     return outcome
 
 
-def keep(job: Job, outcome: Outcome) -> None:
+def keep_reason(job: Job, outcome: Outcome) -> None:
     """Note in the cell's folder why it has no result, as far as there is a folder."""
     with contextlib.suppress(FeedbackError, OSError):
         if job.folder.path.is_dir():
             job.folder.write_json(
-                _note(job), {"status": outcome.status, "message": outcome.message}
+                _reason_file(job), {"status": outcome.status, "message": outcome.message}
             )
 
 
-def found(job: Job) -> Outcome | None:
-    """How the cell ended when it was last run; None where it was not run to an end."""
+def find_outcome(job: Job) -> Outcome | None:
+    """How the cell ended when it was last run; None if it has not ended."""
     result = job.folder.result()
     if result is not None:
         return Outcome(result["status"], result["message"], result)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(_note(job).read_text(encoding="utf-8"))
+        kept = json.loads(_reason_file(job).read_text(encoding="utf-8"))
         return Outcome(str(kept["status"]), str(kept["message"]))
     return None
 
 
-def _note(job: Job) -> Path:
+def _reason_file(job: Job) -> Path:
     return job.folder.path / "refused.json"
+
+
+def run_record(config: TrainConfig) -> dict[str, Any]:
+    """A run as the results hold it: how it ended or how far it is, its epochs and its probes."""
+    job = Job("", config, (), "", 0)
+    end, rows = find_outcome(job), job.folder.rows()
+    begun = "unfinished" if job.folder.checkpoint.exists() else "not run"
+    result = (end.result if end else None) or {}
+    status = end.status if end else begun
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    return {
+        "seed": config.seed,
+        "status": status,
+        "message": end.message if end else "",
+        "test_accuracy": result.get("test_accuracy"),
+        "validation_accuracy": epochs[-1]["validation_accuracy"]
+        if epochs and status == "done"
+        else None,
+        "seconds": result.get("seconds"),
+        "epochs": [{k: v for k, v in row.items() if k != "kind"} for row in epochs],
+        "alignment": [
+            {k: v for k, v in row.items() if k != "kind"} for row in rows if "sites" in row
+        ],
+    }

@@ -1,4 +1,4 @@
-"""What a study is: the sections of a YAML file, each a grid of comparisons, and what changes when it is run small."""
+"""A grid of comparisons, as a YAML file describes it: its sections, and what changes when it is run small."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.config.files import check_keys, read_yaml
+from feedbackward.experiment.config.files import check_keys, nested, read_yaml
 from feedbackward.experiment.config.schema import CompareConfig
 from feedbackward.experiment.config.suggest import hint
 
-SHIPPED = Path(__file__).parents[1] / "config" / "studies"
-GIVEN_ELSEWHERE = ("title", "out", "overwrite")  # keys of a comparison that are not a study's
+GIVEN_ELSEWHERE = ("title", "out", "overwrite")  # keys of a comparison that a grid does not have
 OWN = ("title", "about", "sections", "overrides", "scaled", "search_on", "rates")
 SECTION_OWN = ("name", "title", "about", "axes", "scaled", "search_on", "rates")
 
@@ -40,67 +39,49 @@ class Section:
     Attributes:
         name: of its folder and its heading.
         axes: the values of each dotted key of a comparison's config, e.g. `data.name` or `norm`.
-        settings: what its comparisons have in common, on top of the study's.
-        scaled: settings on top of these when the study is run small.
+        settings: what its comparisons have in common, on top of the grid's.
+        scaled: settings on top of these when the grid is run small.
     """
 
     name: str
     title: str
-    about: str
-    axes: Mapping[str, list[Any]]
-    settings: Settings
-    scaled: Settings
+    about: str = ""
+    axes: Mapping[str, list[Any]] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
+    scaled: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study as its file has it.
+class Grid:
+    """A grid of comparisons as its file has it.
 
     Attributes:
-        settings: of every comparison: any key of a comparison's config, and `rates` and `search_on` (see docs/study.md).
-        overrides: for some models, data sets or other points of the grid.
-        scaled: settings, and `overrides`, when it is run small.
-        text: the file, to be kept with the results.
+        settings: of every comparison: any key of its config, and `rates` and `search_on` (docs/study.md).
+        overrides: settings for some models, data sets or other points.
+        scaled, scaled_overrides: settings that apply when it is run small.
+        text: the file, which is kept with the results.
     """
 
     name: str
     title: str
-    about: str
-    settings: Settings
-    overrides: list[Override]
-    sections: list[Section]
-    scaled: Settings
-    scaled_overrides: list[Override]
+    about: str = ""
+    settings: Settings = field(default_factory=dict)
+    overrides: list[Override] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    scaled: Settings = field(default_factory=dict)
+    scaled_overrides: list[Override] = field(default_factory=list)
     text: str = field(repr=False, default="")
 
 
-def shipped() -> str:
-    """The names of the studies that come with the package."""
-    return ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+def load_grid(file: Path) -> Grid:
+    """The grid in a file. Raises ConfigError for what is none."""
+    text = file.read_text(encoding="utf-8")
+    return make_grid(file.stem, read_yaml(file), f"the config file {file}", text)
 
 
-def load_study(name: str) -> Study:
-    """The shipped study of that name, or the one in a file. Raises ConfigError for what is none."""
-    packaged, file = SHIPPED / f"{name}.yaml", Path(name)
-    if packaged.is_file() and not file.is_file():
-        file = packaged
-    elif not file.is_file():
-        known = [path.stem for path in SHIPPED.glob("*.yaml")]
-        raise ConfigError(
-            f"there is no study '{name}': {hint(name, known)}, or give the path of a YAML file"
-        )
-    return make_study(
-        file.stem, read_yaml(file), f"the study {file}", file.read_text(encoding="utf-8")
-    )
-
-
-def make_study(name: str, values: Mapping[str, Any], where: str, text: str = "") -> Study:
-    """Make a study from nested mappings, refusing unknown keys and empty axes."""
-    if "sections" not in values:
-        raise ConfigError(
-            f"{where} has no 'sections': a comparison is run with feedbackward compare --config"
-        )
-    scaled, sections = dict(values.get("scaled") or {}), values["sections"]
+def make_grid(name: str, values: Mapping[str, Any], where: str, text: str = "") -> Grid:
+    """Make a grid from nested mappings, refusing unknown keys and empty axes."""
+    scaled, sections = dict(values.get("scaled") or {}), values.get("sections")
     if not isinstance(sections, list) or not sections:
         raise ConfigError(f"{where}: sections must be a list of at least one grid")
     small = _overrides(scaled.pop("overrides", None), f"{where}, scaled")
@@ -109,7 +90,7 @@ def make_study(name: str, values: Mapping[str, Any], where: str, text: str = "")
     for one in names:
         if names.count(one) > 1:
             raise ConfigError(f"{where} has two sections with the name '{one}'")
-    return Study(
+    return Grid(
         name=name,
         title=str(values.get("title") or name),
         about=_one_line(values.get("about")),
@@ -191,24 +172,6 @@ def _overrides(given: Any, where: str) -> list[Override]:
         Override(dict(one["when"]), _settings(one, ("when",), f"{where}, overrides"))
         for one in given
     ]
-
-
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Settings:
-    """`first` with what `second` sets; nested mappings are merged, all else is replaced."""
-    both = dict(first)
-    for key, value in second.items():
-        old = both.get(key)
-        both[key] = (
-            merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-        )
-    return both
-
-
-def nested(key: str, value: Any) -> Settings:
-    """`data.name` and a value as `{data: {name: value}}`."""
-    for part in reversed(str(key).split(".")):
-        value = {part: value}
-    return dict(value)
 
 
 def look_up(settings: Mapping[str, Any], key: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from feedbackward.experiment.grid.grid import Block, Plan, in_words
+from feedbackward.experiment.grid.plan import Block, Plan, in_words
 
 NAMES = {
     "fashion-mini": "Fashion-MNIST (embedded)",
@@ -46,7 +46,7 @@ class Table:
 def tables(plan: Plan) -> list[Table]:
     """The tables of all sections, in order."""
     found = []
-    for section in plan.study.sections:
+    for section in plan.grid.sections:
         axis = column_axis(section.axes)
         groups: dict[str, list[Block]] = {}
         for block in plan.blocks:
@@ -65,7 +65,7 @@ def column_axis(axes: Mapping[str, Any]) -> str | None:
 
 def column_name(plan: Plan, block: Block) -> str:
     """What heads a block's column: its place on the column axis, else its data set."""
-    section = next(s for s in plan.study.sections if s.name == block.section)
+    section = next(s for s in plan.grid.sections if s.name == block.section)
     axis = column_axis(section.axes)
     return (
         pretty(axis, block.point[axis])
@@ -99,7 +99,9 @@ def pretty(key: str, value: Any) -> str:
 
 
 def title(plan: Plan, block: Block) -> str:
-    """A comparison in words."""
+    """A comparison in words; empty if there is only one."""
+    if plan.single:
+        return ""
     config = plan.of(block).config
     point = {"model": config.model, "data.name": config.data.name} | block.point
     return ", ".join(pretty(key, value) for key, value in point.items())

@@ -1,4 +1,4 @@
-"""What the data sets of a study hold, and which of them are not here."""
+"""What the data sets of a grid hold, and which of them are missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from feedbackward.errors import DataError
 from feedbackward.experiment.config.schema import CompareConfig
 from feedbackward.experiment.data.dataset import DataConfig
 from feedbackward.experiment.data.sources import DATASETS
-from feedbackward.experiment.grid.grid import Comparison, Plan
+from feedbackward.experiment.grid.plan import Comparison, Plan
 from feedbackward.experiment.training.building import forget_data, shared_data
 
 

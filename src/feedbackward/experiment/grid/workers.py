@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 
-from feedbackward.experiment.grid.cells import Job, Outcome, keep, run_cell
+from feedbackward.experiment.grid.cells import Job, Outcome, keep_reason, run_cell
 from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.environment import environment
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 
-Told = Callable[
-    [int, str, Any], None
-]  # number of the job, kind of event, its value; "end" comes with an Outcome
+# number of the job, kind of event, its value; "end" comes with an Outcome
+Report = Callable[[int, str, Any], None]
 CELL_BYTES = 2_000_000_000  # of memory that a cell is taken to need, data set and all
 POLL = 0.2  # seconds between two looks at the workers
 
 
-def sensible_workers(device: str) -> int:
+def default_workers(device: str) -> int:
     """One process per core as far as memory goes; one where there is a GPU."""
     if find_device(device).type == "cuda":
         return 1
@@ -36,20 +35,20 @@ def sensible_workers(device: str) -> int:
     return max(1, min(known["cores"] or 1, (known["memory_bytes"] or CELL_BYTES) // CELL_BYTES))
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, told: Told, interrupts: Interrupts) -> None:
-    """Run every job; `told` hears of the progress and the end of each, in this process.
+def run_jobs(jobs: Sequence[Job], workers: int, report: Report, interrupts: Interrupts) -> None:
+    """Run every job; `report` receives the progress and the end of each, in this process.
 
     Raises:
         InterruptedRunError: a signal came; the running cells are saved.
     """
     if workers > 1 and len(jobs) > 1:
-        _Pool(min(workers, len(jobs)), told, interrupts).run(jobs)
+        _Pool(min(workers, len(jobs)), report, interrupts).run(jobs)
         return
     for number, job in enumerate(jobs):
         interrupts.check()
-        told(number, "start", None)
-        outcome = run_cell(job, partial(told, number), interrupts)
-        told(number, "end", outcome)
+        report(number, "start", None)
+        outcome = run_cell(job, partial(report, number), interrupts)
+        report(number, "end", outcome)
         if outcome.status == "stopped":
             interrupts.check()
             raise InterruptedRunError(signal.SIGINT)
@@ -58,8 +57,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, told: Told, interrupts: Interrup
 class _Pool:
     """Processes that run a job at a time each. One that dies fails its cell, and another takes its place."""
 
-    def __init__(self, count: int, told: Told, interrupts: Interrupts) -> None:
-        self.count, self.told, self.interrupts = count, told, interrupts
+    def __init__(self, count: int, report: Report, interrupts: Interrupts) -> None:
+        self.count, self.report, self.interrupts = count, report, interrupts
         self.processes: dict[Connection, BaseProcess] = {}
         self.running: dict[Connection, int] = {}
         self.jobs: Sequence[Job] = ()
@@ -73,7 +72,7 @@ class _Pool:
                 while waiting and len(self.running) < self.count:
                     self._give(waiting.popleft())
                 self._listen()
-                self.told(-1, "tick", None)
+                self.report(-1, "tick", None)
         except InterruptedRunError:
             self._stop()
             raise
@@ -84,35 +83,34 @@ class _Pool:
         idle = [pipe for pipe in self.processes if pipe not in self.running]
         pipe = idle[0] if idle else self._start()
         self.running[pipe] = number
-        self.told(number, "start", None)
+        self.report(number, "start", None)
         with contextlib.suppress(OSError):  # it has died: `_listen` finds out
             pipe.send(self.jobs[number])
 
     def _start(self) -> Connection:
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a forked copy of PyTorch's threads may hang
+        # a forked copy of PyTorch's threads may hang
+        context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there,), daemon=True)
-        with _deaf():
+        with _sigint_ignored():
             process.start()
         there.close()
         self.processes[here] = process
         return here
 
     def _listen(self) -> None:
-        """Pass on what the workers have to say, and notice those that died."""
+        """Report what the workers send, and notice those that died."""
         for pipe in wait(list(self.processes), timeout=POLL):
             assert isinstance(pipe, Connection)
             try:
                 kind, value = pipe.recv()
             except (EOFError, OSError):
-                self._bury(pipe)
+                self._replace(pipe)
                 continue
             number = self.running.pop(pipe) if kind == "end" else self.running[pipe]
-            self.told(number, kind, value)
+            self.report(number, kind, value)
 
-    def _bury(self, pipe: Connection) -> None:
+    def _replace(self, pipe: Connection) -> None:
         process = self.processes.pop(pipe)
         pipe.close()
         process.join(5)
@@ -121,8 +119,8 @@ class _Pool:
             number = self.running.pop(pipe)
             outcome = Outcome("stopped") if self.stopping else Outcome("failed", why)
             if not self.stopping:  # before it could note the signal, else
-                keep(self.jobs[number], outcome)
-            self.told(number, "end", outcome)
+                keep_reason(self.jobs[number], outcome)
+            self.report(number, "end", outcome)
 
     def _stop(self) -> None:
         """Let every running cell save itself."""
@@ -141,8 +139,11 @@ class _Pool:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that are started within do not hear Ctrl-C, from their first moment on: the main process tells them."""
+def _sigint_ignored() -> Iterator[None]:
+    """Processes that are started within ignore Ctrl-C from their first moment on.
+
+    The terminal sends it to every process; the main process decides and sends SIGTERM.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -153,10 +154,10 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Told(Interrupts):
-    """A worker's: it stops when the main process says so, for Ctrl-C reaches both."""
+class _WorkerInterrupts(Interrupts):
+    """Of a worker: it stops on the main process's SIGTERM only."""
 
-    def __enter__(self) -> _Told:
+    def __enter__(self) -> _WorkerInterrupts:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._noted)
         return self
@@ -166,9 +167,9 @@ class _Told(Interrupts):
 
 
 def _work(pipe: Connection) -> None:
-    """The life of a worker process: jobs in, events out, one thread."""
+    """The loop of a worker process: it receives jobs and sends events, on one thread."""
     torch.set_num_threads(1)
-    with _Told() as interrupts:
+    with _WorkerInterrupts() as interrupts:
         for job in _jobs(pipe):
             with warnings.catch_warnings():
                 warnings.showwarning = lambda text, *where: pipe.send(

@@ -1,4 +1,6 @@
-"""The report of a comparison: terminal table, JSON, Markdown, a picture and one self-contained HTML page."""
+"""The report of a comparison or a grid of them: terminal table, JSON, Markdown and one HTML page."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -16,6 +18,8 @@ from rich.text import Text
 
 from feedbackward.errors import FeedbackError
 from feedbackward.experiment.report import drawing, plots
+from feedbackward.experiment.report.grid_figures import figures, looks
+from feedbackward.experiment.report.numbers import fixed
 from feedbackward.experiment.report.summary import (
     Results,
     at_floor,
@@ -26,101 +30,108 @@ from feedbackward.experiment.report.summary import (
     label_of,
     last_probe,
     mean_of,
-    notes,
     sites_of,
     summarise,
 )
+from feedbackward.experiment.report.tables import (
+    as_grid,
+    blocks,
+    columns_of,
+    counts,
+    is_single,
+    notes,
+    rates,
+    runs,
+    summary,
+)
 
-__all__ = ["print_summary", "render", "replace_whole", "summarise", "write_report"]
-
-NONE = "–"
 ASCII = str.maketrans({"±": "+/-", "×": "x", "°": " deg", "−": "-", "–": "-"})
 
 
-def fixed(value: float | None, sign: bool = False) -> str:
-    """One decimal, a true minus sign, never "-0.0"; a dash for None."""
-    if value is None:
-        return NONE
-    rounded = round(value, 1) + 0.0
-    return f"{rounded:{'+' if sign else ''}.1f}".replace("-", "−")
+def write_report(results: Results, folder: str | Path) -> dict[str, Path]:
+    """Write results.json, report.md and report.html into `folder`; returns their paths by name.
+
+    A single comparison has a picture.png too. Each file is replaced whole or not at all. results.json is
+    `results` (NaN as null) with "summary" and "conclusion" of each comparison.
+
+    Raises:
+        FeedbackError: the folder cannot be written, or the schema is of another version.
+    """
+    document = as_grid(_clean(results))
+    view = _view(document)
+    # numbers first: a figure that fails must not lose them
+    files: dict[str, Callable[[], bytes]] = {
+        "results.json": lambda: _json_text(results),
+        "report.md": lambda: render("report.md", view),
+        "report.html": lambda: render("report.html", view | _drawn(document)),
+    }
+    if is_single(document):
+        files["picture.png"] = lambda: plots.picture(blocks(document)[0])
+    return write_files(Path(folder), files)
 
 
-def plus_minus(value: float | None, error: float | None, sign: bool = False) -> str:
-    """`value ± error`, or the value alone where there is no error."""
-    return fixed(value, sign) + ("" if error is None else f" ± {fixed(error)}")
-
-
-def size(count: int | None) -> str:
-    """Bytes as a short decimal size."""
-    if not count:
-        return NONE if count is None else "none"
-    amount, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5 or unit == "GB":
-            break
-        amount /= 1000
-    return f"{amount:.3g} {unit}"
-
-
-def _difference(value: dict[str, Any] | None, sign: bool = False) -> str:
-    return NONE if value is None else plus_minus(value["mean"], value["se"], sign)
-
-
-def _ratio(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}×"
-
-
-def _count(row: dict[str, Any]) -> str:
-    if row["refused"]:
-        return NONE
-    return str(row["n"]) if row["n"] == row["planned"] else f"{row['n']}/{row['planned']}"
-
-
-def table(results: Results) -> dict[str, list[str]]:
-    """Heading of each column and its cells, one per rule; a column without any value is left out."""
-    columns: dict[str, list[str]] = {}
-    for row in summarise(results):
-        cells = {
-            "Rule": str(row["label"]),
-            "Test accuracy (%)": "refused"
-            if row["refused"]
-            else plus_minus(row["mean"], row["std"]),
-            "n": _count(row),
-            "Diverged": str(row["diverged"]) if row["diverged"] else NONE,
-            "Gap to BP": _difference(row["gap"]),
-            "vs Frozen": _difference(row["frozen"], sign=True),
-            "Time per step": _ratio(row["step_ratio"]),
-            "Peak memory": _ratio(row["peak_ratio"]),
-            "Mean angle": NONE if row["angle"] is None else f"{fixed(row['angle'])}°",
-            "Feedback": size(row["feedback_bytes"]),
-        }
-        for name, cell in cells.items():
-            columns.setdefault(name, []).append(cell)
-    return {name: cells for name, cells in columns.items() if set(cells) != {NONE}}
-
-
-def print_summary(results: Results, console: Console) -> None:
-    """Table, conclusion and notes; outside a terminal the table is Markdown and nothing is wrapped."""
-    live = console.is_terminal
-    style: dict[str, Any] = {"box": box.MARKDOWN}
-    columns = table(results)
-    if live:  # dominates enough for 80 columns: the notes below tell of diverged runs
-        style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-        columns.pop("Diverged", None)
-        columns = {name.replace(" ", "\n"): cells for name, cells in columns.items()}
-    view = Table(**style)
+def print_report(results: Results, console: Console) -> None:
+    """Tables, conclusion and notes; outside a terminal the tables are Markdown and nothing is wrapped."""
+    document = as_grid(_clean(results))
     with unwrapped(console) as plain:
-        for heading in columns:
-            view.add_column(plain(heading), justify="left" if heading == "Rule" else "right")
-        for row in zip(*columns.values(), strict=True):
-            view.add_row(*(plain(cell.replace(" ± ", "±") if live else cell) for cell in row))
-        console.print(
-            plain(str(results.get("title") or "Comparison of learning rules")), style="bold"
-        )
-        console.print(view)
-        console.print(plain(conclusion(results)), style="bold")
-        for note in notes(results):
+        console.print(plain(_title(document)), style="bold")
+        for section in _sections(document):
+            if section["title"]:
+                console.print(plain(section["title"]), style="bold")
+            for table in section["tables"]:
+                console.print(_grid(table, plain, console.is_terminal))
+        console.print(plain(summary(document)), style="bold")
+        for note in notes(document):
             console.print(plain(f"- {note}"))
+
+
+def failed_cells(results: Results) -> int:
+    """How many cells failed."""
+    return counts(as_grid(results))["failed"]
+
+
+def _clean(results: Results) -> Results:
+    found = clean(results)
+    return {k: v for k, v in found.items() if k in results or "sections" not in results}
+
+
+def _json_text(results: Results) -> bytes:
+    """The results with the statistics of every rule beside its runs."""
+
+    def summed(block: Results) -> Results:
+        return {**block, "summary": summarise(block)}
+
+    found = _clean(results)
+    if "sections" in found:
+        found["sections"] = [
+            {**s, "tables": [{**t, "blocks": list(map(summed, t["blocks"]))} for t in s["tables"]]}
+            for s in found["sections"]
+        ]
+    else:
+        found = summed(found) | {"conclusion": conclusion(found)}
+    return json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False).encode()
+
+
+def _title(document: Results) -> str:
+    return str(document.get("title") or "Comparison of learning rules")
+
+
+def _grid(table: dict[str, Any], plain: Callable[[str], Text], live: bool) -> Table:
+    """A table in a terminal, dense enough for 80 columns, or in a log as Markdown."""
+    style: dict[str, Any] = {"box": box.MARKDOWN}
+    if live:
+        style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    # the notes report diverged runs
+    shown = [i for i, head in enumerate(table["heads"]) if not (live and head == "Diverged")]
+    view = Table(**style)
+    view.add_column(plain(table["title"] or "Rule"))
+    for i in shown:
+        head = table["heads"][i]
+        view.add_column(plain(head.replace(" ", "\n") if live else head), justify="right")
+    for row in table["rows"]:
+        cells = [row["flat"][i].replace(" ± ", "±") if live else row["flat"][i] for i in shown]
+        view.add_row(plain(row["label"]), *map(plain, cells))
+    return view
 
 
 @contextmanager
@@ -139,28 +150,6 @@ def unwrapped(console: Console) -> Iterator[Callable[[str], Text]]:
         yield plain
     finally:
         console.width = width
-
-
-def write_report(results: Results, folder: str | Path) -> dict[str, Path]:
-    """Write results.json, report.md, report.html and picture.png into `folder`; returns their paths by name.
-
-    Each file is replaced whole or not at all. results.json is `results` (NaN as null) with "summary" and
-    "conclusion" added. Raises FeedbackError if the folder cannot be written or the schema is another version.
-    """
-    results = clean(results)
-    written = {**results, "summary": summarise(results), "conclusion": conclusion(results)}
-    view = _view(results)
-    files: dict[
-        str, Callable[[], bytes]
-    ] = {  # numbers first: a figure that fails must not lose them
-        "results.json": lambda: json.dumps(
-            written, indent=1, allow_nan=False, ensure_ascii=False
-        ).encode(),
-        "report.md": lambda: render("report.md", view),
-        "report.html": lambda: render("report.html", {**view, "sections": plots.figures(results)}),
-        "picture.png": lambda: plots.picture(results),
-    }
-    return write_files(Path(folder), files)
 
 
 def write_files(folder: Path, files: Mapping[str, Callable[[], bytes]]) -> dict[str, Path]:
@@ -214,40 +203,81 @@ def _json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, ensure_ascii=False, default=str)
 
 
-def _view(results: Results) -> dict[str, Any]:
-    """What both templates show: text, ready to print."""
-    columns = table(results)
-    rules = results["rules"]
+def _sections(document: Results) -> list[dict[str, Any]]:
+    """Sections, tables, rows and cells as text, ready for every form of the table."""
+    found = []
+    for section in document["sections"]:
+        stepped = any("sites" in b["point"] for t in section["tables"] for b in t["blocks"])
+        tables = [_table(table, stepped) for table in section["tables"]]
+        found.append({**section, "stepped": stepped, "tables": tables})
+    return found
+
+
+def _table(table: Results, stepped: bool) -> dict[str, Any]:
+    heads, cells = columns_of(table)
+    styles = looks(table)
+    rows = [
+        {
+            "label": label,
+            "colour": _colour(styles[label]),
+            "cells": row,
+            "flat": [_flat(cell, stepped) for cell in row],
+        }
+        for label, row in zip(table["labels"], cells, strict=True)
+    ]
+    return {"title": table["title"], "heads": heads, "rows": rows}
+
+
+def _colour(style: drawing.Style) -> str:
+    return "currentColor" if style.colour == drawing.INK else style.colour
+
+
+def _flat(shown: dict[str, str], stepped: bool) -> str:
+    """A cell in one line: `62.3 ± 1.2 (−3.1 ± 0.4), 8 steps`."""
+    text = shown["text"] + (f" ({shown['gap']})" if shown["gap"] else "")
+    return text + (f", {shown['steps']}" if stepped and shown["steps"] else "")
+
+
+def _view(document: Results) -> dict[str, Any]:
+    """What the templates show but for the figures."""
+    single, config = is_single(document), document.get("config") or {}
+    first = blocks(document)[0]
     shown = ("rule", "label", "options", "rates", "cost", "step_ms", "peak_bytes")
+    settings = [_json({k: rule[k] for k in shown if rule.get(k)}) for rule in first["rules"]]
     return {
-        "title": str(results.get("title") or "Comparison of learning rules"),
-        "command": results.get("command") or "(the command was not recorded)",
-        "conclusion": conclusion(results),
-        "notes": notes(results),
-        "headings": list(columns),
-        "rows": [list(row) for row in zip(*columns.values(), strict=True)],
-        "runs": [[label_of(rule), *_run(run)] for rule in rules for run in rule.get("runs") or []],
-        "facts": _facts(results),
-        "settings": "\n".join(
-            _json({key: rule[key] for key in shown if rule.get(key)}) for rule in rules
-        ),
-        "config": _json(results.get("config") or {}, indent=2),
-        "colours": [
-            "currentColor" if s.colour == drawing.INK else s.colour for s in drawing.styles(results)
-        ],
-        "angles": _angles(results),
+        "title": _title(document),
+        "about": document["about"],
+        "single": single,
+        "summary": summary(document),
+        "notes": notes(document),
+        "sections": _sections(document),
+        "command": document.get("command") or "(the command was not recorded)",
+        "facts": _facts(first if single else {}, document),
+        "rates": [row[1:] if single else row for row in rates(document)],
+        "runs": [row[1:] if single else row for row in runs(document)],
+        "settings": "\n".join(settings) if single else "",
+        "config": config if isinstance(config, str) else _json(config, indent=2),
+        "angles": _angles(first) if single else ([], []),
         "floor": "1e-7",
     }
 
 
-def _run(run: Results) -> list[str]:
-    accuracies = [fixed(run.get(key)) for key in ("test_accuracy", "validation_accuracy")]
-    return [str(run.get("seed")), str(run.get("status")), *accuracies, fixed(run.get("seconds"))]
+def _drawn(document: Results) -> dict[str, Any]:
+    """The figures: all of a single comparison, or those of the tables and of each comparison."""
+    if is_single(document):
+        return {"figures": plots.figures(blocks(document)[0]), "blocks": []}
+    made = figures(document)
+    shown = [block for block in blocks(document) if any(made["blocks"][block["folder"]].values())]
+    return {
+        "figures": made["tables"],
+        "blocks": [{**block, **made["blocks"][block["folder"]]} for block in shown],
+    }
 
 
-def _facts(results: Results) -> list[tuple[str, str]]:
+def _facts(block: Results, document: Results) -> list[tuple[str, str]]:
     """Data, model, date and environment as pairs of name and text."""
-    data, model = results.get("data") or {}, results.get("model") or {}
+    data, model = block.get("data") or {}, block.get("model") or {}
+    model = {"name": model} if isinstance(model, str) else model
     counts = [
         f"{data[key]:,} {key}"
         for key in ("train", "validation", "test", "classes")
@@ -260,10 +290,10 @@ def _facts(results: Results) -> list[tuple[str, str]]:
             "model",
             ", ".join(filter(None, [model.get("name"), f"{count:,} parameters" if count else ""])),
         ),
-        ("created", str(results.get("created") or "")[:16].replace("T", " ")),
-        *(results.get("environment") or {}).items(),
+        ("created", str(document.get("created") or "")[:16].replace("T", " ")),
+        *(document.get("environment") or {}).items(),
     ]
-    return [(name, str(value)) for name, value in found if value not in (None, "")]
+    return [(n, str(value)) for n, value in found if value not in (None, "") and n != "command"]
 
 
 def _angles(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -121,7 +121,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
     mean and std of the test accuracy (percent; sample standard deviation, None for n = 1), gap (BP minus rule) and
     frozen (rule minus Frozen), both as `paired` gives them, step_ratio and peak_ratio (to BP), angle (degrees, mean
     over sites and seeds at the last probe), floor_sites (sites whose BP gradient norm is then below 1e-7 in some
-    seed), feedback_bytes.
+    seed), feedback_bytes, cost (counted: steps, macs relative to BP).
     """
     results = clean(results)
     bp, frozen = control(results, "bp"), control(results, "frozen")
@@ -150,6 +150,7 @@ def _row(rule: Results, bp: Results | None, frozen: Results | None) -> dict[str,
             {name for probe in probes for name, site in probe.items() if at_floor(site)}
         ),
         "feedback_bytes": rule.get("feedback_bytes"),
+        "cost": rule.get("cost"),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         if device.type == "cuda"
         else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """The command line that this is."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["feedbackward" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:

@@ -1,4 +1,4 @@
-"""The figures of a study: accuracies of each table, angles and Jacobians by layer, and each comparison's own."""
+"""The figures of a grid: accuracies of each table, and the angles and Jacobians of each comparison."""
 
 from __future__ import annotations
 

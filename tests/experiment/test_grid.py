@@ -1,4 +1,4 @@
-"""Studies: the grid, what is skipped and resumed, what is shown of it."""
+"""Grids of comparisons: their points, what is skipped and resumed, what is shown of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import yaml
 
 from feedbackward.cli import main
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.grid.compare import cell_config
-from feedbackward.experiment.grid.definition import SHIPPED, load_study, make_study
-from feedbackward.experiment.grid.grid import Options, expand, in_words
+from feedbackward.experiment.config.options import SHIPPED
+from feedbackward.experiment.grid.candidates import run_config
+from feedbackward.experiment.grid.definition import load_grid, make_grid
+from feedbackward.experiment.grid.plan import Options, expand, in_words
 
 TINY: dict[str, Any] = {
     "title": "Tiny",
@@ -29,6 +30,8 @@ TINY: dict[str, Any] = {
     "scaled": {"seeds": [0], "epochs": 1},
 }
 
+GRIDS = [f.stem for f in sorted(SHIPPED.glob("*.yaml")) if "\nsections:" in f.read_text()]
+
 
 @pytest.fixture
 def study(home: Path) -> Path:
@@ -38,13 +41,12 @@ def study(home: Path) -> Path:
 
 
 def run(*more: str) -> int:
-    return main(
-        ["study", "tiny.yaml", "--data-root", "data", "--out", "out", "--workers", "1", *more]
-    )
+    flags = ["--data-root", "data", "--out", "out", "--workers", "1"]
+    return main(["compare", "--config", "tiny.yaml", *flags, *more])
 
 
 def changed(**values: Any) -> Any:
-    return make_study("tiny", {**TINY, **values}, "the study")
+    return make_grid("tiny", {**TINY, **values}, "the grid")
 
 
 def test_every_point_of_the_grid_is_a_comparison() -> None:
@@ -77,17 +79,19 @@ def test_overrides_and_small_runs_change_the_points_that_they_fit() -> None:
         assert all(c.seeds == seeds for c in configs)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in sorted(SHIPPED.glob("*.yaml"))])
+@pytest.mark.parametrize("name", GRIDS)
 def test_every_shipped_study_makes_its_cells(name: str) -> None:
     """In full and small, every rule of every comparison has a config that training accepts."""
     for scale in (1.0, 0.05):
-        for comparison in expand(load_study(name), Options("out", scale)).comparisons.values():
-            for contender in comparison.contenders:
-                cell_config(comparison.config, contender, 0)
+        for comparison in expand(
+            load_grid(SHIPPED / f"{name}.yaml"), Options("out", scale)
+        ).comparisons.values():
+            for candidate in comparison.candidates:
+                run_config(comparison.config, candidate, 0)
 
 
 def test_the_papers_study_is_the_grid_that_it_says() -> None:
-    plan = expand(load_study("paper"), Options("out"))
+    plan = expand(load_grid(SHIPPED / "paper.yaml"), Options("out"))
     table = [b for b in plan.blocks if b.section == "table"]
     assert len(table) == 3 * 4
     assert all(len(b.labels) == 6 and b.seeds == (0, 1, 2) for b in table)
@@ -123,7 +127,7 @@ def test_a_study_runs_shows_what_has_no_data_and_skips_what_is_done(
     results = json.loads((study / "out" / "results.json").read_text())
     rules = results["sections"][0]["tables"][0]["blocks"][0]["rules"]
     assert [(rule["rule"], rule["backward_steps"]) for rule in rules] == [("bp", 0), ("frozen", 1)]
-    table = (study / "out" / "table.md").read_text()
+    table = (study / "out" / "report.md").read_text()
     assert "CIFAR-100 (no data)" in table
     assert "100 images" in table
     assert "2 epochs" in table
@@ -138,12 +142,12 @@ def test_a_study_runs_shows_what_has_no_data_and_skips_what_is_done(
 
 
 def test_one_part_of_a_study_and_the_rest_later(study: Path) -> None:
-    assert run("--seeds", "1", "--rules", "bp") == 0
+    assert run("--only.seeds", "1", "--only.rules", "bp") == 0
     assert len([*(study / "out").rglob("model.safetensors")]) == 1
-    assert "not run" in (study / "out" / "table.md").read_text()
+    assert "not run" in (study / "out" / "report.md").read_text()
     assert run() == 0
     assert len([*(study / "out").rglob("model.safetensors")]) == 4
-    assert run("--rules", "bq") != 0
+    assert run("--only.rules", "bq") == 2
 
 
 def test_two_processes_give_what_one_gives(study: Path) -> None:
@@ -159,9 +163,7 @@ def test_two_processes_give_what_one_gives(study: Path) -> None:
         }
 
     assert run() == 0
-    assert (
-        main(["study", "tiny.yaml", "--data-root", "data", "--out", "two", "--workers", "2"]) == 0
-    )
+    assert run("--out", "two", "--workers", "2") == 0
     assert accuracies("out") == accuracies("two")
     assert len(accuracies("two")) == 4
 
@@ -170,6 +172,6 @@ def test_a_folder_of_something_else_is_left_alone(study: Path, capsys: Any) -> N
     (study / "out").mkdir()
     (study / "out" / "thesis.txt").write_text("mine")
     assert run() != 0
-    assert "not the folder of a study" in capsys.readouterr().err
-    assert main(["study", "papper"]) != 0
-    assert "paper" in capsys.readouterr().err
+    assert "not the folder of a comparison" in capsys.readouterr().err
+    assert main(["compare", "--config", "papper"]) != 0
+    assert "did you mean paper" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The search of rates in a study: whose rate a rule gets, what is told of it, and what happens where there is none."""
+"""The search of rates in a grid: whose rate a rule gets, what is told of it, and what happens where there is none."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from test_study import TINY
-from test_study_report import block, results, rule
+from test_grid import TINY
+from test_grid_report import block, results, rule
 
 from feedbackward.cli import main
-from feedbackward.experiment.grid.texts import notes, rates
+from feedbackward.experiment.report.tables import notes, rates
 
 SEARCH = {"run": True, "baseline_only": True, "lr": [1e-7, 0.05], "seed": 7, "epochs": 1}
 
@@ -22,7 +22,8 @@ def run(*more: str, workers: int = 1, **changes: Any) -> int:
     Path("study.yaml").write_text(yaml.safe_dump(given))
     return main(
         [
-            "study",
+            "compare",
+            "--config",
             "study.yaml",
             "--data-root",
             "data",
@@ -42,12 +43,12 @@ def found_rates() -> dict[str, float]:
 
 
 def told() -> str:
-    return Path("out/table.md").read_text()
+    return Path("out/report.md").read_text()
 
 
 def test_the_rate_of_all_rules_is_picked_for_the_first(home: Path) -> None:
     """Whatever part is run: the trials that it needs are the first rule's."""
-    assert run("--rules", "Frozen", "--seeds", "1") == 0
+    assert run("--only.rules", "Frozen", "--only.seeds", "1") == 0
     trials = sorted(path.parent.name for path in Path("out").rglob("search/*/result.json"))
     assert trials == ["bp-0.05", "bp-1e-07"]
     assert found_rates() == {"BP": 0.05, "Frozen": 0.05}
@@ -58,40 +59,46 @@ def test_the_rate_of_all_rules_is_picked_for_the_first(home: Path) -> None:
 
 def test_rates_are_told_as_the_runs_had_them(home: Path) -> None:
     """The file has changed since: nothing is run, and nothing is told that was not."""
-    assert run("--seeds", "0") == 0
+    assert run("--only.seeds", "0") == 0
     assert (
-        run("--report", search={"run": False}, rates={"bp": {"lr": 0.3}, "frozen": {"lr": 0.4}})
+        run(
+            "--report-only", search={"run": False}, rates={"bp": {"lr": 0.3}, "frozen": {"lr": 0.4}}
+        )
         == 0
     )
     assert found_rates() == {"BP": 0.05, "Frozen": 0.05}
-    assert run("--report", search={**SEARCH, "lr": [0.02, 0.4]}) == 0
+    assert run("--report-only", search={**SEARCH, "lr": [0.02, 0.4]}) == 0
     assert found_rates() == {"BP": 0.05, "Frozen": 0.05}
     assert "picked" not in told()
-    assert run("--seeds", "0", search={**SEARCH, "lr": [1e-8, 1e-7, 0.05]}) == 0  # a grid can grow
+    assert (
+        run("--only.seeds", "0", search={**SEARCH, "lr": [1e-8, 1e-7, 0.05]}) == 0
+    )  # a grid can grow
     assert "picked of 3 in main/all" in told()
 
 
 def test_a_rule_that_is_run_anew_leaves_the_trials_of_another(home: Path) -> None:
-    assert run("--seeds", "0") == 0
+    assert run("--only.seeds", "0") == 0
     files = {
         name: Path("out/main/all") / name / "result.json"
         for name in ("frozen-s0", "search/bp-0.05")
     }
     before = {name: file.stat().st_mtime_ns for name, file in files.items()}
-    assert run("--rules", "Frozen", "--seeds", "0", "--overwrite") == 0
+    assert run("--only.rules", "Frozen", "--only.seeds", "0", "--overwrite") == 0
     after = {name: file.stat().st_mtime_ns for name, file in files.items()}
     assert after["search/bp-0.05"] == before["search/bp-0.05"]
     assert after["frozen-s0"] > before["frozen-s0"]
-    assert run("--rules", "BP", "--seeds", "0", "--overwrite") == 0
+    assert run("--only.rules", "BP", "--only.seeds", "0", "--overwrite") == 0
     assert files["search/bp-0.05"].stat().st_mtime_ns > before["search/bp-0.05"]
 
 
 def test_without_a_search_that_came_to_an_end_nothing_is_trained(home: Path, capsys: Any) -> None:
     """A trial that fails: nobody trains at another rate, and the command says so."""
-    nets = {"model": "test_study_report:dying", "rules": ["bp", "frozen"]}
+    nets = {"model": "test_grid_report:dying", "rules": ["bp", "frozen"]}
     assert run(workers=2, **nets) == 1
     shown = capsys.readouterr()
-    assert "main/all, Frozen: not run, for its search of rates did not come to an end" in shown.out
+    assert (
+        "main/all, Frozen: not run, because its search of rates did not come to an end" in shown.out
+    )
     assert "2 cells or trials failed" in shown.err
     assert not [*Path("out").rglob("result.json")]
 
@@ -99,7 +106,7 @@ def test_without_a_search_that_came_to_an_end_nothing_is_trained(home: Path, cap
 def test_a_search_without_data_gives_no_rate(home: Path, capsys: Any) -> None:
     sections = [{"name": "main", "axes": {"data.name": ["fashion-mini", "cifar100"]}}]
     assert run(sections=sections, search_on={"data.name": "cifar100"}) == 0
-    assert "fashion-mini, BP: not run, for its search" in capsys.readouterr().out
+    assert "fashion-mini, BP: not run, because its search" in capsys.readouterr().out
     assert not [*Path("out").rglob("result.json")]
 
 

@@ -1,4 +1,4 @@
-"""How long the rest of a study will take, from what its cells took so far."""
+"""The ETA of a grid, from what its cells took so far."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Pace:
-    """A cell as the estimate sees it.
+class CellTime:
+    """What the ETA needs to know of a cell.
 
     Attributes:
-        group: model, data set and folder: cells alike in more of these cost more alike.
-        label: of the rule.
-        images: training images of the whole cell, epoch after epoch.
-        share: of them done, 0 to 1.
+        group: model, data set and folder: the more of these two cells share, the better one's speed
+            predicts the other's.
+        label: the label of the rule.
+        images: training images of the whole cell, over all epochs.
+        share: the share of them that is done, 0 to 1.
         measured: the share that `seconds` were spent on.
     """
 
@@ -26,11 +27,11 @@ class Pace:
     seconds: float = 0.0
 
 
-def seconds_left(cells: Sequence[Pace], workers: int) -> float | None:
+def seconds_left(cells: Sequence[CellTime], workers: int) -> float | None:
     """Seconds until all cells are done by so many at once; None while nothing was measured.
 
-    A cell's speed is that of its rule in its comparison, or, where none of it has run, of all rules in the comparison, on
-    the same model and data, on the same model, at all: the first of these with a measurement.
+    A cell's speed is that of its rule in its comparison. If none of it has run, it is the speed of all
+    rules in the comparison, then on the same model and data, then on the same model, then of all cells.
     """
     known = [cell for cell in cells if cell.measured > 0 and cell.seconds > 0]
     if not known:
@@ -46,7 +47,7 @@ def seconds_left(cells: Sequence[Pace], workers: int) -> float | None:
     return max(sum(left) / workers, max(left))
 
 
-def _keys(cell: Pace) -> list[tuple[str, ...]]:
+def _keys(cell: CellTime) -> list[tuple[str, ...]]:
     """What the cell's speed may be read from, the best first."""
     model, data, folder = cell.group
     return [
@@ -58,7 +59,7 @@ def _keys(cell: Pace) -> list[tuple[str, ...]]:
     ]
 
 
-def _rate(cells: Iterable[Pace]) -> float:
+def _rate(cells: Iterable[CellTime]) -> float:
     """Seconds per image."""
     seen = list(cells)
     return sum(cell.seconds for cell in seen) / sum(cell.images * cell.measured for cell in seen)

@@ -1,52 +1,51 @@
-"""From a study to its comparisons: the grid of every section, written out, each comparison once."""
+"""The comparisons that a grid stands for: every point of every section, each comparison once."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from feedbackward.errors import ConfigError
 from feedbackward.experiment.config.arguments import validated
-from feedbackward.experiment.config.files import to_dict
+from feedbackward.experiment.config.files import merged, nested, to_dict, write_yaml
 from feedbackward.experiment.config.schema import CompareConfig, RuleEntry, slug
-from feedbackward.experiment.grid.compare import Contender, find_contenders
-from feedbackward.experiment.grid.definition import (
-    Section,
-    Settings,
-    Study,
-    look_up,
-    merged,
-    nested,
-)
+from feedbackward.experiment.grid.candidates import Candidate, find_candidates
+from feedbackward.experiment.grid.definition import Grid, Section, Settings, look_up
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a study is run.
+    """How a grid is run.
 
     Attributes:
-        out: the folder of its results.
-        scale: share of the training images; below 1 the study's `scaled` settings count.
-        sets: dotted keys of a comparison's config and values, for all of them.
-        root, device: of the data and of the training, for all of them.
+        out: the folder of the results.
+        scale: the share of the training images; below 1, the grid's `scaled` settings apply.
+        changes: settings of the command line, which every comparison takes.
     """
 
     out: str
     scale: float = 1.0
-    sets: Mapping[str, Any] | None = None
-    root: str | None = None
-    device: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 1:
+            raise ConfigError(
+                f"the scale is {self.scale:g}: it is a share of the training images, above 0 and "
+                "at most 1"
+            )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One folder of cells: rules and seeds under one recipe, on one model and data set.
+    """One folder of runs: rules and seeds under one recipe, on one model and data set.
 
-    `search_on` is the folder of the comparison whose search picks the rates of this one; its own, or None without a search.
+    Attributes:
+        search_on: the folder of the comparison whose search picks the rates of this one, which may
+            be its own; None without a search.
     """
 
     folder: str
@@ -54,9 +53,9 @@ class Comparison:
     search_on: str | None = None
 
     @property
-    def contenders(self) -> list[Contender]:
+    def candidates(self) -> list[Candidate]:
         """Its rules, the baseline first, without the rates that a search picks."""
-        return find_contenders(self.config)
+        return find_candidates(self.config)
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study written out: its blocks in order, and the comparisons that they take their cells from, by folder."""
+    """A grid written out: its blocks in order, and by folder the comparisons that have their runs."""
 
-    study: Study
+    grid: Grid
     options: Options
     blocks: tuple[Block, ...]
     comparisons: dict[str, Comparison]
@@ -83,21 +82,44 @@ class Plan:
         """The comparison of a block."""
         return self.comparisons[block.folder]
 
+    @property
+    def single(self) -> bool:
+        """Whether it is one comparison that lies in the folder of the results itself."""
+        return [*self.comparisons] == [""]
 
-def expand(study: Study, options: Options) -> Plan:
-    """Write out every section's grid. Raises ConfigError for a value that no comparison can have."""
-    if not 0 < options.scale <= 1:
-        raise ConfigError(
-            f"the scale is {options.scale:g}: it is a share of the training images, above 0 and at most 1"
-        )
+    @property
+    def device(self) -> str:
+        """Where to train."""
+        return next(iter(self.comparisons.values())).config.device
+
+
+def single(config: CompareConfig, scale: float = 1.0) -> Plan:
+    """One comparison as a grid of one cell. Raises ConfigError for a config that is not valid."""
+    config = config.resolved()
+    assert config.out is not None
+    labels = tuple(candidate.label for candidate in find_candidates(config))
+    name = Path(config.data.name).name
+    grid = Grid(
+        name=Path(config.out).name,
+        title=config.title or f"{config.model} on {name}",
+        sections=[Section(name="", title="")],
+        text=write_yaml(config),
+    )
+    block = Block("", {}, "", labels, tuple(config.seeds))
+    comparison = Comparison("", config, "" if config.search.run else None)
+    return Plan(grid, Options(config.out, scale), (block,), {"": comparison})
+
+
+def expand(grid: Grid, options: Options) -> Plan:
+    """Write out every section's points. Raises ConfigError for a value that no comparison can have."""
     blocks: list[Block] = []
     comparisons: dict[str, Comparison] = {}
     known: dict[str, str] = {}
-    for section in study.sections:
+    for section in grid.sections:
         for point in _points(section):
-            settings = _settings(study, section, point, options)
+            settings = _settings(grid, section, point, options)
             config, search_on = _config(
-                settings, f"the study '{study.name}', section '{section.name}'"
+                settings, f"the grid '{grid.name}', section '{section.name}'"
             )
             identity = json.dumps(
                 to_dict(replace(config, rules=[], seeds=[], out=None)) | {"on": search_on},
@@ -105,13 +127,13 @@ def expand(study: Study, options: Options) -> Plan:
             )
             folder = known.setdefault(identity, _folder(section, point, set(known.values())))
             config = replace(config, out=str(Path(options.out) / folder))
-            labels = tuple(contender.label for contender in find_contenders(config))
+            labels = tuple(candidate.label for candidate in find_candidates(config))
             blocks.append(Block(section.name, point, folder, labels, tuple(config.seeds)))
             made = Comparison(folder, config, json.dumps(search_on) if config.search.run else None)
             comparisons[folder] = (
                 _union(comparisons[folder], made) if folder in comparisons else made
             )
-    return Plan(study, options, tuple(blocks), _searches(blocks, comparisons))
+    return Plan(grid, options, tuple(blocks), _searches(blocks, comparisons))
 
 
 def _points(section: Section) -> Iterator[dict[str, Any]]:
@@ -119,31 +141,26 @@ def _points(section: Section) -> Iterator[dict[str, Any]]:
         yield dict(zip(section.axes, values, strict=True))
 
 
-def _settings(
-    study: Study, section: Section, point: Mapping[str, Any], options: Options
-) -> Settings:
-    """The settings of one comparison: study, overrides, section, point; when small the scaled ones; what was asked for."""
+def _settings(grid: Grid, section: Section, point: Mapping[str, Any], options: Options) -> Settings:
+    """The settings of one comparison: of the grid, overrides, section and point; the scaled ones if it
+    is run small; then those of the command line."""
     at: Settings = {}
     for key, value in point.items():
         at = merged(at, nested(key, value))
-    full = merged(merged(study.settings, section.settings), at)
-    settings = study.settings
-    for override in study.overrides:
+    full = merged(merged(grid.settings, section.settings), at)
+    settings = grid.settings
+    for override in grid.overrides:
         if override.fits(full):
             settings = merged(settings, override.settings)
     settings = merged(settings, section.settings)
     if options.scale < 1:
-        settings = merged(settings, study.scaled)
-        for override in study.scaled_overrides:
+        settings = merged(settings, grid.scaled)
+        for override in grid.scaled_overrides:
             if override.fits(full):
                 settings = merged(settings, override.settings)
         settings = merged(settings, section.scaled)
     settings = merged(settings, at)
-    asked = {"data.root": options.root, "device": options.device} | dict(options.sets or {})
-    for key, value in asked.items():
-        if value is not None:
-            settings = merged(settings, nested(key, value))
-    return settings
+    return merged(settings, options.changes)
 
 
 def _config(settings: Settings, where: str) -> tuple[CompareConfig, dict[str, Any]]:
@@ -179,11 +196,11 @@ def _folder(section: Section, point: Mapping[str, Any], taken: set[str]) -> str:
 
 def _union(first: Comparison, second: Comparison) -> Comparison:
     """The same comparison with the rules and seeds of both."""
-    entries = {contender.label: contender.entry for contender in first.contenders}
-    for contender in second.contenders:
-        if entries.setdefault(contender.label, contender.entry) != contender.entry:
+    entries = {candidate.label: candidate.entry for candidate in first.candidates}
+    for candidate in second.candidates:
+        if entries.setdefault(candidate.label, candidate.entry) != candidate.entry:
             raise ConfigError(
-                f"two sections give different options or rates to '{contender.label}' in {first.folder}: give it another label"
+                f"two sections give different options or rates to '{candidate.label}' in {first.folder}: give it another label"
             )
     seeds = [*first.config.seeds, *(s for s in second.config.seeds if s not in first.config.seeds)]
     return replace(first, config=replace(first.config, rules=list(entries.values()), seeds=seeds))

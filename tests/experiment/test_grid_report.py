@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
+from test_grid import TINY
 from test_report import Page
-from test_study import TINY
 from test_train import StopAfter
 from torch import nn
 
 from feedbackward.cli import main
-from feedbackward.experiment.grid import command
-from feedbackward.experiment.grid.pace import Pace, duration, seconds_left
-from feedbackward.experiment.grid.study_report import write_study_report
-from feedbackward.experiment.grid.texts import cell, head
+from feedbackward.experiment.grid.eta import CellTime, duration, seconds_left
+from feedbackward.experiment.report.report import write_report
+from feedbackward.experiment.report.tables import cell, head
+from feedbackward.experiment.training import interrupts
 
 
 def dying(in_shape: Any, classes: int) -> nn.Module:
@@ -111,7 +111,7 @@ def test_cells_say_mean_spread_gap_and_state() -> None:
 
 
 def test_the_table_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
-    text = write_study_report(results(), tmp_path)["table.md"].read_text()
+    text = write_report(results(), tmp_path)["report.md"].read_text()
     assert "| net &lt;b> | CIFAR-10 (2,250 images, 3 epochs, 2 seeds) | ABSENT (no data) |" in text
     assert "| DKP | 78.5 ± 0.7 (−2.5 ± 0.5) | no data |" in text
     assert "| DFA | 70.0 (1 of 2) (−10.0) | no data |" in text
@@ -129,7 +129,7 @@ def test_the_table_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
 
 
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
-    text = write_study_report(results(), tmp_path)["report.html"].read_text()
+    text = write_report(results(), tmp_path)["report.html"].read_text()
     page = Page(text)  # every element is closed
     assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in page.elements}
     assert "http:" not in text
@@ -140,20 +140,20 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert len(page.of("svg")) >= 4  # accuracies; angles by layer; their course for DKP and DFA
     assert "78.5 ± 0.7" in " ".join(page.text)
     again = tmp_path / "again"
-    assert write_study_report(results(), again)["report.html"].read_text() == text
+    assert write_report(results(), again)["report.html"].read_text() == text
 
 
 def test_time_left_is_read_from_the_likest_cell_that_ran() -> None:
     """0.5 s an image in f1, which stands for DKP there (50 s) and for the same net elsewhere (100 s)."""
-    done = Pace(("net", "a", "f1"), "BP", 100, share=1.0, measured=1.0, seconds=50.0)
-    alike = Pace(("net", "a", "f1"), "DKP", 100)
-    elsewhere = Pace(("net", "b", "f2"), "BP", 200)
+    done = CellTime(("net", "a", "f1"), "BP", 100, share=1.0, measured=1.0, seconds=50.0)
+    alike = CellTime(("net", "a", "f1"), "DKP", 100)
+    elsewhere = CellTime(("net", "b", "f2"), "BP", 200)
     assert seconds_left([alike, elsewhere], 1) is None
     assert seconds_left([done, alike, elsewhere], 1) == pytest.approx(150)
     assert seconds_left([done, alike, elsewhere], 2) == pytest.approx(
         100
     )  # no sooner than its longest cell
-    resumed = Pace(
+    resumed = CellTime(
         ("net", "a", "f1"), "DKP", 100, share=0.5, measured=0.25, seconds=10.0
     )  # 0.4 s an image
     assert seconds_left([done, resumed], 1) == pytest.approx(20)
@@ -170,7 +170,7 @@ def test_durations(seconds: float, words: str) -> None:
 def run(home: Path, out: str, workers: int = 1, **changes: Any) -> int:
     one = [{"name": "main", "axes": {"data.name": ["fashion-mini"]}}]
     (home / "study.yaml").write_text(yaml.safe_dump({**TINY, "sections": one, **changes}))
-    return main(["study", "study.yaml", "--out", out, "--workers", str(workers)])
+    return main(["compare", "--config", "study.yaml", "--out", out, "--workers", str(workers)])
 
 
 def losses(folder: Path) -> dict[str, list[str]]:
@@ -187,16 +187,16 @@ def test_a_study_that_is_stopped_goes_on_with_the_same_numbers(
     """Stopped within its second cell: the first is kept as it is, the second resumes, and the numbers are those of one go."""
     assert run(home, "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(command, "Interrupts", lambda: StopAfter(13))
+        patch.setattr(interrupts, "Interrupts", lambda: StopAfter(13))
         assert run(home, "out") == 130
     assert "go on with: " in capsys.readouterr().err
     finished = sorted((home / "out").rglob("result.json"))
     assert len(finished) == 1
-    assert "unfinished" in (home / "out" / "table.md").read_text()
+    assert "unfinished" in (home / "out" / "report.md").read_text()
     before = finished[0].stat().st_mtime_ns
     assert run(home, "out") == 0
     assert finished[0].stat().st_mtime_ns == before
-    assert "resumed" in (home / "out" / "study.log").read_text()
+    assert "resumed" in (home / "out" / "compare.log").read_text()
     assert losses(home / "out") == losses(home / "whole")
     assert len(losses(home / "out")) == 4
 
@@ -210,11 +210,6 @@ def test_a_cell_whose_process_dies_does_not_stop_the_others(home: Path) -> None:
         }
     ]
     assert run(home, "out", workers=2, sections=grid, rules=["bp"], seeds=[0], epochs=1) == 1
-    text = (home / "out" / "table.md").read_text()
+    text = (home / "out" / "report.md").read_text()
     assert "failed (its process died (exit code 9" in text
     assert "1 done, 1 failed" in text
-
-
-def test_a_study_is_no_comparison(home: Path, capsys: Any) -> None:
-    assert main(["compare", "--config", "paper"]) == 2
-    assert "run it with feedbackward study paper" in capsys.readouterr().err

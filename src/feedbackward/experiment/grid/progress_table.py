@@ -1,4 +1,4 @@
-"""What a running study shows: in a terminal a table that fills in, elsewhere a line per finished cell."""
+"""The progress of a grid: in a terminal a table that fills in, elsewhere a line per finished cell."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from feedbackward.experiment.grid.cells import Job, Outcome
-from feedbackward.experiment.grid.grid import Plan
+from feedbackward.experiment.grid.eta import CellTime, duration, seconds_left
 from feedbackward.experiment.grid.layout import column_name, tables
-from feedbackward.experiment.grid.pace import Pace, duration, seconds_left
+from feedbackward.experiment.grid.plan import Plan
 
-HEARTBEAT = 120.0  # seconds between two lines about running cells, where there is no terminal
+HEARTBEAT = 30.0  # seconds between two lines about running cells, where there is no terminal
 Key = tuple[str, str, int]  # folder, label, seed
 
 
@@ -40,20 +40,20 @@ class State:
     accuracy: float | None = None
     note: str = ""
 
-    def pace(self, now: float) -> Pace:
-        """As the estimate of the time left sees it."""
+    def time(self, now: float) -> CellTime:
+        """What the ETA needs to know of it."""
         job = self.job
         if self.status == "running" and self.steps:
             share, measured = self.done / self.steps, (self.done - self.first) / self.steps
-            return Pace(job.group, job.label, job.images, share, measured, now - self.began)
+            return CellTime(job.group, job.label, job.images, share, measured, now - self.began)
         if self.status in ("waiting", "running", "stopped"):
-            return Pace(job.group, job.label, job.images)
+            return CellTime(job.group, job.label, job.images)
         measured = 1.0 if self.status == "done" and self.seconds else 0.0
-        return Pace(job.group, job.label, job.images, 1.0, measured, self.seconds)
+        return CellTime(job.group, job.label, job.images, 1.0, measured, self.seconds)
 
 
-class Board:
-    """Hears of every cell, and shows it. Entered while cells run."""
+class ProgressTable:
+    """Receives the events of every cell and shows them. Entered while cells run."""
 
     def __init__(
         self,
@@ -64,26 +64,21 @@ class Board:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`missing`: why there is no data, by the folder of a comparison."""
-        self.plan, self.console, self.workers, self.missing, self.clock = (
-            plan,
-            console,
-            workers,
-            missing,
-            clock,
-        )
-        self.log = Path(plan.options.out) / "study.log"
+        self.plan, self.console, self.workers = plan, console, workers
+        self.missing, self.clock = missing, clock
+        self.log = Path(plan.options.out) / "compare.log"
         self.states: dict[Key, State] = {}
         self._warned: set[str] = set()
         self._live: Live | None = None
-        self._spoken = clock()
+        self._last_line = clock()
 
     def add(self, key: Key, job: Job, outcome: Outcome | None) -> None:
-        """A cell of this run of the study; `outcome` where it has come to its end before."""
+        """A cell of this run of the grid; `outcome` if it had ended before."""
         state = self.states[key] = State(job)
         if outcome is not None and outcome.status in ("done", "diverged"):
             self._end(state, outcome)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressTable:
         if self.console.is_terminal:
             self._live = Live(get_renderable=self.view, console=self.console, refresh_per_second=2)
             self._live.start()
@@ -96,10 +91,10 @@ class Board:
             self._live.stop()
         self._live = None
 
-    def told(self, key: Key | None, kind: str, value: Any) -> None:
-        """What a cell tells; see `workers.run_jobs`."""
+    def report(self, key: Key | None, kind: str, value: Any) -> None:
+        """An event of a cell; see `workers.run_jobs`."""
         if key is None:
-            self._beat()
+            self._heartbeat()
             return
         state = self.states[key]
         if kind == "start":
@@ -109,7 +104,7 @@ class Board:
             state.done, state.began = state.first, self.clock()
         elif kind == "step":
             state.done, state.note = value
-            self._beat()
+            self._heartbeat()
         elif kind == "end":
             self._end(state, value)
             self._finished(state, value)
@@ -124,17 +119,17 @@ class Board:
         self.console.print(escape(text), soft_wrap=True, highlight=False)
         self._write(text)
 
-    def left(self) -> float | None:
+    def eta(self) -> float | None:
         """Seconds that the rest will take."""
-        paces = [state.pace(self.clock()) for state in self.states.values()]
-        return seconds_left(paces, self.workers)
+        times = [state.time(self.clock()) for state in self.states.values()]
+        return seconds_left(times, self.workers)
 
-    def counted(self) -> str:
+    def count(self) -> str:
         """`12 of 60 cells, about 41 min left`."""
         done = sum(
             state.status not in ("waiting", "running", "stopped") for state in self.states.values()
         )
-        left = self.left() if done < len(self.states) else None
+        left = self.eta() if done < len(self.states) else None
         return f"{done} of {len(self.states)} cells" + (
             "" if left is None else f", about {duration(left)} left"
         )
@@ -154,18 +149,17 @@ class Board:
             outcome.status, f"{outcome.status}: {outcome.message}"
         )
         accuracy = "" if state.accuracy is None else f", test {state.accuracy:.1f} %"
-        self.say(f"[{self.counted()}] {state.job.title}: {words}{accuracy}")
-        self._spoken = self.clock()
+        self.say(f"[{self.count()}] {state.job.title}: {words}{accuracy}")
+        self._last_line = self.clock()
 
-    def _beat(self) -> None:
-        """Elsewhere than in a terminal: a sign of life now and then."""
-        if self._live or self.clock() - self._spoken < HEARTBEAT:
+    def _heartbeat(self) -> None:
+        """Without a terminal: a line about the running cells now and then."""
+        if self._live or self.clock() - self._last_line < HEARTBEAT:
             return
-        self._spoken = self.clock()
+        self._last_line = self.clock()
         running = [state for state in self.states.values() if state.status == "running"]
         self.say(
-            f"[{self.counted()}] running: "
-            + "; ".join(f"{s.job.title} ({s.note})" for s in running)
+            f"[{self.count()}] running: " + "; ".join(f"{s.job.title} ({s.note})" for s in running)
         )
 
     def _write(self, text: str) -> None:
@@ -175,16 +169,16 @@ class Board:
     def view(self) -> RenderableType:
         """The table as it stands, the running cells and the time left."""
         parts: list[RenderableType] = []
-        for section in self.plan.study.sections:
+        for section in self.plan.grid.sections:
             grid = self._grid(section.name)
             if grid.row_count:
-                parts += [Text(section.title, style="bold"), grid]
+                parts += [Text(section.title, style="bold"), grid] if section.title else [grid]
         running = [state for state in self.states.values() if state.status == "running"]
         parts += [
             Text(f"{s.job.title}: {s.note or 'starting'}", overflow="ellipsis", no_wrap=True)
             for s in running
         ]
-        return Group(*parts, Text(self.counted(), style="bold"))
+        return Group(*parts, Text(self.count(), style="bold"))
 
     def _grid(self, section: str) -> Grid:
         view = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -226,5 +220,7 @@ class Board:
             return f"{fmean(accuracies):.1f}{counts}"
         if running:
             return f"{100 * running[0].done // max(1, running[0].steps)} %"
-        told = {state.status for state in states}
-        return next((status for status in ("diverged", "refused", "failed") if status in told), "·")
+        ended = {state.status for state in states}
+        return next(
+            (status for status in ("diverged", "refused", "failed") if status in ended), "·"
+        )

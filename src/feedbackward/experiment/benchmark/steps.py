@@ -1,4 +1,4 @@
-"""Measuring training steps of several kinds in one process: memory one kind at a time, time interleaved."""
+"""Measures training steps of several kinds in one process: memory one kind at a time, time interleaved."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Bench:
                     else f"{size / 1e6:.1f} MB"
                 )
                 self.progress.step("memory", row.case.label)
-                self._tell(f"memory {number}/{len(self.rows)}: {row.case.label}: {found}")
+                self._say(f"memory {number}/{len(self.rows)}: {row.case.label}: {found}")
         finally:
             self.progress.end_run()
 
@@ -153,7 +153,7 @@ class Bench:
                 self.progress.step("round", "")
                 so_far = sum(sum(row.milliseconds) for row in timed) / 1000
                 left = math.ceil(so_far / number * (count - number))
-                self._tell(f"round {number}/{count}, {left // 60}:{left % 60:02} left")
+                self._say(f"round {number}/{count}, {left // 60}:{left % 60:02} left")
         finally:
             self.progress.end_run()
 
@@ -164,8 +164,8 @@ class Bench:
 
         return checked
 
-    def _tell(self, text: str) -> None:
-        """A line where no bar tells it."""
+    def _say(self, text: str) -> None:
+        """A line, if no progress bar shows it."""
         if not self.progress.console.is_terminal:
             self.progress.say(text)
 

@@ -1,4 +1,4 @@
-"""`feedbackward bench`: what is counted, that every configuration is timed once per round, and what it leaves behind."""
+"""`feedbackward cost --measure`: what is counted, that every configuration is timed once per round, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 import feedbackward as fb
 from feedbackward.cli import main
 from feedbackward.errors import AttachError, ConfigError
-from feedbackward.experiment.benchmark.bench import Bench, Case, Trainee, summary
-from feedbackward.experiment.benchmark.cases import parse_bench
+from feedbackward.experiment.benchmark.steps import Bench, Case, Trainee, summary
+from feedbackward.experiment.benchmark.subject import parse_cost
 from feedbackward.experiment.training.checkpointed import add_checkpoints, groupings
 from feedbackward.experiment.training.interrupts import InterruptedRunError
 from feedbackward.experiment.training.measure import WARM_UP, activation_bytes, rounds
@@ -123,6 +123,15 @@ class TestMemory:
             add_checkpoints(nn.Linear(2, 2))
 
 
+def rows_have_macs(document: dict[str, Any]) -> bool:
+    """Every rule's counted multiply-adds, relative to backprop's, whose own are 1."""
+    found = {row["rule"]: row["macs_ratio"] for row in document["models"][0]["rows"]}
+    checkpointed = found.pop("bp, checkpointed")
+    return (
+        checkpointed is None and found["bp"] == 1 and all(0 < macs < 2 for macs in found.values())
+    )
+
+
 def counting(calls: list[str], name: str) -> Case:
     holder = nn.Linear(1, 1)
 
@@ -200,14 +209,21 @@ class TestRounds:
 class TestCommand:
     def test_table_json_and_plot(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         files = tmp_path / "made" / "bench.json", tmp_path / "bench.png"
-        command = ["bench", *TINY, "--rules", "[bp,dfa,{rule: dkp, options: {center: true}},kp]"]
+        command = [
+            "cost",
+            "--measure",
+            *TINY,
+            "--rules",
+            "[bp,dfa,{rule: dkp, options: {center: true}},kp]",
+        ]
         command += ["--schedules", "[joint,replay]", "--rounds", "2"]
         assert main([*command, "--json", str(files[0]), "--plot", str(files[1])]) == 0
         out = capsys.readouterr().out
         found = json.loads(files[0].read_text())
         told = "cpu cores threads memory_bytes device platform python torch numpy feedbackward"
         assert {*told.split()} <= found["environment"].keys()
-        assert found["command"].startswith("feedbackward bench small_cnn --size 8")
+        assert found["command"]
+        assert rows_have_macs(found)
         assert found["date"]
         assert found["interrupted"] is False
         assert found["settings"]["batch"] == 4
@@ -233,9 +249,9 @@ class TestCommand:
         assert "\x1b" not in out
 
     def test_operators_of_rules_that_have_a_choice(self) -> None:
-        from feedbackward.experiment.benchmark.cases import make_cases
+        from feedbackward.experiment.benchmark.trainees import make_cases
 
-        config = parse_bench(
+        config = parse_cost(
             ["mlp", "--rules", "dfa,frozen", "--operators", "[dense,{name: dense, scale: 2}]"]
         )
         labels = [case.label for case in make_cases(config, "mlp", CPU)[2:]]
@@ -255,15 +271,17 @@ class TestCommand:
         self, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         file = tmp_path / "bench.json"
-        assert main(["bench", *TINY, "--rounds", "1", "--json", str(file), *options]) == 0
+        assert (
+            main(["cost", "--measure", *TINY, "--rounds", "1", "--json", str(file), *options]) == 0
+        )
         rows = json.loads(file.read_text())["models"][0]["rows"]
         assert len(rows) == 4
         assert all(row["rounds"] == 1 for row in rows)
 
     def test_replay_is_not_compiled(self) -> None:
-        from feedbackward.experiment.benchmark.cases import make_cases
+        from feedbackward.experiment.benchmark.trainees import make_cases
 
-        config = parse_bench(
+        config = parse_cost(
             ["small_cnn", "--size", "8", "--compile", "--schedules", "replay", "--rules", "dfa"]
         )
         with pytest.raises(AttachError, match="leave out --compile"):
@@ -295,7 +313,7 @@ class TestCommand:
     def test_bad_input(
         self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["bench", *arguments]) == 2
+        assert main(["cost", "--measure", *arguments]) == 2
         out, err = capsys.readouterr()
         assert message in err
         assert err.startswith("feedbackward: error: ")
@@ -308,7 +326,8 @@ class TestCommand:
             sys.executable,
             "-m",
             "feedbackward",
-            "bench",
+            "cost",
+            "--measure",
             *TINY,
             "--rules",
             "dfa",
@@ -333,10 +352,10 @@ class TestCommand:
     def test_documented_commands_parse(self) -> None:
         pages = [ROOT / "README.md", ROOT / "bench" / "README.md", *(ROOT / "docs").glob("*.md")]
         text = "\n".join(page.read_text() for page in pages)
-        commands = re.findall(r"feedbackward bench ((?:[^\n`|#\\]|\\\n)*)", text)
+        commands = re.findall(r"feedbackward cost ((?:[^\n`|#\\]|\\\n)*)", text)
         assert commands
         for command in commands:
-            parse_bench(shlex.split(command.replace("\\\n", " ")))
+            parse_cost(shlex.split(command.replace("\\\n", " ")))
 
 
 class TestPeers:
@@ -350,7 +369,7 @@ class TestPeers:
             "8",
         ]
         command += ["--batch", "4", "--rounds", "1", "--threads", "1", *arguments]
-        environment = {**os.environ, "PYTHONPATH": ""}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     def test_without_them_ours_are_timed(self, tmp_path: Path) -> None:
