@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test lint types unit docs end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
-	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite true
+	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite
 
 test: lint types unit docs end-to-end
 
@@ -30,23 +30,23 @@ mutations: .venv/dev
 	MUTATIONS=1 $(BIN)/pytest -n 0 tests/core/test_mutations.py
 
 end-to-end: .venv/dev
-	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite true
+	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite
 
 bench-step: .venv/dev
-	$(BIN)/feedbackward bench vgg16 --rules '[dfa,{rule: dkp, options: {center: false, normalise: false, operator: {name: dense}}},dkp]' --schedules joint,replay \
+	$(BIN)/feedbackward cost vgg16 --measure --rules '[dfa,{rule: dkp, options: {center: false, normalise: false, operator: {name: dense}}},dkp]' --schedules joint,replay \
 		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot runs/step_time.png
 
 bench-classes: .venv/dev
-	$(BIN)/feedbackward bench vgg16 --classes 200 --rules dfa,dkp \
+	$(BIN)/feedbackward cost vgg16 --measure --classes 200 --rules dfa,dkp \
 		--operators '[dense,{name: low_rank, rank: 8},{name: per_shape, maps: pooled, vectors: dense},sparse]' \
 		--batch 64 --rounds 7 --threads 2 --json bench/results/classes.json
 
 bench-depth: .venv/dev
-	$(BIN)/feedbackward bench resnet20 resnet110 --rules dkp,drtp --schedules replay,eager \
+	$(BIN)/feedbackward cost resnet20 resnet110 --measure --rules dkp,drtp --schedules replay,eager \
 		--batch 128 --rounds 7 --threads 2 --json bench/results/depth.json
 
 bench-vgg-memory: .venv/dev
-	$(BIN)/feedbackward bench vgg16 --rules dkp,drtp --schedules joint,replay,eager --batch 128 --rounds 7 --threads 2 \
+	$(BIN)/feedbackward cost vgg16 --measure --rules dkp,drtp --schedules joint,replay,eager --batch 128 --rounds 7 --threads 2 \
 		--json bench/results/vgg_memory.json
 
 .venv/demo: pyproject.toml constraints.txt

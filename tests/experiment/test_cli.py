@@ -161,7 +161,7 @@ def test_every_rule_is_in_the_table_of_rules(capsys, form):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "unknown command 'trian': did you mean train"),
+        (["trian"], "unknown command 'trian': did you mean 'train'"),
         (["train", "--epoch", "3"], "unknown option --epoch: did you mean --epochs"),
         (["train", "--rule", "dpk"], "unknown rule 'dpk': did you mean 'dkp'"),
         (["train", "--model", "vgg61"], "vgg"),

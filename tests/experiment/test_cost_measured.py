@@ -352,7 +352,7 @@ class TestCommand:
     def test_documented_commands_parse(self) -> None:
         pages = [ROOT / "README.md", ROOT / "bench" / "README.md", *(ROOT / "docs").glob("*.md")]
         text = "\n".join(page.read_text() for page in pages)
-        commands = re.findall(r"feedbackward cost ((?:[^\n`|#\\]|\\\n)*)", text)
+        commands = re.findall(r"^feedbackward cost ((?:[^\n`|#\\]|\\\n)*)", text, flags=re.M)
         assert commands
         for command in commands:
             parse_cost(shlex.split(command.replace("\\\n", " ")))

@@ -127,7 +127,7 @@ def document(
 
 def _counted_row(row: counted.Row, first: counted.Row) -> dict[str, Any]:
     cost = {} if row.cost is None else row.cost.as_dict() | {"of_bp": _of_bp(row, first)}
-    return {"rule": row.rule, "operator": row.operator, "refused": row.refused, **cost}
+    return {**cost, "rule": row.rule, "operator": row.operator, "refused": row.refused}
 
 
 def _of_bp(row: counted.Row, first: counted.Row) -> float | None:

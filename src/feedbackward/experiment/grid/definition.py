@@ -56,7 +56,7 @@ class Grid:
     """A grid of comparisons as its file has it.
 
     Attributes:
-        settings: of every comparison: any key of its config, and `rates` and `search_on` (docs/study.md).
+        settings: of every comparison: any key of its config, and `rates` and `search_on` (docs/grids.md).
         overrides: settings for some models, data sets or other points.
         scaled, scaled_overrides: settings that apply when it is run small.
         text: the file, which is kept with the results.
