@@ -17,13 +17,13 @@ Weights = tuple[Tensor, ...]
 class Operator(ABC):
     """The form of a feedback connection. It holds hyper-parameters only, never tensors.
 
-    Shapes: `source` and `site` are the feature dimensions of the two ends of an edge; the error `d` is `[M, *source]`
-    (M = batch, or batch x tokens), an activity `h` is `[M, *site]`. C and n are the sizes of source and site.
+    Shapes: `source` and `site` are the feature dimensions of the two ends of an edge, with C and n features. The error `d` is
+    `[M, *source]`, and an activity `h` is `[M, *site]`. M is the batch, or batch x tokens.
 
-    The weights of an edge are a tuple of tensors, one per name in `parts`. The first `learnable` of them may be learned;
-    the others (signs, indices, fixed factors) never are. `sized` operators fit the shapes they were created for only.
-    Edges of one graph whose operator is `common` and whose sources have the same shape use one set of weights, made for
-    the largest site.
+    The weights of an edge are a tuple of tensors, one for each name in `parts`. The first `learnable` of them may be learned.
+    The others (signs, indices, fixed factors) never are. A `sized` operator fits only the shapes that it was created for. If
+    an operator is `common`, all edges of a graph whose sources have the same shape use one set of weights, made for the
+    largest site.
 
     Example:
         >>> import torch
@@ -42,29 +42,35 @@ class Operator(ABC):
     learnable: ClassVar[int] = 1
     sized: ClassVar[bool] = True
     common: ClassVar[bool] = False
-    linear: ClassVar[bool] = True  # whether `send` is the product of the error with a matrix
-    renewed: ClassVar[bool] = False  # whether `renew` changes the weights for every pass
+    # whether `send` is the product of the error with a matrix
+    linear: ClassVar[bool] = True
+    # whether `renew` changes the weights for every pass
+    renewed: ClassVar[bool] = False
 
     def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
-        """The operator that serves an edge of these shapes, itself unless it says otherwise.
+        """The operator that serves an edge of these shapes: this one, unless a class overrides it.
 
-        `seed` is a digest of the learner's seed and the edge's name. Raises AttachError where it cannot serve the edge;
-        the message starts with what is wrong and ends with the fix (the site's name is put before it).
+        `seed` is a digest of the learner's seed and the edge's name. Raises AttachError if the operator cannot serve the edge.
+        The message begins with what is wrong and ends with the fix; the site's name is added in front.
         """
         return self
 
     @abstractmethod
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
-        """Initial weights for an edge of these shapes, on CPU; floating-point ones in float32."""
+        """Initial weights for an edge of these shapes, on the CPU. Floating-point weights are float32."""
 
     def renew(self, weights: Weights) -> None:
-        """Change the weights in place, at the beginning of a pass under cuts. Only for operators that are `renewed`; a pass
-        sends by a copy of what its own beginning made."""
+        """For `renewed` operators: change the weights in place, at the beginning of a pass under cuts.
+
+        A pass sends its errors through a copy of the weights that its own beginning made.
+        """
         raise NotImplementedError(f"{type(self).__name__} says that it is renewed, but not how.")
 
     def share(self, weights: Weights, grad: Tensor) -> Weights:
-        """For an edge that `shares` the gradient of a layer's weight: the gradients of its learnable weights, from that one.
-        None may be the given tensor itself."""
+        """For an edge that `shares` the gradient of a layer's weight: the gradients of its learnable weights.
+
+        They are made from `grad`. None of them may be `grad` itself.
+        """
         return (grad.clone(),)
 
     @abstractmethod
@@ -72,13 +78,17 @@ class Operator(ABC):
         """The teaching signal `[M, *site]` of the error `d: [M, *source]`. Linear in `d` unless documented."""
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
-        """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `d^T h`;
-        `center` subtracts the mean of `h` over M first (per channel, for weights that are shared over space)."""
+        """The gradients of the learnable weights, if the dense `B` that they stand for has the gradient `d^T h`.
+
+        `center` first subtracts the mean of `h` over M (the mean of each channel, for weights that are shared over space).
+        """
         raise NotImplementedError(f"{type(self).__name__} feedback cannot be learned")
 
     def average(self, weight: Tensor, d: Tensor, u: Tensor) -> Tensor:
-        """`d^T u` in the form of the weight, averaged over the samples and, for each weight of a kernel, over the places that it
-        takes part in. `d: [M, *source]`, `u: [M, *site]`; for operators of one part."""
+        """`d^T u` in the form of the weight, averaged over the samples, for operators with one part.
+
+        For a kernel it is also averaged over the places that a weight takes part in. `d: [M, *source]`, `u: [M, *site]`.
+        """
         (products,) = self.correlate((weight,), d, u, center=False)
         (places,) = self.correlate(
             (weight,), torch.ones_like(d[:1]), torch.ones_like(u[:1]), center=False
@@ -86,7 +96,7 @@ class Operator(ABC):
         return products / (len(d) * places.clamp_min(1))
 
     def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
-        """The gradients of the learnable weights when the dense `B` that they stand for has the gradient `B`."""
+        """The gradients of the learnable weights, if the dense `B` that they stand for has the gradient `B`."""
         like = weights[0]
         unit = torch.eye(math.prod(source), dtype=like.dtype, device=like.device).reshape(
             -1, *source

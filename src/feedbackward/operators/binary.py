@@ -19,13 +19,13 @@ class Binary(Operator):
 
     .. math:: \delta h = s\, d \,\mathrm{sign}, \qquad s = \mathrm{scale} \sqrt{2 / n}
 
-    s, the standard deviation of :class:`Dense`'s default, is a number and not stored. Weight i of the flattened `[C, n]` is bit
+    s is the standard deviation of :class:`Dense`'s default. It is not stored. Weight i of the flattened `[C, n]` is bit
     i mod 8, from the lowest, of byte i // 8; a set bit is +s. The bits are unpacked for the product, one edge at a time.
 
     scale: a factor on s.
 
-    Han & Yoo, "Efficient Convolutional Neural Network Training with Direct Feedback Alignment", 2019 (arXiv:1901.01986), who
-    take the sign of a random matrix.
+    Han & Yoo, "Efficient Convolutional Neural Network Training with Direct Feedback Alignment", 2019 (arXiv:1901.01986).
+    They take the signs of a random matrix.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a key and a count: no generator's state, the same on every device and rank."""
+"""Random numbers as a function of a key and a count, without a generator: the same on every device and rank."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def new_state(generator: torch.Generator) -> Tensor:
 
 
 def _mix(x: Number) -> Number:
-    """A bijection of 32 bits in which every bit of the result depends on every bit of `x`: shifts and odd multipliers below
-    2**31, so that no product leaves 63 bits."""
+    """A bijection of 32 bits in which every bit of the result depends on every bit of `x`.
+
+    Its multipliers are odd and below 2**31, so no product needs more than 63 bits.
+    """
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
     x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
     return x ^ (x >> 15)

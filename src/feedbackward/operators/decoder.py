@@ -1,4 +1,4 @@
-"""Decoders: feedback that maps an activity, not an error, and sends the difference that a target makes."""
+"""Decoders: feedback that maps activities, and sends the difference between a target and an activity."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LARGEST = 1e9  # bytes of one decoder's weights
 
 
 def pair(s: Tensor, step: Tensor) -> Tensor:
-    """What a decoder is sent, `[M, 2, *source]`: the source's activity `s` and its target `s - step`.
+    """The message to a decoder, `[M, 2, *source]`: the source's activity `s` and its target `s - step`.
 
-    At least float32: in half precision a small step would be lost in `s`.
+    It is float32 or wider, because half precision would lose a small step in `s`.
     """
     s, step = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s, step))
     return torch.stack([s, s - step], 1)
@@ -33,14 +33,15 @@ def pair(s: Tensor, step: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decoding(Operator):
-    r"""Feedback through a decoder `g`. What travels is the pair (s, t) of the source's activity and its target.
+    r"""Feedback through a decoder `g`. An edge carries the pair (s, t) of the source's activity and its target.
 
     .. math:: \delta h = (g(s) - g(t)) / (\beta M)
 
-    With :math:`t = s - \beta M d` it tends to :math:`d\, \partial g / \partial s` for small beta; a linear `g` sends just that.
+    With :math:`t = s - \beta M d` the signal tends to :math:`d\, \partial g / \partial s` for small beta, and is equal to it if
+    `g` is linear.
 
-    activation: after the last affine map, elementwise: `"linear"`, `"tanh"`, `"relu"`.
-    beta: the distance of the targets, as the rule sets them.
+    activation: the elementwise function after the last affine map: `"linear"`, `"tanh"` or `"relu"`.
+    beta: the distance of the targets, which the rule sets.
     """
 
     activation: str = "linear"

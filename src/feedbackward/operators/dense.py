@@ -16,12 +16,13 @@ INITS = ("zeros", "kaiming_uniform", "scaled_normal", "scaled_uniform")
 
 @dataclass(frozen=True)
 class Dense(Operator):
-    r"""`B: [C, *site]`, signal `d B`, i.e. :math:`\delta h_{mj} = \sum_c d_{mc} B_{cj}`.
+    r"""A weight from every source unit to every feature: `B: [C, *site]`.
 
-    init (n = number of features of the site):
-        `"zeros"`; `"kaiming_uniform"`: U(-b, b), b = sqrt(6 / n) (the DKP authors' CIFAR-10 net);
-        `"scaled_normal"`: N(0, 1) / sqrt(n); `"scaled_uniform"`: U(-1, 1) / sqrt(n). The last three
-        give a signal whose norm does not depend on the width of the site.
+    .. math:: \delta h_{mj} = \sum_c d_{mc} B_{cj}
+
+    init: the initial weights, for a site with n features. `"zeros"`; `"kaiming_uniform"`: U(-b, b) with b = sqrt(6 / n), as in
+        the DKP authors' CIFAR-10 net; `"scaled_normal"`: N(0, 1) / sqrt(n); or `"scaled_uniform"`: U(-1, 1) / sqrt(n). The last
+        three give a signal whose norm does not depend on the width of the site.
     scale: a factor on the initial weights.
 
     Example:

@@ -22,15 +22,15 @@ class Kernel(Operator):
     .. math:: \delta h_{m, i, y} = \sum_{c, t, y'} d_{m, c, y'}\, B_{c, i, t}
        \quad\text{over}\quad y = \mathrm{stride}\; y' + \mathrm{dilation}\, (t - \lfloor k / 2 \rfloor)
 
-    From a map `[C, H2, ...]` with H = stride * H2 along each axis, the sum is over the places y' and weights t that lead to y.
-    From a vector `[C]`, such as the logits, the error is taken as a constant map over the site's own space, with stride 1: the
-    kernel-shaped feedback of BioTorch, constant over space except at the borders. Learned, `B` gets the weight gradient of the
-    convolution from `h` to the source; `center` subtracts the mean over M and space of each channel.
+    For a source that is a map `[C, H2, ...]`, H = stride * H2 along each axis, and the sum is over the places y' and weights t
+    that lead to y. For a vector `[C]`, such as the logits, the error is a constant map over the site's own space, with stride 1.
+    This is the feedback of BioTorch, constant over space except at the borders. If `B` is learned, it gets the weight
+    gradient of the convolution from `h` to the source; `center` subtracts each channel's mean over M and space.
 
-    size: k along each axis, odd. Where stride is above dilation * k, some places of the site get no signal.
-    dilation, groups: of the kernel.
-    init: as :class:`Dense` has them, with n the number of weights that an error unit passes through (from a vector: k^dims
-        times the features of the site, over groups), so that the signal has the norm of Dense's, up to the borders.
+    size: k along each axis, odd. If the stride is above dilation * k, some places of the site get no signal.
+    dilation, groups: those of the kernel.
+    init: one of :class:`Dense`'s, with n the number of weights that an error unit passes through (for a vector k^dims times
+        the features of the site, over groups). The signal then has the norm of Dense's, except for the borders.
     scale: a factor on the initial weights.
 
     Han, Park, Ryu & Yoo 2020 (arXiv:2006.12830) send errors back through dilated and grouped kernels; Sanfiz & Akrout 2021

@@ -27,7 +27,7 @@ MIRROR_ROUNDS = 6  # a chain of L layers then begins at a cosine of about (1 + 2
 
 @dataclass(frozen=True)
 class LayerForm:
-    """What a layer does with its weight: the shape of it, and for convolutions their geometry.
+    """How a layer uses its weight: the weight's shape, and the geometry of a convolution.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ class LayerForm:
         )
 
     def extra(self, places: Sequence[int], space: Sequence[int]) -> tuple[int, ...]:
-        """The output padding with which a transposed convolution makes these places of an input of that space."""
+        """The output padding with which a transposed convolution makes `places` outputs of an input of size `space`."""
         sizes = zip(
             places, space, self.shape[2:], self.stride, self.dilation, self.padding, strict=True
         )
@@ -83,8 +83,10 @@ class LayerForm:
 
     @staticmethod
     def between(source: Shape, site: Shape, size: int) -> LayerForm:
-        """A convolution from a site `[c, H, ...]` to a source `[C, H2, ...]`, whatever lies between them: its stride along each axis
-        is H / H2, rounded; its kernel has that side (one more where the borders ask for it), with a stride s > 1 s - 1 more.
+        """A convolution from a site `[c, H, ...]` to a source `[C, H2, ...]`, whatever lies between them.
+
+        Its stride along each axis is H / H2, rounded. Its kernel has the side `size`, s - 1 more with a stride s > 1, and one
+        more where the borders need it.
         """
         strides: list[int] = []
         sides: list[int] = []
@@ -104,15 +106,16 @@ class LayerForm:
 
 @dataclass(frozen=True)
 class LayerShaped(Operator):
-    r"""`B` of the shape of the layer's `W`; the signal is what the layer's own backward gives with `B` for `W`.
+    r"""`B` of the shape of a layer's `W`. The signal is what the layer's own backward pass gives with `B` in place of `W`.
 
-    Linear: :math:`\delta h = \delta a\, B`. Convolution: the transposed convolution of :math:`\delta a` with `B`, same
-    stride, padding, dilation and groups; the adjoint of the padding for other padding modes.
+    For a Linear layer it is :math:`\delta h = \delta a\, B`. For a convolution it is the transposed convolution of
+    :math:`\delta a` with `B`, with the same stride, padding, dilation and groups, and with the adjoint of other padding modes.
 
-    init: `"zeros"`; `"mirrored"`: what the layer's response to noise says of its weight when it is attached, see `measure`;
-        `"xavier_uniform"`: U(-b, b), b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
+    form: the layer's shape and geometry.
+    init: `"zeros"`; `"mirrored"`: an estimate of the layer's weight from its response to noise, made by `attach`, see
+        `measure`; `"xavier_uniform"`: U(-b, b) with b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
         `"kaiming_fan_out"`: b = sqrt(6 / fan_out); `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these
-        layers; `"normal"`: N(0, 1).
+        layers; or `"normal"`: N(0, 1).
     scale: a factor on the initial weights.
 
     Example:
@@ -171,12 +174,13 @@ class LayerShaped(Operator):
         site: Shape,
         generator: torch.Generator,
     ) -> Weights:
-        r"""For the init `"mirrored"`: learn to predict the layer's response to Gaussian noise, by the delta rule,
+        r"""For the init `"mirrored"`: learn to predict the layer's response to Gaussian noise, by the delta rule.
 
         .. math:: B \leftarrow B + \tfrac{M}{M + n}\, \tfrac1M (\xi W^\top - \xi B^\top)^\top \xi, \quad \xi: [M, n]
 
-        with as many samples (times places, for a kernel) as the layer has inputs, M = n: each of `MIRROR_ROUNDS` rounds halves the
-        expected square of the error. The layer's input alone is changed, without bias, norm or activation.
+        There are as many samples (times places, for a kernel) as the layer has inputs, M = n, so that each of `MIRROR_ROUNDS`
+        rounds halves the expected square of the error. The noise replaces the layer's input; bias, norm and activation are
+        left out.
         """
         if self.init != "mirrored" or weights[0].is_meta:
             return weights
@@ -188,17 +192,18 @@ class LayerShaped(Operator):
         share = samples * places / (samples * places + inputs)
         for _ in range(MIRROR_ROUNDS):
             noise = torch.randn(self.noise_shape(samples, site), generator=generator).to(B)
-            B = B + share * self.mirrored(layer - B, noise)  # by what B misses of the response
+            # by the part of the response that B does not predict
+            B = B + share * self.mirrored(layer - B, noise)
         return ((B * self.scale).to(weights[0].dtype),)
 
     def noise_shape(self, samples: int, site: Shape) -> tuple[int, ...]:
-        """Of noise in place of the layer's input, and of the padding too, whose copies would be correlated."""
+        """The shape of noise for the layer's padded input. Noise that is padded afterwards would be correlated."""
         return tuple(self.padded(torch.empty(1).expand(samples, *site)).shape)
 
     def mirrored(self, weight: Tensor, noise: Tensor) -> Tensor:
-        """What the response of a layer with this weight to noise says of the weight: an estimate without bias, of its shape.
+        """An unbiased estimate of a layer's weight from the layer's response to noise, of the weight's shape.
 
-        The noise in it is about sqrt(inputs / (samples * places)) times the weights. `noise: [M, ...]` as `noise_shape` says.
+        Its noise is about sqrt(inputs / (samples * places)) times the weights. `noise: [M, ...]` has the shape `noise_shape`.
         """
         unpadded = replace(self, form=replace(self.form, pad=()))
         return unpadded.average(weight, unpadded.project(weight, noise), noise)
@@ -213,13 +218,13 @@ class LayerShaped(Operator):
         return self._unpad(self._convolve_back(B, d, tuple(padded)), site)
 
     def project(self, weight: Tensor, h: Tensor) -> Tensor:
-        """What the layer makes of `h: [M, *site]` with this weight, without a bias: `send` is the adjoint of it."""
+        """The layer's output for `h: [M, *site]` with this weight, without a bias. `send` is the adjoint of this map."""
         if not self.form.stride:
             return h @ weight.t()
         return torch.ops.aten.convolution(self.padded(h), weight, None, *self._geometry())
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
-        """The layer's own weight gradient, whose form `B` has."""
+        """The layer's own weight gradient, which has the form of `B`."""
         if center:
             h = h - h.mean([i for i in range(h.dim()) if i != 1], keepdim=True)
         if not self.form.stride:
@@ -249,11 +254,11 @@ class LayerShaped(Operator):
     def _geometry(
         self, places: Sequence[int] | None = None, space: Sequence[int] = ()
     ) -> tuple[object, ...]:
-        """As torch's convolutions take it, for an output of these places made from an input of that space."""
+        """The geometry as torch's convolutions take it, for an output of size `places` and an input of size `space`."""
         f = self.form
         extra = f.output_padding or (0,) * len(f.stride)
         if f.transposed and places is not None:
-            # a call with `output_size` chooses it, perhaps another one for each batch
+            # a call with `output_size` chooses it, and may choose another one for each batch
             extra = f.extra(places, space)
         return (
             f.stride,
@@ -265,7 +270,7 @@ class LayerShaped(Operator):
         )
 
     def padded(self, h: Tensor) -> Tensor:
-        """`h` with the padding that the layer applies before its convolution (other than zeros, or uneven)."""
+        """`h` with the padding that the layer applies before its convolution, if it is not zeros or not even."""
         if not self.form.pad:
             return h
         return F.pad(
@@ -273,12 +278,12 @@ class LayerShaped(Operator):
         )
 
     def _pads(self, axis: int) -> tuple[int, int]:
-        """Padding before and after a spatial axis; F.pad counts axes from the last."""
+        """The padding before and after a spatial axis. (F.pad counts axes from the last one.)"""
         start = 2 * (len(self.form.stride) - 1 - axis)
         return self.form.pad[start], self.form.pad[start + 1]
 
     def _unpad(self, padded: Tensor, site: tuple[int, ...]) -> Tensor:
-        """The adjoint of the padding: what was copied to the border adds up at where it was copied from."""
+        """The adjoint of the padding: gradients at the border are added to the positions that were copied there."""
         for axis, size in enumerate(site[1:]):
             index = torch.arange(size, device=padded.device)
             before, after = self._pads(axis)
@@ -294,7 +299,7 @@ class LayerShaped(Operator):
 
 
 def _origin(index: Tensor, before: int, after: int, mode: str) -> Tensor:
-    """Where each position of a padded axis was copied from; -1 for zeros."""
+    """The position that each position of a padded axis was copied from, or -1 for zeros."""
     size = len(index)
     position = torch.arange(-before, size + after, device=index.device)
     if mode == "circular":

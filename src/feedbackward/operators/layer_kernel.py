@@ -16,12 +16,13 @@ from feedbackward.operators.layer import LayerForm, LayerShaped
 class LayerKernel(Operator):
     r"""`B: [C, c_in, *k]` from a source of C units to the input of a convolution, in that convolution's geometry.
 
-    The error is repeated at every position of the convolution's output and goes back through `B` as through the layer's
-    own weight (same stride, padding and dilation): :math:`\delta h = \mathrm{conv}^\top(d\, 1_{H' \times W'}, B)`. So the signal
-    is constant over space except at the borders and between strides. `B` has no groups: every unit reaches every channel.
-    Of a transposed convolution the kernel is `[c_in, C, *k]`.
+    The error is repeated at every position of the convolution's output. From there it goes back through `B` as it would
+    through the layer's own weight: :math:`\delta h = \mathrm{conv}^\top(d\, 1_{H' \times W'}, B)`, with the same stride,
+    padding and dilation. So the signal is constant over space except at the borders and between strides. `B` has no groups:
+    every unit reaches every channel. For a transposed convolution the kernel is `[c_in, C, *k]`.
 
-    init, scale: as :class:`LayerShaped` has them, for a layer with C outputs.
+    form: the convolution's shape and geometry.
+    init, scale: those of :class:`LayerShaped`, for a layer with C outputs.
 
     Example:
         >>> import torch

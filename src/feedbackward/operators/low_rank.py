@@ -16,15 +16,15 @@ from feedbackward.operators.options import check_count, check_init, check_scale
 
 @dataclass(frozen=True)
 class LowRank(Operator):
-    r"""`B = U V` of rank r: `U: [C, r]`, `V: [r, *site]`; the error passes through r numbers.
+    r"""`B = U V` of rank r, with `U: [C, r]` and `V: [r, *site]`. The error passes through r numbers.
 
     .. math:: \delta h = (d\, U)\, V, \qquad \nabla U = d^\top (h V^\top), \qquad \nabla V = (d\, U)^\top h
 
-    The gradients are those of the factors when the product has the gradient :math:`d^\top h`.
+    These are the gradients of the factors if the product has the gradient :math:`d^\top h`.
 
     rank: r, at most min(C, n).
-    init: of V, as :class:`Dense` has them; the entries of U have variance 1/r, so that those of `U V` have the variance of
-        Dense's. `"zeros"`: V = 0 and U random, for with both zero neither would ever get a gradient.
+    init: the initial V, one of :class:`Dense`'s. The entries of U have variance 1/r, so that those of `U V` have the variance
+        of Dense's. With `"zeros"` V = 0 and U is random: if both were zero, neither would ever get a gradient.
     scale: a factor on the initial V.
 
     Crafton et al. 2019 (arXiv:1903.02083) use fixed low-rank feedback. Hanut & Kadmon 2025 (arXiv:2502.20580) and Li & Benna

@@ -14,10 +14,10 @@ from feedbackward.operators.base import Operator, Shape, Weights
 
 @dataclass(frozen=True)
 class PerShape(Operator):
-    """Serves each site by one of two operators: convolutional nets have maps below and vectors above.
+    """One operator for maps and another for vectors: convolutional nets have maps below and vectors above.
 
-    maps: for sites with channels and space, `[c, H, ...]`.
-    vectors: for the others, `[n]`.
+    maps: the operator for sites with channels and space, `[c, H, ...]`.
+    vectors: the operator for the other sites, `[n]`.
 
     Example:
         >>> import torch

@@ -17,18 +17,19 @@ from feedbackward.operators.options import check_count, check_init, check_scale
 
 @dataclass(frozen=True)
 class Pooled(Operator):
-    r"""For maps `[c, H, ...]` of one to three dimensions of space: `B: [C, c, ceil(H / size), ...]`, one weight per patch.
+    r"""One weight per patch of a map `[c, H, ...]` with one to three spatial dimensions: `B: [C, c, ceil(H / size), ...]`.
 
     .. math:: \delta h_{m, i, y} = \sum_c d_{mc} B_{c, i, \lfloor y / \mathrm{size} \rfloor}
 
-    Learned, a patch's weight gets the sum over the patch of the dense gradient, :math:`d^\top \sum_{y} h_{i, y}`.
+    If `B` is learned, the weight of a patch gets the sum of the dense gradient over the patch, :math:`d^\top \sum_{y} h_{i, y}`.
 
-    size: the side of the patches; those at the far border may be cut off. None: one patch, the whole space.
-    init: as :class:`Dense` has them, with n *all* features of the site, not the patches alone: the entries of the dense `B` that
-        it stands for keep Dense's variance, so that the signal has the same norm.
+    size: the side of the patches; those at the far border may be smaller. With None one patch covers the whole space.
+    init: one of :class:`Dense`'s, with n the number of all features of the site. The entries of the dense `B` that it stands
+        for then have Dense's variance, and the signal has Dense's norm.
     scale: a factor on the initial weights.
 
-    The first dimension of the site is taken as channels, so it does not fit tokens `[T, D]` that a source without tokens feeds.
+    The first dimension of the site is taken for channels, so this operator does not fit tokens `[T, D]` that a source without
+    tokens feeds.
 
     Example:
         >>> import torch

@@ -17,12 +17,15 @@ PRODUCT_KINDS = ("random", "orthogonal", "identity")
 
 @dataclass(frozen=True)
 class Product(Operator):
-    r"""The signal :math:`(\delta a\, B) R`: `B: [g, c_out / g, m / g]` mixes channels within each of the layer's g groups, at each
-    position by itself, and `R` is layer-shaped with `m = expand * c_out` in place of the layer's `c_out` channels.
+    r"""A fixed and a learned matrix: the signal is :math:`(\delta a\, B) R`.
 
-    layer: of the layer's own form; its `init` and `scale` are those of `R`.
-    kind: of the fixed `B`. `"random"`: U(-b, b) with b = sqrt(3 g / m), so that E[B B^T] = 1; `"orthogonal"`: orthogonal rows, and
-        `"identity"`: for both, m = c_out.
+    `B: [g, c_out / g, m / g]` mixes channels at each position, inside each of the layer's g groups. `R` is layer-shaped, with
+    `m = expand * c_out` channels in place of the layer's `c_out`.
+
+    layer: the operator of the layer's own form; its `init` and `scale` are those of `R`.
+    expand: m / c_out.
+    kind: the fixed `B`. `"random"`: U(-b, b) with b = sqrt(3 g / m), so that E[B B^T] = 1. `"orthogonal"` (orthogonal rows) and
+        `"identity"` have m = c_out.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Seeded feedback: made anew from a seed for every product, and never stored."""
+"""Seeded feedback: made from a seed for every product, and never stored."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ _CHUNK = 2**20  # weights at a time, so that their 64-bit integers are never in 
 
 @dataclass(frozen=True)
 class Seeded(Operator):
-    r"""`B: [C, *site]`, fixed, a function of (learner's seed, site, position) alone; nothing is stored.
+    r"""A fixed `B: [C, *site]` that is a function of the learner's seed, the site and the position. Nothing is stored.
 
-    Weight i of the flattened `[C, n]` is made from a hash of the edge's seed and i, in integer operations: the same bits on
-    every device, whatever PyTorch's generators do. The matrix of one edge at a time is in memory while its signal is made.
+    Weight i of the flattened `[C, n]` is made from a hash of the edge's seed and i, with integer operations. It has the same
+    bits on every device, and does not depend on PyTorch's generators. While the signal of an edge is made, its matrix is in
+    memory.
 
-    distribution: `"uniform"`: U(-b, b), b = scale * sqrt(6 / n), the law of :class:`Dense`'s default; `"binary"`: -s or s,
-        s = scale * sqrt(2 / n), as :class:`Binary`, 32 of them from one hash.
+    scale: a factor on the weights.
+    distribution: `"uniform"`: U(-b, b) with b = scale * sqrt(6 / n), as :class:`Dense`'s default. `"binary"`: -s or s with
+        s = scale * sqrt(2 / n), as :class:`Binary`; 32 of them come from one hash.
 
     Han, Lee, Lee & Yoo, "A Low-Power Deep Neural Network Online Learning Processor for Real-Time Object Tracking Application",
     IEEE TCAS-I, 2019, generate the random feedback on the chip.
@@ -48,9 +50,8 @@ class Seeded(Operator):
 
     scale: float = 1.0
     distribution: str = "uniform"
-    seed: int | None = field(
-        default=None, init=False, repr=False
-    )  # of the edge that this copy serves
+    # the seed of the edge that this copy serves
+    seed: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_scale(self.scale)

@@ -16,16 +16,15 @@ from feedbackward.operators.options import check_init, check_scale
 
 @dataclass(frozen=True)
 class Shared(Operator):
-    r"""One matrix `B: [C, m]`, m the size of the largest site; a site of n features gets the first n columns.
+    r"""One matrix `B: [C, m]` for all sites, where m is the size of the largest; a site of n features uses the first n columns.
 
     .. math:: \delta h_l = d\, B_{:, :n_l}
 
-    Every site whose source has the same shape uses the same matrix, so the smaller ones see the same signal as a part of the
-    largest. The entries do not depend on the site's own width: a narrow site gets a signal of norm :math:`\sqrt{n_l / m}` of
-    the widest's. Learned, it gets the sum of the sites' gradients.
+    Every site whose source has the same shape uses the same matrix, so a smaller site gets a part of the largest site's
+    signal. The entries do not depend on the width of the site: the signal of a narrow one is :math:`\sqrt{n_l / m}` times as
+    long as the widest one's. If the matrix is learned, it gets the sum of the sites' gradients.
 
-    init: as :class:`Dense` has them, with m in place of n. The default `"scaled_uniform"`, U(-1, 1) / sqrt(m), is that of the
-        authors' TinyDFA.
+    init: one of :class:`Dense`'s, with m in place of n. The default, U(-1, 1) / sqrt(m), is that of the authors' TinyDFA.
     scale: a factor on the initial weights.
 
     Launay, Poli & Krzakala 2019 (arXiv:1906.04554); Launay, Poli, Boniface & Krzakala, NeurIPS 2020 (arXiv:2006.12878).

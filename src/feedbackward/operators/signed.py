@@ -1,4 +1,4 @@
-"""Layer-shaped feedback with the signs of the layer's own weight, `B = M * sign(W)`: one bit per weight is transported."""
+"""Layer-shaped feedback with the signs of the layer's own weight: one bit per weight is transported."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from feedbackward.operators.layer import LayerShaped
 
 @dataclass(frozen=True)
 class Signed(Operator):
-    """`B = M * sign(W)` for an edge with a `forward_weight` `W`; where `W` is zero, so is `B`.
+    """`B = M * sign(W)` for an edge with the `forward_weight` `W`. Where `W` is zero, `B` is zero.
 
-    layer: its form, and with `init` and `scale` the law U(-b, b) that the magnitudes are taken from.
-    follow_norm: scale `B` in every pass to the Frobenius norm that `W` has: one more number per layer is transported.
+    layer: the layer's form; its `init` and `scale` give the law U(-b, b) of the magnitudes.
+    follow_norm: scale `B` in every pass to the Frobenius norm of `W`. This transports one more number per layer.
 
     Example:
         >>> import torch
@@ -41,7 +41,7 @@ class Signed(Operator):
 
     @abstractmethod
     def magnitudes(self, own: Weights, W: Tensor) -> Tensor | float:
-        """M, of the shape of `W` or one number; `own` are the edge's own tensors."""
+        """M, of the shape of `W` or one number. `own` are the edge's own tensors."""
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         *own, W = weights
@@ -56,7 +56,7 @@ class Signed(Operator):
 
 @dataclass(frozen=True)
 class UniformSigned(Signed):
-    """One magnitude for the whole layer: the standard deviation b / sqrt(3) of the law. Stores nothing.
+    """One magnitude for the whole layer: the standard deviation b / sqrt(3) of the law. It stores nothing.
 
     Example:
         >>> import torch
@@ -118,8 +118,9 @@ class FixedSigned(Signed):
 
 @dataclass(frozen=True)
 class FreshSigned(Signed):
-    """Magnitudes `M = |U(-b, b)|` drawn anew in every pass, from a key and the number of the pass: equal on all ranks,
-    continued after loading a `state_dict`, and no generator that dropout uses is touched.
+    """Magnitudes `M = |U(-b, b)|` drawn again in every pass, from a key and the number of the pass.
+
+    They are equal on all ranks, go on after loading a `state_dict`, and use no generator that dropout draws from.
 
     Example:
         >>> import torch

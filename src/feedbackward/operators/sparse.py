@@ -20,10 +20,11 @@ class Sparse(Operator):
 
     .. math:: \delta h_{mj} = \sum_{k=1}^{s} v_{kj}\, d_{m, c_k(j)}, \qquad v, c: [s, *site]
 
-    The supports c are random and fixed, and balanced over the units: for each k, and for all k together, the numbers of
-    features that listen to any two units differ by at most one. The values `v`, U(-1/q, 1/q) with
-    q = sqrt(n / sqrt(C s)) as in the authors' code, can be learned: they get the entries of :math:`d^\top h` on the support.
+    The units c are random, fixed and balanced: for each k, and for all k together, the numbers of features that listen to any
+    two units differ by at most one. The values `v` start as U(-1/q, 1/q) with q = sqrt(n / sqrt(C s)), as in the authors' code.
+    They can be learned: they get their entries of :math:`d^\top h`.
 
+    nonzeros: s, at most C.
     scale: a factor on the initial values.
 
     Crafton, Parihar, Gebhardt & Raychowdhury, "Direct Feedback Alignment With Sparse Connections for Local Learning",
@@ -98,19 +99,19 @@ def _gather(d: Tensor, units: Tensor) -> Tensor:
 
 
 def _index_dtype(units: int) -> torch.dtype:
-    """One byte where it is enough. Not int16: torch.distributed's back ends cannot send it, so DDP would refuse the learner."""
+    """One byte if that is enough. It is never int16, which torch.distributed cannot send, so that DDP would fail."""
     return torch.uint8 if units <= 256 else torch.int32
 
 
 def _supports(C: int, n: int, s: int, generator: torch.Generator) -> Tensor:
-    """[s, n] units: different ones in every column, and counts that differ by at most one in each row and in all.
+    """The units `[s, n]`: different ones in every column, with counts that differ by at most one, in each row and in total.
 
-    The features are dealt with in decks of C. Feature i of a deck listens to s units in sequence, from the i-th, of a circle
-    of all units that is shuffled anew for each deck.
+    The features are divided into decks of C. All units are shuffled into a circle for each deck, and feature i of the deck
+    listens to s units of the circle in sequence, beginning with the i-th.
     """
     decks = torch.rand(n // C, C, generator=generator).argsort(1)
     whole = [decks.roll(-k, 1).flatten() for k in range(s)]
-    # the r features left over: row k takes the next r units of a circle, turned by one whenever it has come back to its start
+    # for the r features left over, row k takes the next r units of a circle, turned by one after each full round
     r = n % C
     circle = torch.randperm(C, generator=generator)
     k, i = torch.arange(s).unsqueeze(1), torch.arange(r)
