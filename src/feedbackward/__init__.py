@@ -8,7 +8,7 @@ import warnings
 from importlib import import_module
 from typing import Any
 
-from feedbackward import errors, moved, operators, rules, topologies
+from feedbackward import errors, moved, operators, parallel, rules, topologies
 from feedbackward.errors import AttachError, FeedbackError, SiteError
 from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.learner import Learner, attach
@@ -124,6 +124,7 @@ __all__ = [
     "count_cost",
     "errors",
     "operators",
+    "parallel",
     "param_groups",
     "probe",
     "renormalize_weights",

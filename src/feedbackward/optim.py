@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from feedbackward.learner import Learner
+    from feedbackward.parallel import Pipeline
 
 
 def renormalize_weights(
@@ -57,7 +58,9 @@ def renormalize_weights(
 
 
 def param_groups(
-    learner: Learner, model: dict[str, Any] | None = None, feedback: dict[str, Any] | None = None
+    learner: Learner | Pipeline,
+    model: dict[str, Any] | None = None,
+    feedback: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: one for the model's parameters and one for the learned feedback weights.
 
@@ -76,8 +79,10 @@ def param_groups(
         >>> [group["lr"] for group in torch.optim.SGD(groups).param_groups]
         [0.1, 0.01]
     """
-    groups = [{"params": list(learner.model.parameters()), **(model or {})}]
-    learned = list(learner.feedback.parameters())
+    named = list(learner.named_parameters())
+    own = [p for name, p in named if not name.startswith("feedback.")]
+    learned = [p for name, p in named if name.startswith("feedback.")]
+    groups = [{"params": own, **(model or {})}]
     return [*groups, {"params": learned, **(feedback or {})}] if learned else groups
 
 

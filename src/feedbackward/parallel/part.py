@@ -1,0 +1,210 @@
+"""One stage's part of a model: the model's own forward pass, entered at one place and left at
+another. Modules that end before the part are replaced by what they returned in form."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from feedbackward.engine.hooks import Hooked, PassOverError
+from feedbackward.errors import SiteError
+from feedbackward.graph import Site, Source
+from feedbackward.model.trace import run
+from feedbackward.parallel.recording import Call, Recording
+
+
+class Part:
+    """The part between two places of a recording; None stands for the model's input or output.
+
+    Attributes:
+        running: the names of the modules that run in it.
+        sources: the tensors, by name, of the sources in the latest pass.
+        number: identifies a pass, so that random numbers in it are the same however the model is
+            divided. Set it before a pass and before its backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recording: Recording,
+        lower: int | None,
+        upper: int | None,
+        sources: Sequence[Source] = (),
+    ) -> None:
+        self.model, self.recording, self.lower, self.upper = model, recording, lower, upper
+        self.running = recording.running(lower, upper)
+        self.finished = recording.finished(lower)
+        self._entry = _Entry(recording.places, lower)
+        leave = () if upper is None else (recording.places[upper],)
+        self._exit = _Exit(leave, tuple(sources))
+        self._handles = [
+            *self._entry.install(model, prepend=True),
+            *self._exit.install(model),
+        ]
+
+    @property
+    def number(self) -> tuple[int, ...]:
+        return self._entry.number
+
+    @number.setter
+    def number(self, number: tuple[int, ...]) -> None:
+        self._entry.number = number
+
+    @property
+    def sources(self) -> dict[str, Tensor]:
+        return self._exit.tensors
+
+    def run(self, call: Callable[..., Any], inputs: Any, rows: int, received: Tensor | None) -> Any:
+        """The activity at the upper place, or the model's output.
+
+        `call`: the model, or what runs it. `rows`: the size of the batch. `received`: the activity
+        at the lower place.
+        """
+        self._entry.received, self._exit.tensors = received, {}
+        grad = torch.is_grad_enabled()
+        self._entry.grad = grad
+        try:
+            with (
+                self._stand_ins(rows, received),
+                self._entry.recording() as tape,
+                self._exit.recording() as end,
+                torch.random.fork_rng(devices=_devices(received, self.model)),
+            ):
+                tape.over = end.over = True
+                torch.set_grad_enabled(grad and self.lower is None)
+                self._entry.seed(-1)
+                return run(call, inputs)
+        except PassOverError:
+            assert self._exit.left is not None
+            return self._exit.left
+        finally:
+            torch.set_grad_enabled(grad)
+            self._entry.received = self._exit.left = None
+
+    @contextmanager
+    def _stand_ins(self, rows: int, received: Tensor | None) -> Iterator[None]:
+        """The finished modules return zeros of the form that they had on the example."""
+        with ExitStack() as stack:
+            for name, calls in self.finished.items():
+                assert received is not None
+                forward = _StandIn(calls, self.recording.rows, rows, received.device)
+                stack.enter_context(_forward_of(self.model.get_submodule(name), forward))
+            yield
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Entry(Hooked):
+    """Puts the received activity in its place, and seeds the random generators at every place."""
+
+    def __init__(self, places: tuple[Site, ...], lower: int | None) -> None:
+        super().__init__(places, ())
+        self.lower, self.grad = lower, True
+        self.number: tuple[int, ...] = (0,)
+        self.received: Tensor | None = None
+
+    def on_site(self, index: int, h: Tensor) -> Tensor:
+        if self.tape is None:
+            if torch._C._current_graph_task_id() != -1:  # a checkpoint repeats a module
+                self.seed(index)
+            return h
+        first = not self.tape.seen[index]
+        self.tape.seen[index] += 1
+        if first:
+            self.seed(index)
+        if index != self.lower:
+            return h
+        assert self.received is not None
+        if first and h.shape != self.received.shape:
+            raise SiteError(
+                f"the stage below sent {list(self.received.shape)} for {self.sites[index].name!r}, but the model's "
+                f"pass is at {list(h.shape)}: give every rank the same batch."
+            )
+        torch.set_grad_enabled(self.grad)
+        if self.received.requires_grad and first:
+            # what follows may work in place, which a leaf does not allow
+            self.received = self.received.clone()
+        return self.received
+
+    def on_source(self, index: int, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def seed(self, index: int) -> None:
+        """Begin the random numbers that belong to this place of this pass."""
+        text = ":".join(map(str, (*self.number, index)))
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        torch.default_generator.manual_seed(number)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(number)
+
+
+class _Exit(Hooked):
+    """Ends the pass at a place, and keeps the sources as they are above their broadcast."""
+
+    def __init__(self, places: tuple[Site, ...], sources: tuple[Source, ...]) -> None:
+        super().__init__(places, sources)
+        self.tensors: dict[str, Tensor] = {}
+        self.left: Tensor | None = None
+
+    def on_site(self, index: int, h: Tensor) -> Tensor:
+        if self.tape is None:
+            return h
+        self.left = h
+        raise PassOverError
+
+    def on_source(self, index: int, tensor: Tensor) -> Tensor:
+        if self.tape is None:
+            return tensor
+        if torch.is_grad_enabled() and not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_().clone()
+        self.tensors[self.sources[index].name] = tensor
+        return tensor
+
+
+def _devices(received: Tensor | None, model: nn.Module) -> list[torch.device]:
+    tensors = (received,) if received is not None else tuple(model.parameters())
+    return list({t.device for t in tensors if t.device.type == "cuda"})
+
+
+class _StandIn:
+    """Returns, call by call, zeros for `rows` rows of what was recorded with `recorded` rows."""
+
+    def __init__(self, calls: list[Call], recorded: int, rows: int, device: torch.device) -> None:
+        self.calls, self.recorded, self.rows, self.device = calls, recorded, rows, device
+        self.next = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.calls[self.next % len(self.calls)]
+        self.next += 1
+        return tree_map(self._zeros, call.output)
+
+    def _zeros(self, t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        shape = list(t.shape)
+        if shape and shape[0] == self.recorded:
+            shape[0] = self.rows
+        return torch.zeros(shape, dtype=t.dtype, device=self.device)
+
+
+@contextmanager
+def _forward_of(module: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Run `stand_in` for the module's forward; a forward that the instance itself holds is put
+    back."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = stand_in
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
