@@ -21,7 +21,7 @@ from feedbackward.model.values import tensors_in
 from feedbackward.parallel.recording import Recording
 from feedbackward.parallel.routes import Routes, stage_of
 from feedbackward.parallel.segment import Forward, StageModule
-from feedbackward.parallel.split import leaves
+from feedbackward.parallel.split import cut_points, leaves
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ def divide(learner: Learner, recording: Recording, cut: tuple[int, ...], example
     empty = Division(recording, cut, routes, (), {})
     parts = _trial(learner, empty, example)
     _refuse_tied(learner, parts)
+    _refuse_untrained(learner, parts)
+    _refuse_distant(learner, routes, parts)
     holders = _holders(learner, empty, parts)
     return Division(recording, cut, routes, parts, holders)
 
@@ -69,8 +71,7 @@ def _routes(learner: Learner, recording: Recording, cut: tuple[int, ...]) -> Rou
     times = _times(learner, recording)
     sites = {s.name: stage_of(times[s.points], boundary_times) for s in graph.sites}
     sources = {s.name: stage_of(times[s.points], boundary_times) for s in graph.sources}
-    by_points = {site.points for site in graph.sites}
-    uncut = tuple(points not in by_points for points in cut_at)
+    uncut = tuple(points not in cut_points(learner) for points in cut_at)
     return Routes(graph, sites, sources, (*uncut, False), learner.rule.needs_error)
 
 
@@ -170,6 +171,33 @@ def _refuse_tied(learner: Learner, parts: Sequence[Sequence[str]]) -> None:
                 f"stages {stages} would both train {name!r}{also}, and each would have a copy of its own. Choose a `cut=` "
                 "with all its uses in one stage, freeze it, or use weights of their own."
             )
+
+
+def _refuse_untrained(learner: Learner, parts: Sequence[Sequence[str]]) -> None:
+    """What the whole learner trains, some stage must train."""
+    fed = {edge.site.name for edge in learner.graph.edges}
+    fed |= {end.site.name for end in learner.graph.local}
+    whole = learner.whole_plan
+    segments = [segment for segment in whole.segments if segment.site in fed]
+    trained = {name for part in parts for name in part}
+    for segment in (*segments, whole.head):
+        for name in segment.parameters:
+            if f"model.{name}" not in trained:
+                raise AttachError(
+                    f"no stage would train {name!r}, of the segment of {segment.site!r}: choose other places with `cut=`."
+                )
+
+
+def _refuse_distant(learner: Learner, routes: Routes, parts: Sequence[Sequence[str]]) -> None:
+    """Feedback that is made from a weight, or learns with it, must be in the stage of the weight."""
+    for edge in routes.graph.edges:
+        stage = routes.site_stage[edge.site.name]
+        for name in filter(None, (edge.shares, edge.forward_weight)):
+            if f"model.{name}" not in parts[stage]:
+                raise AttachError(
+                    f"{learner.rule.label} cannot be divided here: the feedback of {edge.site.name!r}, in stage {stage}, needs "
+                    f"{name!r} of another stage. Choose a `cut=` that leaves both in one, or use KolenPollack or DKP."
+                )
 
 
 def _holders(

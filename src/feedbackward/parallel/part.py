@@ -36,13 +36,16 @@ class Part:
         lower: int | None,
         upper: int | None,
         sources: Sequence[Source] = (),
+        cut_sources: Sequence[Source] = (),
     ) -> None:
         self.model, self.recording, self.lower, self.upper = model, recording, lower, upper
         self.running = recording.running(lower, upper)
         self.finished = recording.finished(lower)
-        self._entry = _Entry(recording.places, lower)
+        # what lies above a source that is cut as well sees another tensor
+        self._entry = _Entry(recording.places, lower, tuple(cut_sources))
         leave = () if upper is None else (recording.places[upper],)
         self._exit = _Exit(leave, tuple(sources))
+        self._devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
         self._handles = [
             *self._entry.install(model, prepend=True),
             *self._exit.install(model),
@@ -58,7 +61,7 @@ class Part:
 
     @property
     def sources(self) -> dict[str, Tensor]:
-        return self._exit.tensors
+        return {**self._entry.tensors, **self._exit.tensors}
 
     def run(self, call: Callable[..., Any], inputs: Any, rows: int, received: Tensor | None) -> Any:
         """The activity at the upper place, or the model's output.
@@ -66,7 +69,7 @@ class Part:
         `call`: the model, or what runs it. `rows`: the size of the batch. `received`: the activity
         at the lower place.
         """
-        self._entry.received, self._exit.tensors = received, {}
+        self._entry.received, self._entry.tensors, self._exit.tensors = received, {}, {}
         grad = torch.is_grad_enabled()
         self._entry.grad = grad
         try:
@@ -74,7 +77,7 @@ class Part:
                 self._stand_ins(rows, received),
                 self._entry.recording() as tape,
                 self._exit.recording() as end,
-                torch.random.fork_rng(devices=_devices(received, self.model)),
+                torch.random.fork_rng(devices=self._devices),
             ):
                 tape.over = end.over = True
                 torch.set_grad_enabled(grad and self.lower is None)
@@ -103,11 +106,29 @@ class Part:
             handle.remove()
 
 
-class _Entry(Hooked):
+class _Gate(Hooked):
+    """Keeps sources as they pass."""
+
+    def __init__(self, places: tuple[Site, ...], sources: tuple[Source, ...]) -> None:
+        super().__init__(places, sources)
+        self.tensors: dict[str, Tensor] = {}
+
+    def on_source(self, index: int, tensor: Tensor) -> Tensor:
+        if self.tape is None:
+            return tensor
+        if torch.is_grad_enabled() and not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_().clone()
+        self.tensors[self.sources[index].name] = tensor
+        return tensor
+
+
+class _Entry(_Gate):
     """Puts the received activity in its place, and seeds the random generators at every place."""
 
-    def __init__(self, places: tuple[Site, ...], lower: int | None) -> None:
-        super().__init__(places, ())
+    def __init__(
+        self, places: tuple[Site, ...], lower: int | None, sources: tuple[Source, ...]
+    ) -> None:
+        super().__init__(places, sources)
         self.lower, self.grad = lower, True
         self.number: tuple[int, ...] = (0,)
         self.received: Tensor | None = None
@@ -135,9 +156,6 @@ class _Entry(Hooked):
             self.received = self.received.clone()
         return self.received
 
-    def on_source(self, index: int, tensor: Tensor) -> Tensor:
-        return tensor
-
     def seed(self, index: int) -> None:
         """Begin the random numbers that belong to this place of this pass."""
         text = ":".join(map(str, (*self.number, index)))
@@ -147,12 +165,11 @@ class _Entry(Hooked):
             torch.cuda.manual_seed(number)
 
 
-class _Exit(Hooked):
+class _Exit(_Gate):
     """Ends the pass at a place, and keeps the sources as they are above their broadcast."""
 
     def __init__(self, places: tuple[Site, ...], sources: tuple[Source, ...]) -> None:
         super().__init__(places, sources)
-        self.tensors: dict[str, Tensor] = {}
         self.left: Tensor | None = None
 
     def on_site(self, index: int, h: Tensor) -> Tensor:
@@ -160,19 +177,6 @@ class _Exit(Hooked):
             return h
         self.left = h
         raise PassOverError
-
-    def on_source(self, index: int, tensor: Tensor) -> Tensor:
-        if self.tape is None:
-            return tensor
-        if torch.is_grad_enabled() and not tensor.requires_grad:
-            tensor = tensor.detach().requires_grad_().clone()
-        self.tensors[self.sources[index].name] = tensor
-        return tensor
-
-
-def _devices(received: Tensor | None, model: nn.Module) -> list[torch.device]:
-    tensors = (received,) if received is not None else tuple(model.parameters())
-    return list({t.device for t in tensors if t.device.type == "cuda"})
 
 
 class _StandIn:

@@ -81,7 +81,9 @@ class StageModule(nn.Module):
         self._handles = self.cuts.install(self.model)
         sources = [s for s in routes.graph.sources if routes.source_stage[s.name] == stage]
         self.sends = [s for s in sources if routes.listeners(s)]
-        self.part = Part(self.model, recording, *bounds, self.sends)
+        cut = {site.points for site in routes.graph.sites}
+        kept = [[s for s in self.sends if (s.points in cut) is also] for also in (False, True)]
+        self.part = Part(self.model, recording, *bounds, *kept)
         self.from_above = routes.from_above(stage)
         self.local = routes.local_from_above(stage)
         self.kinds = recording.kinds

@@ -72,12 +72,17 @@ def _time(recorded: Trace, point: HookPoint) -> int:
     return call.end if point.kind == "output" else call.start
 
 
+def cut_points(learner: Learner) -> set[tuple[HookPoint, ...]]:
+    """Where the rule cuts an activity for all that use it; a cut of one layer's input is none."""
+    return {site.points for site in learner.graph.sites if not isinstance(site, LayerInput)}
+
+
 def segment_times(learner: Learner, example: Any, places: tuple[Site, ...]) -> list[float]:
     """Seconds of the forward and backward of each segment between places, the lowest first.
 
     Of rules that cut nothing at the places the gradients of the inputs are computed as well.
     """
-    cut = {site.points for site in learner.graph.sites}
+    cut = cut_points(learner)
     best = [float("inf")] * (len(places) + 1)
     for _ in range(_ROUNDS):
         best = list(map(min, best, _times(learner.model, example, places, cut)))
