@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from feedbackward.engine.hooks import Hooked, PassOverError
 from feedbackward.errors import SiteError
 from feedbackward.graph import Site, Source
-from feedbackward.model.trace import run
+from feedbackward.model.example import run
 from feedbackward.parallel.recording import Call, Recording
 
 

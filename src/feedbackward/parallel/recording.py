@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from feedbackward.engine.hooks import Observer
 from feedbackward.graph import Site
+from feedbackward.model.example import run
 from feedbackward.model.state import preserved
-from feedbackward.model.trace import run
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 

@@ -14,9 +14,10 @@ from feedbackward.engine.hooks import Observer
 from feedbackward.errors import AttachError
 from feedbackward.graph import HookPoint, LayerInput, Site
 from feedbackward.learner import Learner
+from feedbackward.model.example import run
 from feedbackward.model.sites import find_sites, source_tensor
 from feedbackward.model.state import preserved, training_mode
-from feedbackward.model.trace import Trace, dominators, gradient_edges, run, trace
+from feedbackward.model.trace import Trace, dominators, gradient_edges, trace
 from feedbackward.model.values import tensors_in
 
 # a segment is timed so often, and the shortest time counts
@@ -64,7 +65,7 @@ def _tensor(recorded: Trace, point: HookPoint) -> Tensor:
     call = calls[point.call]
     if point.kind == "output":
         return call.outputs[point.leaf or 0][0]
-    return call.inputs[call.places.index(point.leaf or 0)][0]
+    return call.inputs[call.places.index(point.place)][0]
 
 
 def _time(recorded: Trace, point: HookPoint) -> int:
