@@ -11,7 +11,7 @@ from feedbackward.rule import Properties, Rule
 
 @dataclass(frozen=True)
 class BP(Rule):
-    r"""Backpropagation, :math:`\delta h_{l-1} = \delta a_l W_l`: no cut, no hook, autograd as it is.
+    r"""Backpropagation, :math:`\delta h_{l-1} = \delta a_l W_l`: autograd as it is, without cuts.
 
     Rumelhart, Hinton & Williams, "Learning representations by back-propagating errors", Nature 1986.
 

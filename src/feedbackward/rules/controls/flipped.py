@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Flipped(Rule):
     r"""A direct rule whose signals are negated: :math:`\delta h_l = -e\, B_l` in place of :math:`e\, B_l`.
 
-    The feedback itself learns as the rule says, by the gradients that it would have got; what lies above the last site
-    learns by its true gradient, as ever. A rule whose feedback carries a direction must do worse flipped than frozen
-    features do. Fixed random feedback is as likely as its negative, so it trains flipped as well as it does unflipped.
+    The feedback learns as the rule says. What lies above the last site learns by its true gradient, as always. A rule whose
+    feedback carries a direction must do worse flipped than frozen features do. Fixed random feedback is as likely as its
+    negative, so flipped it trains as well as before.
 
-    rule: the rule to flip, one with direct feedback.
+    rule: the rule to flip, which must have direct feedback.
 
     No paper: a control.
 

@@ -13,10 +13,10 @@ from feedbackward.rule import Properties, Rule
 class Frozen(Rule):
     r"""Hidden layers stay as they were initialised; only what lies above the last site learns.
 
-    The network is cut at every site and nothing is sent: :math:`\delta h_l` does not exist, so no hidden
-    parameter (weights, biases, affine parameters of norms) gets a gradient, and `grad` stays None.
-    Running statistics of norms still update. A rule that does not beat this control has not trained its
-    hidden layers (Launay et al. 2019 found DFA's convolutions equal to it).
+    The network is cut at every site and nothing is sent. So no hidden parameter (weights, biases, affine
+    parameters of norms) gets a gradient, and `grad` stays None. Running statistics of norms still update. A rule
+    that does not beat this control has not trained its hidden layers
+    (Launay et al. 2019 found DFA's convolutions equal to it).
 
     Example:
         >>> import torch

@@ -18,12 +18,12 @@ class BinaryDFA(Rule):
 
     .. math:: \delta h_l = s_l\, e\, B_l, \qquad B_l \in \{-1, 1\}^{C \times n_l},\quad s_l = \sqrt{2 / n_l}
 
-    scale: a factor on `s_l`, which is a shift in hardware where it is a power of two.
+    scale: a factor on `s_l`. In hardware it is a shift if `s_l` is a power of two.
 
     Han & Yoo, "Efficient convolutional neural network training with direct feedback alignment", 2019 (arXiv:1901.01986; ICCV
-    workshops 2019). There binary feedback serves the fully connected layers while backprop trains the convolutions:
-    `CDFA(operator=Binary())`, :class:`CDFA`; here it is the whole of DFA. `s_l` gives signals of DFA's norm; the paper's own choice,
-    from statistics of the matrices, we have not read.
+    workshops 2019). In the paper, binary feedback serves the fully connected layers, and backprop trains the convolutions
+    (:class:`CDFA` with `operator=Binary()`). This rule is DFA throughout. `s_l` gives signals of DFA's norm. The paper chooses
+    it from statistics of the matrices, which we have not read.
 
     Example:
         >>> import torch

@@ -17,13 +17,13 @@ class DFA(Rule):
 
     .. math:: \delta h_l = e\, B_l, \qquad B_l\ \text{fixed},\quad e: [N, C],\ B_l: [C, n_l]
 
-    in place of backprop's :math:`e\, \partial a_L / \partial h_l`. All sites get their signal at once.
+    in place of backprop's :math:`e\, \partial a_L / \partial h_l`. All sites get their signals at once.
 
-    operator: the form of the feedback weights and how they start.
+    operator: the form of the feedback weights, and their initial values.
 
     Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016
-    (arXiv:1609.01596). The paper draws B from a uniform distribution of width 1/sqrt(fan); the DKP
-    authors' code, whose comparison is reproduced here, uses `kaiming_uniform` on CIFAR-10, the default.
+    (arXiv:1609.01596). The paper draws B from a uniform distribution of width 1/sqrt(fan). The default
+    here, `kaiming_uniform`, is that of the DKP authors' code for CIFAR-10.
 
     Example:
         >>> import torch

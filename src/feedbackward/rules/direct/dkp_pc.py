@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DKPPC(Rule):
-    r"""Direct Kolen-Pollack predictive coding: DKP moves the weights; predictive coding, which then finds errors at every site at
-    once, moves them again.
+    r"""Direct Kolen-Pollack predictive coding: DKP updates the weights, and predictive coding updates them a second time.
 
     .. math::
         &\text{1. DKP:} && W' = W - \eta_1\, \nabla_1, \quad \nabla_1\ \text{from}\ \delta h_l = e\, B_l \\
@@ -31,7 +30,7 @@ class DKPPC(Rule):
             E = \mathrm{loss}(f_L(z_{L-1})) + \tfrac{1}{2N} \textstyle\sum_l \| z_l - f_l(z_{l-1}) \|^2\ \text{under}\ W' \\
         &\text{3. both:} && \nabla W = \nabla_1 + \rho\, \partial E / \partial W', \qquad \nabla B_l = e^\top h_l
 
-    `h_l` and `e` are those of W, :math:`f_l` is the segment below site l, N counts samples (times the output's tokens). On linear
+    `h_l` and `e` are those of W, :math:`f_l` is the segment below site l, and N counts samples (times output tokens). On linear
     layers, with :math:`\epsilon_l = z_l - z_{l-1} W_l'^\top`, step 2 is :math:`z_l \leftarrow z_l + \gamma (\epsilon_{l+1} W'_{l+1} -
     \epsilon_l)`: one layer down, through transposed weights. Step 3 then descends :math:`-\rho\, \epsilon_l^\top z_{l-1} / N`.
 

@@ -19,18 +19,18 @@ class DRTP(Rule):
 
     .. math:: \delta h_l = \tfrac1N\, y\, B_l, \qquad B_l\ \text{fixed},\quad y: [N, C]\ \text{one-hot},\ B_l: [C, n_l]
 
-    The signals need no forward pass to end and no error, so a layer may be updated before the next one has run (the
-    `eager` schedule). They never vanish, whatever the loss: rates are smaller than DFA's, and decaying ones matter more.
+    The signals need no error, so a layer may be updated before the next one has run (the `eager` schedule). They never
+    vanish, whatever the loss is. Rates must therefore be smaller than DFA's, and should decay.
 
-    Call `learner.target(y)` before every forward pass. The signals are not made from the loss: what multiplies the loss
-    (accumulation, a loss scale) goes into `learner.target(y, scale=...)`.
+    Call `learner.target(y)` before every forward pass. The signals do not come from the loss, so give a factor on the loss
+    (1/k for k accumulated batches) in `learner.target(y, scale=...)` as well.
 
-    operator: the form of the feedback weights and how they start.
+    operator: the form of the feedback weights, and their initial values.
 
     Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training of
     deep neural networks", Frontiers in Neuroscience 15, 2021 (arXiv:1909.01311). The authors' code adds `+ y B`, as
-    here; the sign does not matter, for `B` is symmetric around zero. It draws `B` by `kaiming_uniform`, trains with
-    sigmoid and binary cross-entropy, and does not divide by N; we do, so that the scale is that of a mean loss.
+    here; the sign does not matter, because `B` is symmetric around zero. Their code draws `B` by `kaiming_uniform`, trains
+    with sigmoid outputs and binary cross-entropy, and does not divide by N. We divide, so that the scale is that of a mean loss.
 
     Example:
         >>> import torch

@@ -20,23 +20,24 @@ class EBD(Rule):
     .. math::
         B_l \leftarrow \lambda B_l + (1 - \lambda)\, e^\top h_l, \qquad \delta h_l = e\, B_l \qquad (B_l = R_l^\top: [C, n_l])
 
-    The signal descends :math:`\tfrac12 \lVert R_l \rVert^2`, the correlation that the error of the best estimator would not have,
-    through :math:`h_l` for a fixed error. `e` carries the 1/N of a mean loss, so :math:`e^\top h_l` is a batch mean. The moving
-    average is the gradient step :math:`\nabla B_l = B_l - e^\top h_l`: exactly the published one under plain SGD for B with the
-    rate :math:`1 - \lambda`, without momentum or decay.
+    The error of the best estimator has no correlation with the activities. The signal descends this correlation,
+    :math:`\tfrac12 \lVert R_l \rVert^2`, through :math:`h_l` for a fixed error. `e` carries the 1/N of a mean loss, so
+    :math:`e^\top h_l` is a batch mean. The moving average is the gradient step :math:`\nabla B_l = B_l - e^\top h_l`. This is
+    exactly the published one under plain SGD for B with the rate :math:`1 - \lambda`, without momentum or decay.
 
-    The sign: in :math:`e\, e^\top h` the error counts twice, so it may be taken either way round. DKP's feedback is *minus* a sum of
-    the same :math:`e^\top h_l`, as are output weights trained by gradient descent. A `B` that is all correlation therefore sends the
-    opposite of what trains the layers below a head that descends the loss, and such networks stayed below chance here. With
-    :math:`1 - \lambda` small `B` stays near its random start and EBD is DFA with a drift; at larger rates it fails.
-    :class:`Flipped` reverses what is sent (`Flipped(EBD())`): not in the paper, but near DKP with a short memory.
+    About the sign: in :math:`e\, e^\top h` the error counts twice, so either sign is possible. DKP's feedback is *minus* a sum
+    of the same :math:`e^\top h_l`, and so are output weights trained by gradient descent. A `B` that is all correlation
+    therefore sends the opposite of what trains the layers below a head that descends the loss. Such networks stayed below
+    chance here. With a small :math:`1 - \lambda`, `B` stays near its random start, and EBD is DFA with a drift. At larger rates
+    it fails. :class:`Flipped` reverses the signals (`Flipped(EBD())`). This is not in the paper, but near DKP with a short
+    memory.
 
-    operator: the form of the feedback weights and how they start; one that can be learned.
+    operator: the form of the feedback weights, which must be learnable, and their initial values.
 
     Erdogan, Pehlevan & Erdogan, "Error Broadcast and Decorrelation as a Potential Artificial and Natural Learning Mechanism",
-    2025 (arXiv:2504.11558). Neither the paper's text nor the authors' code was at hand: the equations are from descriptions, the
-    start of `B` is inferred. Here the function of the activity is the activity itself. Left out: the power and entropy
-    regularisers of the layers, which keep activities from collapsing, and the error's own dependence on the weights.
+    2025 (arXiv:2504.11558). We had neither the paper's text nor the authors' code. The equations are from descriptions, and the
+    start of `B` is inferred. The function of the activity is the activity itself. The power and entropy regularisers of the
+    layers, which keep activities from collapsing, and the error's own dependence on the weights are left out.
 
     Example:
         >>> import torch

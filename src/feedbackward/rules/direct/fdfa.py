@@ -25,19 +25,20 @@ class FDFA(Rule):
         \delta h_l = e\, B_l, \qquad \nabla B_l = B_l - \hat J_l, \qquad
         \hat J_l = \tfrac1M\, d^\top u_l,\quad d = \sum_k J_k u_k,\quad u_l: [M, n_l] \sim \mathcal N(0, 1)
 
-    :math:`J_l = \partial a_L / \partial h_l: [C, n_l]` of each sample. One forward-mode pass moves all activities at once; the
-    cross terms :math:`J_k u_k u_l^\top` have mean zero, so :math:`E[\hat J_l]` is the batch-mean Jacobian. A plain SGD step with the
-    rate :math:`\alpha` is :math:`B \leftarrow (1-\alpha) B + \alpha \hat J`. The variance of an entry of the estimate is about
-    :math:`\sum_k \lVert J_k \rVert^2 / M` (one row of each): low rates average it away. Neither error nor label is used.
+    :math:`J_l = \partial a_L / \partial h_l: [C, n_l]` is the Jacobian of each sample. One forward-mode pass moves all
+    activities at once. The cross terms :math:`J_k u_k u_l^\top` have mean zero, so :math:`E[\hat J_l]` is the batch-mean
+    Jacobian. A plain SGD step with the rate :math:`\alpha` is :math:`B \leftarrow (1-\alpha) B + \alpha \hat J`. The variance of
+    an entry of the estimate is about :math:`\sum_k \lVert J_k \rVert^2 / M` (one row of each); low rates average it away.
+    Neither error nor label is used.
 
-    Call `learner.feedback_step(x)` after every backward pass, before the optimizers step. `B` starts at zero, so in the first
-    step hidden layers get no signal. Do not scale `B`'s gradient with the loss (a loss scale, 1/k of k batches).
+    Call `learner.feedback_step(x)` after every backward pass, before the optimizers step. `B` starts at zero, so hidden layers
+    get no signal in the first step. Do not scale the gradient of `B` with the loss.
 
-    operator: the form of the feedback weights and how they start; one that can be learned.
+    operator: the form of the feedback weights, which must be learnable, and their initial values.
 
     Bacho & Chu, "Low-variance forward gradients using direct feedback alignment and momentum", Neural Networks 169, 2024
-    (arXiv:2212.07282). The authors' code starts `B` at zero, updates W and B by Adam (1e-4 each) and normalises every layer;
-    there the tangents flow in the training pass itself, here in a second pass, so dropout masks are others.
+    (arXiv:2212.07282). The authors' code starts `B` at zero, updates W and B by Adam (1e-4 each) and normalises every layer.
+    It computes the tangents in the training pass itself. Here they have a pass of their own, with other dropout masks.
 
     Example:
         >>> import torch

@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GrAPE(Rule):
-    r"""GrAPE: direct feedback that is turned towards forward-mode estimates of the Jacobians, and keeps its norm.
+    r"""GrAPE: direct feedback that turns towards forward-mode estimates of the Jacobians and keeps its norm.
 
     .. math::
         \delta h_l = e\, B_l, \qquad L_{align} = 1 - \tfrac1C \sum_c \cos(B_{lc}, \hat J_{lc}), \qquad
         \nabla B_{lc} = -\frac1C \Bigl(\frac{\hat J_{lc}}{\lVert \hat J_{lc} \rVert} - \cos(B_{lc}, \hat J_{lc})\, B_{lc}\Bigr)
 
-    with :math:`\lVert B_{lc} \rVert = 1` for the feedback :math:`B_{lc}: [n_l]` of each output unit, a column of the paper's
-    :math:`[n_l, C]` matrix, and :math:`\hat J_l` as in :class:`FDFA`. Only the direction is learned, so rates of `B` are of the
+    The feedback :math:`B_{lc}: [n_l]` of each output unit has :math:`\lVert B_{lc} \rVert = 1`; it is a column of the paper's
+    :math:`[n_l, C]` matrix. :math:`\hat J_l` is that of :class:`FDFA`. Only the direction is learned, so rates of `B` are of the
     order of 1, and its weight decay does nothing.
 
-    Call `learner.feedback_step(x)` after every backward pass, before the optimizers step. What is sent is always normalised;
-    the stored `B` is put back to norm 1 when the next phase begins.
+    Call `learner.feedback_step(x)` after every backward pass, before the optimizers step. Signals are always sent through
+    normalised feedback. The stored `B` gets norm 1 again when the next phase begins.
 
-    The paper adds a calibration, one mini-batch by backprop every few epochs, which is a matter of the training loop: run
-    that step within `learner.exact()` (`--calibrate_every` on the command line). It transports weights, and by itself does
-    much of what it does for GrAPE: compare with DFA and Frozen under the same calibration.
+    The paper adds a calibration: one mini-batch by backprop every few epochs. Run that step inside `learner.exact()`
+    (`--calibrate-every` on the command line). It transports weights, and helps DFA and Frozen as well, so compare with
+    these rules under the same calibration.
 
-    init: of the feedback weights before they are normalised, see :class:`Dense`.
+    init: the feedback weights before they are normalised, see :class:`Dense`.
 
-    Caillon, Fagnou, Delattre & Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees", ICLR 2026. No
-    code of the authors was at hand. Inferred: that columns belong to output units; that each sample has a perturbation of its
-    own and all layers are perturbed at once; the initial law. The paper perturbs weights where they are fewer; we never do.
+    Caillon, Fagnou, Delattre & Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees", ICLR 2026. We
+    had no code of the authors. Inferred: that columns belong to output units, that each sample has its own perturbation, that
+    all layers are perturbed at once, and the initial law. The paper perturbs weights if they are fewer; we never do.
 
     Example:
         >>> import torch

@@ -13,28 +13,28 @@ from feedbackward.rule import Properties, Rule, refuse_zeros
 
 @dataclass(frozen=True)
 class IFA(Rule):
-    r"""Indirect feedback alignment: the output error reaches the first site, and the others from there, upwards.
+    r"""Indirect feedback alignment: the output error goes to the first site, and from there upwards to the others.
 
     .. math::
         \delta h_1 = e\, B_1, \qquad \delta h_{l+1} = \delta a_l\, W_{l+1}^\top, \quad \delta a_l = \delta h_l \odot f'(a_l), \qquad
         B_1\ \text{fixed}: [C, n_1]
 
-    The forward weights are used in their forward direction, as the next forward pass would use them: no transport. Only
-    plain chains of sites: each made from the one below alone, by layers whose last output :math:`a_l` has the shape of the
-    site. Norms and pools on the way are differentiated as well: :math:`\delta h_{l+1} = \partial a_{l+1} / \partial a_l\, \delta h_l`,
-    which is the above for activations that work unit by unit. A pool must lie above its site: where the net pools, name
-    the activations as sites.
+    The forward weights are used in their forward direction, as the next forward pass uses them, so nothing is transported.
+    The sites must be a plain chain: each is made from the one below alone, by layers whose last output :math:`a_l` has the
+    shape of the site. Norms and pools on the way are differentiated as well:
+    :math:`\delta h_{l+1} = \partial a_{l+1} / \partial a_l\, \delta h_l`, which is the equation above for activations that work
+    unit by unit. A pool must lie above its site; in a net with pools, name the activations as sites.
 
-    The derivative in forward direction is taken by differentiating twice, within the forward pass: it costs memory and time
-    that the rule itself does not, the signals wait for each other, and neither replay nor `fullgraph` compilation goes with it.
+    The forward derivative is computed by differentiating twice inside the forward pass. This takes memory and time that the
+    rule itself would not take. The signals wait for each other, and neither replay nor `fullgraph` compilation is possible.
 
-    What :math:`W_{l+1}` learns is proportional to :math:`W_{l+1}` itself: it may grow along what it sends up. Bounded activations
-    (the paper's tanh) contain that; with ReLU small rates were needed here, and on convolutions it did not beat Frozen.
+    The update of :math:`W_{l+1}` is proportional to :math:`W_{l+1}` itself, which may therefore grow. Bounded activations (the
+    paper's tanh) limit this. With ReLU we needed small rates, and on convolutions the rule did not beat Frozen.
 
-    operator: the form of the feedback weights of the first site and how they start.
+    operator: the form of the feedback weights of the first site, and their initial values.
 
     Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016 (arXiv:1609.01596), which has
-    fully connected tanh networks and draws `B` uniformly. Inferred: everything about norms, pools and convolutions.
+    fully connected tanh networks and draws `B` uniformly. Everything about norms, pools and convolutions is inferred.
 
     Example:
         >>> import torch

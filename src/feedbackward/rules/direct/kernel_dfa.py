@@ -13,22 +13,22 @@ from feedbackward.rules.direct.dfa import DFA
 
 @dataclass(frozen=True)
 class KernelDFA(Rule):
-    r"""DFA in the form that published comparisons on convolutional nets use: `B` has a kernel's shape, not a map's.
+    r"""DFA as published comparisons on convolutional nets have it: `B` has the shape of a kernel, not of a map.
 
     .. math::
         \delta h_{l-1} = \mathrm{conv2d\_input}(B_l,\ e\, 1_{H_l \times W_l}) \quad \text{(convolution)}, \qquad
         \delta h_{l-1} = e\, B_l \quad \text{(linear)}
 
-    with `B_l: [C, c_{l-1}, k, k]`, the error `e: [N, C]` repeated over the convolution's output map of H x W, and the layer's own
-    stride, padding and dilation; `B_l: [C, n_{l-1}]` for a linear layer. Far less memory than `[C, c H W]`, but the signal is
-    constant over space except at borders. It is the signal for the *input* of the layer, as FA has it: every Linear or
-    convolution after the first, and skip paths stay whole, so signals add up where they meet.
+    For a convolution `B_l: [C, c_{l-1}, k, k]`. The error `e: [N, C]` is repeated over the output map of H x W, and goes back
+    with the layer's own stride, padding and dilation. For a linear layer `B_l: [C, n_{l-1}]`. This takes far less memory
+    than `[C, c H W]`, but the signal is constant over space except at borders. As in FA, the rule feeds the *input* of every
+    Linear layer or convolution after the first. Skip paths stay whole, so signals add up where paths join.
 
-    init, scale: of the kernels, see :class:`LayerShaped`; those of linear layers start as DFA's.
+    init, scale: of the kernels, see :class:`LayerShaped`. The feedback of linear layers starts as DFA's.
 
     Sanfiz & Akrout, "Benchmarking the accuracy and robustness of feedback alignment algorithms", 2021 (arXiv:2108.13446), and its
-    package BioTorch; the rule is Nokland's (2016). Their recipe is Adam with 1e-3. Ours ignores the groups of a convolution:
-    `B` reaches all its input channels; and treats transposed convolutions alike (both inferred).
+    package BioTorch; the rule is Nokland's (2016). Their recipe is Adam with 1e-3. Here `B` reaches all input channels of
+    a convolution, whatever its groups are, and transposed convolutions are treated in the same way (both inferred).
 
     Example:
         >>> import torch

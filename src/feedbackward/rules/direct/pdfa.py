@@ -14,18 +14,18 @@ from feedbackward.topologies import star
 
 @dataclass(frozen=True)
 class PDFA(Rule):
-    r"""PDFA's rule: DFA whose binary feedback is generated from a seed whenever it is needed, and stored nowhere.
+    r"""The rule of PDFA: DFA whose binary feedback is generated from a seed when it is needed, and never stored.
 
     .. math:: \delta h_l = s_l\, e\, B_l(\text{seed}), \qquad B_l \in \{-1, 1\}^{C \times n_l},\quad s_l = \sqrt{2 / n_l}
 
-    The pipeline (a layer's update for one sample runs beside the forward pass of the next) is no part of the rule but a
-    schedule: gradients that come a step late, `staleness` of a training run.
+    In PDFA's pipeline a layer's update for one sample runs beside the forward pass of the next. This is not a part of the
+    rule but a schedule, in which gradients are one step late: `fb.Delayed(learner, 1)`.
 
     scale: a factor on `s_l`.
 
     Han, Lee, Lee & Yoo, "A Low-Power Deep Neural Network Online Learning Processor for Real-Time Object Tracking Application",
     IEEE TCAS-I 66(5), 2019; DF-LNPU, JSSC 2021. The chip draws its feedback from a shift register; ours comes from a hash of seed,
-    site and position. That it is binary and how it is scaled is inferred from the authors' BDFA (:class:`BinaryDFA`).
+    site and position. The binary values and their scale are inferred from the authors' BDFA (:class:`BinaryDFA`).
 
     Example:
         >>> import torch

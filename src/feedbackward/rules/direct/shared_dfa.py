@@ -18,16 +18,16 @@ class SharedDFA(Rule):
 
     .. math:: R = e\, B, \qquad \delta h_l = R_{:, :n_l}, \qquad B: [C, m],\ B \sim U(-1, 1) / \sqrt{m},\ m = \max_l n_l
 
-    So one product serves all layers, and feedback takes the memory of the widest one. The scale is that of the matrix, not of
-    the layer: a layer's signal has entries of the same size whatever its own width.
+    One product serves all layers, and the feedback takes the memory of the widest one. The entries of a layer's signal have
+    the same size whatever the width of the layer.
 
     scale: a factor on the initial weights.
 
     Launay, Poli & Krzakala, "Principled Training of Neural Networks with Direct Feedback Alignment", 2019 (arXiv:1906.04554);
     Launay, Poli, Boniface & Krzakala, "Direct Feedback Alignment Scales to Modern Deep Learning Tasks and Architectures",
-    NeurIPS 2020 (arXiv:2006.12878). As in the authors' package TinyDFA, where token dimensions are batch dimensions; sites are
-    the user's choice here (theirs: after blocks, `sites="blocks"`, or three per transformer block). They advise little dropout and,
-    for transformers, Adam with a rate ten times smaller than backprop's.
+    NeurIPS 2020 (arXiv:2006.12878). As in the authors' package TinyDFA, token dimensions are batch dimensions. The authors feed
+    the outputs of blocks (`sites="blocks"`) or three sites per transformer block. They advise little dropout and, for
+    transformers, Adam with a rate ten times smaller than backprop's.
 
     Example:
         >>> import torch

@@ -21,16 +21,16 @@ class SignDFA(Rule):
 
     M counts samples, or tokens where feedback is token-wise; an error of exactly zero (an ignored token) sends nothing.
 
-    For class probabilities and one-hot targets :math:`\mathrm{sign}(\hat y - y) = 1 - 2y` whatever the network answers: the
-    signal is a projection of the target, as in DRTP, and vanishes for no loss. So its scale is that of no loss either:
-    what multiplies the loss (a loss scale, 1/k of k accumulated batches, a sum in place of a mean) does not change it.
-    Scale the learning rate instead; fp16 autocast, which needs a loss scale, is refused.
+    With class probabilities and one-hot targets, :math:`\mathrm{sign}(\hat y - y) = 1 - 2y` whatever the network answers. The
+    signal is then a projection of the target, as in DRTP, and never vanishes. A factor on the loss (1/k for k accumulated
+    batches, a sum in place of a mean) does not change it: scale the learning rate instead. fp16 autocast, which needs a loss
+    scale, is refused.
 
-    operator: the form of the feedback weights and how they start.
+    operator: the form of the feedback weights, and their initial values.
 
     Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training of
     deep neural networks", Frontiers in Neuroscience 15, 2021 (arXiv:1909.01311), where it is the step from DFA to DRTP. The
-    authors' code draws `B` by `kaiming_uniform` and does not divide by M; we do, so that the scale is that of a mean loss.
+    authors' code draws `B` by `kaiming_uniform` and does not divide by M. We divide, so that the scale is that of a mean loss.
 
     Example:
         >>> import torch

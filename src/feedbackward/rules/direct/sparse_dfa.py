@@ -19,14 +19,15 @@ class SparseDFA(Rule):
     .. math:: \delta h_{l,i} = \sum_{k=1}^{s} b_{l,ik}\, e_{c_k(i)}, \qquad
         b \sim U(-\tfrac1q, \tfrac1q),\ q = \sqrt{n_l / \sqrt{C s}}
 
-    The classes `c_k(i)` are random, fixed and balanced: all have about as many listeners.
+    The classes `c_k(i)` are random, fixed and balanced: all have about the same number of listeners.
 
     nonzeros: s, the classes that a unit listens to.
     scale: a factor on the initial weights.
 
     Crafton, Parihar, Gebhardt & Raychowdhury, "Direct Feedback Alignment With Sparse Connections for Local Learning", Frontiers in
-    Neuroscience 13:525, 2019 (arXiv:1903.02083). The scale is that of the authors' code. Their convolutions on ImageNet are
-    pre-trained and only fully connected layers learn by the rule: :class:`Mixed` with `Frozen` or `BP`; here all sites do.
+    Neuroscience 13:525, 2019 (arXiv:1903.02083). The scale is that of the authors' code. On ImageNet their
+    convolutions are pre-trained, and only fully connected layers learn by the rule. Here all sites do, unless you use
+    :class:`Mixed` with `Frozen` or `BP`.
 
     Example:
         >>> import torch
