@@ -11,7 +11,7 @@ from feedbackward.rules.chain.layer_alignment import ActivityAlignment, Primitiv
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationAlignment(ActivityAlignment):
-    r"""Activation alignment: each layer's feedback weights learn to answer its input as its forward weights do.
+    r"""Activation alignment: each layer's feedback weights learn to respond to its input as the forward weights do.
 
     .. math::
         \delta h_{l-1} = \delta a_l\, B_l, \qquad
@@ -19,20 +19,20 @@ class ActivationAlignment(ActivityAlignment):
 
     .. math:: \nabla B_l = E\,(2\alpha\, q - \beta\, p)^\top x
 
-    The delta rule with the target :math:`\beta p / 2\alpha`: `B` nears `W` fastest where the inputs vary most, and hardly where they
-    do not. Those directions move with the features, so momentum destabilises it early: a rate of `B` well below :math:`1 - \mu`. It
-    is not local: `q` sends activity along the feedback weights against their direction. Like every chain whose `B`
-    follows `W` from a distance it needs a rate of `W` at which `B` can keep up.
+    This is the delta rule with the target :math:`\beta p / 2\alpha`. `B` comes near `W` fastest in the directions in which the
+    inputs vary most. These directions move with the features, so momentum :math:`\mu` makes it unstable early: keep the rate
+    of `B` well below :math:`1 - \mu`, and the rate of `W` so small that `B` can follow. The rule is not local, because `q`
+    sends activity through the feedback weights against their direction.
 
     sparse, amp: :math:`\alpha` and :math:`\beta`.
-    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
-        that one rate is stable in every layer; without it the stable rate is below :math:`1/\alpha` over the largest eigenvalue of
-        :math:`E\,x^\top x`, which may be thousands.
+    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of an output unit,
+        so that one rate is stable in every layer. Without it, the stable rate is below :math:`1/\alpha` over the largest
+        eigenvalue of :math:`E\,x^\top x`, which may be in the thousands.
     init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss that shares the
-    weights' rate, sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the
+    weights' rate. It sums over the positions of a convolution, and can centre and normalise the inputs of each sample. The
     standardisation and the defaults, 500 times as large, are ours.
 
     Example:

@@ -15,12 +15,12 @@ class BRSF(SignConcordant):
 
     .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = |M_t| \odot \mathrm{sign}(W_l),\quad M_t\ \text{drawn anew in pass}\ t
 
-    The magnitudes are a hash of the layer's key, the number t of the pass and the weight's place: the same on every rank and
-    device, continued by a loaded `state_dict`, and independent of the generators that dropout draws from. Of the state, 16 bytes
-    a layer are stored. Every forward pass under cuts counts, also each of several accumulated ones; probes do not.
+    The magnitudes are a hash of the layer's key, the number t of the pass and the position of the weight. They are the same
+    on every rank and device, go on after loading a `state_dict`, and do not depend on the generators that dropout draws
+    from. 16 bytes are stored for each layer. Every forward pass under cuts counts, each accumulated one too; probes do not.
 
     init, scale: the law of :math:`M_t`, see :class:`LayerShaped`.
-    follow_norm: give B the norm that W has now. See uSF, also for strict normalisation.
+    follow_norm: give B the norm that W has now. :class:`USF` says more, also about strict normalisation.
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,
     Leibo & Poggio, AAAI 2016, who draw from U(0, 1) and normalise. BioTorch draws from the global generator.

@@ -21,12 +21,12 @@ class FA(Rule):
     :math:`B_l: [c_l, c_{l-1}, k, k]`, same stride, padding, dilation and groups. Norms, activations, pooling and skip
     paths are differentiated exactly; so with `B = W` it is backprop.
 
-    init, scale: of the feedback weights, see :class:`LayerShaped`. Their standard deviation should match
-        that of the forward weights, or the signals vanish or explode with depth.
+    init, scale: of the feedback weights, see :class:`LayerShaped`. Their standard deviation should match that of the
+        forward weights. Otherwise the signals vanish or explode with depth.
 
     Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep
-    learning", Nature Communications 7:13276, 2016 (arXiv:1411.0247). For convolutions it follows what published
-    implementations do (xavier-uniform as in BioTorch).
+    learning", Nature Communications 7:13276, 2016 (arXiv:1411.0247). For convolutions the rule follows published implementations
+    (xavier-uniform as in BioTorch).
 
     Example:
         >>> import torch

@@ -11,19 +11,19 @@ from feedbackward.rules.chain.concordant import SignConcordant
 
 @dataclass(frozen=True)
 class FRSF(SignConcordant):
-    r"""Fixed random-magnitude sign-concordant feedback: fixed magnitudes, with the signs that the forward weights have now.
+    r"""Fixed random-magnitude sign-concordant feedback: fixed magnitudes, with the present signs of the forward weights.
 
     .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = |M_l| \odot \mathrm{sign}(W_l),\quad M_l\ \text{drawn once}
 
     One bit per weight is transported.
 
     init, scale: the law of :math:`M_l`, see :class:`LayerShaped`.
-    follow_norm: give B the norm that W has now. See uSF, also for strict normalisation.
+    follow_norm: give B the norm that W has now. :class:`USF` says more, also about strict normalisation.
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488), after Liao,
-    Leibo & Poggio, AAAI 2016. As in BioTorch, whose gradients these equal, the magnitudes are those of the layer's initial law;
-    Liao et al. draw them from U(0, 1) and normalise. BioTorch's alignment of this rule compares `W` with :math:`|M|` without the
-    signs, and means nothing.
+    Leibo & Poggio, AAAI 2016. The gradients equal those of BioTorch: the magnitudes follow the layer's initial law. Liao et
+    al. draw them from U(0, 1) and normalise. The alignment that BioTorch reports for this rule compares `W` with
+    :math:`|M|` without the signs, and is meaningless.
 
     Example:
         >>> import torch

@@ -11,7 +11,7 @@ from feedbackward.rules.chain.layer_alignment import ActivityAlignment, Primitiv
 
 @dataclass(frozen=True, kw_only=True)
 class InformationAlignment(ActivityAlignment):
-    r"""Information alignment: each layer's feedback weights are drawn to reconstruct the layer's input from its output.
+    r"""Information alignment: each layer's feedback weights learn to reconstruct the layer's input from its output.
 
     .. math::
         \delta h_{l-1} = \delta a_l\, B_l, \qquad
@@ -20,19 +20,20 @@ class InformationAlignment(ActivityAlignment):
 
     .. math:: \nabla B_l = E\, p^\top(2\beta\, p B_l - \alpha\, x) + 2\gamma B_l
 
-    Local: the output, the input, and what the feedback weights make of the output. The first term alone is the weight mirror's
-    Hebbian one, on the activities; the second keeps it from growing. For white inputs `B` moves to
-    :math:`\tfrac\alpha2 (\gamma + \beta\, W W^\top)^{-1} W`: every direction of `W`, the strong ones less than their share.
+    The rule is local: it uses the output, the input, and what the feedback weights make of the output. The first term is the
+    Hebbian term of the weight mirror, applied to the activities. The second keeps `B` from growing. For white inputs `B`
+    moves to :math:`\tfrac\alpha2 (\gamma + \beta\, W W^\top)^{-1} W`, in which the strong directions of `W` are weaker than in
+    `W` itself.
 
     amp, null, decay: :math:`\alpha`, :math:`\beta` and :math:`\gamma`.
-    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of one output unit, so
-        that one rate is stable in every layer.
+    standardize: use centred inputs of unit variance, and divide :math:`\nabla B_l` by the number of inputs of an output unit,
+        so that one rate is stable in every layer.
     init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
-    2020 (arXiv:2003.01513). The authors' code has 2e-3, 1e-3 and 1e-3 in a loss that shares the weights' rate,
-    sums over the positions of a convolution, and can centre and normalise the inputs of each sample; the standardisation here and
-    the defaults, 500 times as large, are ours.
+    2020 (arXiv:2003.01513). The authors' code has 2e-3, 1e-3 and 1e-3 in a loss that shares the weights' rate.
+    It sums over the positions of a convolution, and can centre and normalise the inputs of each sample. The standardisation
+    and the defaults, 500 times as large, are ours.
 
     Example:
         >>> import torch

@@ -19,13 +19,13 @@ class KolenPollack(Rule):
         \delta h_{l-1} = \delta a_l\, B_l, \qquad \nabla B_l = \nabla W_l = \delta a_l^\top h_{l-1}
 
     With the same optimizer, rate and weight decay for both, :math:`W_l - B_l` shrinks as :math:`(1 - \eta\lambda)^t` under
-    plain SGD, whatever the data. The product :math:`\delta a_l^\top h_{l-1}` is computed once and given to both.
+    plain SGD, whatever the data are. The product :math:`\delta a_l^\top h_{l-1}` is computed once, for both.
 
-    init, scale: of the feedback weights, see :class:`LayerShaped`.
+    init, scale: of the feedback weights, see :class:`LayerShaped`. With `"mirrored"` they begin near the forward weights.
 
     Kolen & Pollack, "Backpropagation without weight transport", ICNN 1994; Akrout, Wilson, Humphreys, Lillicrap & Tweed,
     "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The authors' code has no weight decay by
-    default, so there the difference stays and alignment grows only as the weights do.
+    default. The difference then stays, and alignment grows only with the weights.
 
     Example:
         >>> import torch

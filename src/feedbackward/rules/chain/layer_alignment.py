@@ -1,12 +1,12 @@
-r"""The primitives of Kunin et al. 2020: regularisers of one layer's feedback weights, and the rules that are sums of them.
+r"""The primitives of Kunin et al. 2020: regularisers of a layer's feedback weights, and rules that are sums of them.
 
 For a layer with input `x`, forward weight `W` and feedback weight `B` of the same shape,
 
 .. math:: p = x W^\top, \qquad q = x B^\top, \qquad r = p\,B
 
-(for a convolution its own forward product, and its adjoint for `r`). A primitive `P(W, B, x)` is a number; each function here
-gives its gradient for `B` alone, `W` and `x` being held. Means, written E, are over the batch, and the tokens or positions of the
-output; the authors' code sums over positions.
+A convolution uses its own forward product, and the adjoint of it for `r`. A primitive `P(W, B, x)` is a number. Each function
+here returns its gradient with respect to `B`, for constant `W` and `x`. E is the mean over the batch and the output's tokens or
+positions; the authors' code sums over positions.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ class Seen:
     W: Tensor
     B: Tensor
     x: Tensor
-    _kept: list[Tensor] = field(
-        default_factory=list
-    )  # a cached_property holds a lock, which no compiler can see through
+    # a cached_property holds a lock, which no compiler can see through
+    _kept: list[Tensor] = field(default_factory=list)
 
     @property
     def p(self) -> Tensor:
@@ -53,7 +52,7 @@ class Seen:
         return self.layer.send((self.B,), self.p, tuple(self.x.shape[1:]))
 
     def mean(self, d: Tensor, h: Tensor) -> Tensor:
-        """E of the products of an output-shaped `d` and an input-shaped `h`, in the form of the weights."""
+        """The mean of the products of an output-shaped `d` and an input-shaped `h`, in the form of the weights."""
         (total,) = self.layer.correlate((self.B,), d, h, center=False)
         return total * (d.shape[1] / d.numel())
 
@@ -96,7 +95,7 @@ def standardized(x: Tensor) -> Tensor:
 class LayerAlignment(Rule):
     """A chain whose `B` descends a sum of primitives, in every backward pass.
 
-    The regulariser does not come from the loss: what multiplies the loss does not scale it, and with k accumulated batches it
+    The regulariser does not come from the loss. A factor on the loss does not scale it, and with k accumulated batches it
     counts k times.
 
     init, scale: of the feedback weights, see :class:`LayerShaped`.
@@ -114,7 +113,7 @@ class LayerAlignment(Rule):
         """The primitives and their factors."""
 
     def prepared(self, x: Tensor, layer: LayerShaped) -> tuple[Tensor, float]:
-        """The `x` that the primitives are given, and a factor on their gradients."""
+        """The `x` that the primitives use, and a factor on their gradients."""
         return x, 1.0
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
@@ -127,7 +126,8 @@ class LayerAlignment(Rule):
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         B, W = (w.to(h.dtype) for w in weights)
         assert isinstance(edge.operator, LayerShaped)
-        with torch.autocast(h.device.type, enabled=False):  # all in the activity's dtype
+        # all products are in the activity's dtype
+        with torch.autocast(h.device.type, enabled=False):
             x, rate = self.prepared(h, edge.operator)
             seen = Seen(edge.operator, W, B, x)
             return (
@@ -141,9 +141,9 @@ class LayerAlignment(Rule):
 class ActivityAlignment(LayerAlignment):
     r"""Alignment by the layer's own activity.
 
-    standardize: of `x`, subtract the batch mean of every feature and divide by the root mean square of what remains, one number
-        for the layer; and divide the gradient by n, the inputs of one output unit, whose power n then is. Without it, the rate
-        that is stable differs between layers by the largest eigenvalue of :math:`E\,x^\top x`.
+    standardize: subtract the batch mean of every feature of `x`, and divide by the root mean square of the rest, one number
+        for the layer. Also divide the gradient by n, the inputs of an output unit, because their total power is then n.
+        Without it, the stable rate differs between layers by the largest eigenvalue of :math:`E\,x^\top x`.
     """
 
     standardize: bool = True

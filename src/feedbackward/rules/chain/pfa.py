@@ -15,26 +15,27 @@ from feedbackward.topologies import chain
 
 @dataclass(frozen=True)
 class PFA(Rule):
-    r"""Product feedback alignment: feedback through a fixed and a learned matrix, whose product nears the forward weights.
+    r"""Product feedback alignment: the product of a fixed and a learned feedback matrix comes near the forward weights.
 
     .. math::
         \delta h_{l-1} = (\delta a_l\, B_l)\, R_l, \qquad
         \nabla R_l = B_l^\top \nabla W_l = (\delta a_l B_l)^\top h_{l-1}, \qquad B_l: [n_l, m]\ \text{fixed},\ R_l: [m, n_{l-1}]
 
     With the same optimizer, rate and weight decay for both, :math:`R_l - B_l^\top W_l` shrinks as :math:`(1 - \eta\lambda)^t` under
-    plain SGD; then :math:`B_l R_l \to B_l B_l^\top W_l`, which has nearly the direction of :math:`W_l` where
-    :math:`B_l B_l^\top` is nearly the identity: m well above :math:`n_l`. Without weight decay the start of R stays in it.
-    For a convolution `B` mixes channels at each position, within the layer's groups, and `R` is a kernel of the layer's geometry.
+    plain SGD. Then :math:`B_l R_l \to B_l B_l^\top W_l`. This has nearly the direction of :math:`W_l` if :math:`B_l B_l^\top` is
+    nearly the identity, that is for m well above :math:`n_l`. Without weight decay the initial R never fades. For a
+    convolution `B` mixes channels at each position, inside the layer's groups, and `R` is a kernel of the layer's geometry.
 
     The gradient of R is made from that of W, without a second sum over the batch.
 
     expand: :math:`m / n_l`, for a random B.
-    kind: `"random"`: uniform with :math:`E[B B^\top] = 1`; `"orthogonal"`; `"identity"`, which is Kolen-Pollack.
+    kind: the fixed B. `"random"`: uniform with :math:`E[B B^\top] = 1`; `"orthogonal"`; or `"identity"`, which is Kolen-Pollack.
     init, scale: of R, see :class:`LayerShaped`.
 
     Li & Benna, "Deep Learning without Weight Symmetry", 2024 (arXiv:2405.20594), expand 10 in the authors' configurations. They
-    decay all weights by much more at the start (0.03 or 5e-3, a thousandth and a fiftieth of it after the first epoch), and form
-    :math:`(\delta a_l B_l)^\top h_{l-1}`; their B for grouped convolutions mixes all groups, here it respects them (inferred).
+    decay all weights much more at the start (by 0.03 or 5e-3, and by a thousandth or a fiftieth of that after the first epoch),
+    and compute :math:`(\delta a_l B_l)^\top h_{l-1}`. Their B for grouped convolutions mixes all groups; here it respects them
+    (inferred).
 
     Example:
         >>> import torch

@@ -11,21 +11,21 @@ from feedbackward.rules.chain.layer_alignment import LayerAlignment, Primitive, 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAlignment(LayerAlignment):
-    r"""Self-alignment: the primitive "self" by itself, which adds the forward weights to the feedback weights.
+    r"""Self-alignment: every step adds the forward weights to the feedback weights (the primitive "self" alone).
 
     .. math::
         \delta h_{l-1} = \delta a_l\, B_l, \qquad
         \mathcal R_l = -\beta \sum W_l \odot B_l, \qquad \nabla B_l = -\beta\, W_l
 
-    `B` is its start plus :math:`\eta\beta` times the sum of all `W` so far: its direction nears theirs, and its norm grows without
-    bound unless the optimizer of `B` decays it; with a decay :math:`\lambda` it moves to :math:`\beta W_l/\lambda`, and
-    :math:`\lambda = \beta` is symmetric alignment. It is not local.
+    `B` is its initial value plus :math:`\eta\beta` times the sum of all `W` so far. Its direction comes near theirs, and its norm
+    grows without bound unless the optimizer of `B` decays it. With a decay :math:`\lambda` it moves to
+    :math:`\beta W_l/\lambda`, and :math:`\lambda = \beta` is symmetric alignment. The rule is not local.
 
-    self_product: :math:`\beta`; small, so that a run ends before `B` is much larger than `W`.
+    self_product: :math:`\beta`. It is small, so that a run ends before `B` is much larger than `W`.
     init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
-    2020 (arXiv:2003.01513), who use the primitive together with a decay only (symmetric alignment): as a rule by itself it is a
+    2020 (arXiv:2003.01513), who use the primitive only together with a decay (symmetric alignment). As a rule by itself it is a
     control (inferred).
 
     Example:

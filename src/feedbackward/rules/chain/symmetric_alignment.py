@@ -11,22 +11,22 @@ from feedbackward.rules.chain.layer_alignment import LayerAlignment, Primitive, 
 
 @dataclass(frozen=True, kw_only=True)
 class SymmetricAlignment(LayerAlignment):
-    r"""Symmetric alignment: the feedback weights of each layer are drawn to the forward weights.
+    r"""Symmetric alignment: the feedback weights of each layer move towards the forward weights.
 
     .. math::
         \delta h_{l-1} = \delta a_l\, B_l, \qquad
         \mathcal R_l = \alpha\,(\|W_l\|^2 + \|B_l\|^2) - \beta \sum W_l \odot B_l, \qquad \nabla B_l = 2\alpha B_l - \beta W_l
 
-    `B` moves to :math:`\beta W_l / 2\alpha`, at the defaults by :math:`-\eta\,(B_l - W_l)`: an instantaneous transport becomes an
-    estimate that takes time, but it is not local.
+    `B` moves to :math:`\beta W_l / 2\alpha`; with the defaults each step is :math:`-\eta\,(B_l - W_l)`. Weight transport then takes
+    time instead of being instantaneous, but the rule is not local.
 
     decay, self_product: :math:`\alpha` and :math:`\beta`.
     init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Kunin, Nayebi, Sagastuy-Brena, Ganguli, Bloom & Yamins, "Two Routes to Scalable Credit Assignment without Weight Symmetry", ICML
     2020 (arXiv:2003.01513). The authors' code has :math:`\alpha` = 1e-3 and :math:`\beta` = 2e-3 in a loss
-    that shares the weights' rate; only their products with `B`'s rate matter here, and the defaults are 500 times as large. Only
-    `B` descends the regulariser, the default there.
+    that shares the weights' rate. Here only their products with `B`'s rate matter, and the defaults are 500 times as large. Only
+    `B` descends the regulariser, which is also the default there.
 
     Example:
         >>> import torch

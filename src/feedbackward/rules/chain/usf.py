@@ -11,12 +11,12 @@ from feedbackward.rules.chain.concordant import SignConcordant
 
 @dataclass(frozen=True)
 class USF(SignConcordant):
-    r"""Uniform sign-concordant feedback: a chain that uses the signs of the forward weights, and one magnitude per layer.
+    r"""Uniform sign-concordant feedback: the signs of the forward weights, with one magnitude per layer.
 
     .. math:: \delta h_{l-1} = \delta a_l\, B_l, \qquad B_l = \sigma_l\,\mathrm{sign}(W_l)\ \text{in every pass}
 
-    One bit per weight is transported; nothing is stored. :math:`\sigma_l` is the standard deviation of the initial law. A weight
-    that is exactly zero feeds nothing back: a layer that starts at zero has no feedback until it has moved.
+    One bit per weight is transported, and nothing is stored. :math:`\sigma_l` is the standard deviation of the initial law. A
+    weight that is exactly zero sends nothing back, so a layer that starts at zero has no feedback before its first update.
 
     init, scale: the law, see :class:`LayerShaped`. `"xavier_uniform"` gives
         :math:`\sigma_l = \sqrt{2/(\mathrm{fan_{in}} + \mathrm{fan_{out}})}`, `"like_layer"` :math:`1/\sqrt{3\,\mathrm{fan_{in}}}`.
@@ -24,10 +24,9 @@ class USF(SignConcordant):
 
     Moskovitz, Litwin-Kumar & Abbott, "Feedback alignment in deep convolutional networks", 2019 (arXiv:1812.06488); the name and
     the rule are older: Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016. The magnitude is
-    that of BioTorch, whose gradients these equal (its benchmarks name this rule); Liao et al. leave it out and normalise.
-    The strict normalisation :math:`W \leftarrow W \|W_0\|/\|W\|` is
-    :func:`renormalize_weights`; it is known to us from BioTorch, whose
-    weights do not train with it. `follow_norm` is the same ratio kept from the other side (inferred).
+    that of BioTorch, whose gradients these equal. Liao et al. have no magnitude and normalise. The strict normalisation
+    :math:`W \leftarrow W \|W_0\|/\|W\|` is :func:`renormalize_weights`. We know it from BioTorch, whose weights do not train
+    with it. `follow_norm` keeps the same ratio by changing B instead of W (inferred).
 
     Example:
         >>> import torch

@@ -21,28 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightMirror(Rule):
-    r"""Weight mirror: feedback alignment whose feedback learns the forward weights from the layers' response to noise.
+    r"""Weight mirror: feedback alignment whose feedback learns the forward weights from each layer's response to noise.
 
     .. math::
         \delta h_{l-1} = \delta a_l\, B_l, \qquad
         \nabla B_l = \lambda B_l - \tfrac1M\, y^\top \xi,\quad y = \xi W_l^\top,\quad \xi: [M, n_{l-1}] \sim \mathcal N(0, 1)
 
-    Call `learner.feedback_step(x)` for a mirror phase, before the optimizer of the feedback steps; the inputs are not looked at. A few
-    hundred phases before training let it begin aligned, as the authors do.
-    Each layer alone is fed centred noise, and its response is taken without bias, norm or activation: then
-    :math:`E[y^\top\xi]/M = W_l`, and `B` moves to :math:`W_l/\lambda`. For a convolution the sum of products over all positions is
-    divided by how many positions each weight of the kernel takes part in. Whatever else decays `B` (the optimizer) adds to
-    :math:`\lambda`.
+    Call `learner.feedback_step(x)` for a mirror phase, before the optimizer of the feedback steps. The values of the inputs do
+    not matter. With a few hundred phases before training, `B` begins aligned; the authors do this.
 
-    samples: M, noise samples per phase; the noise in :math:`\nabla B` is about :math:`\sqrt{n_{l-1}/M}` times the weights (for
-        convolutions less, by the root of the positions): where it matters, lower B's rate.
+    Each layer gets centred noise as its input, and its response is taken without bias, norm and activation. Then
+    :math:`E[y^\top\xi]/M = W_l`, and `B` moves to :math:`W_l/\lambda`. For a convolution, the sum of products over all positions
+    is divided by the number of positions that each weight of the kernel takes part in. Weight decay in the optimizer of `B`
+    adds to :math:`\lambda`.
+
+    samples: M, noise samples per phase. The noise in :math:`\nabla B` is about :math:`\sqrt{n_{l-1}/M}` times the weights, and
+        less for convolutions, by the root of the number of positions. If it matters, lower B's rate.
     decay: :math:`\lambda`.
     init, scale: of the feedback weights, see :class:`LayerShaped`.
 
     Akrout, Wilson, Humphreys, Lillicrap & Tweed, "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The
-    authors' code has Linear layers only, passes the noise (uniform, of width 0.1) through bias and sigmoid, adds
-    :math:`0.01\, y^\top\xi` without decay after every batch and after a first pass of the length of the data, and its normaliser
-    of `B` has no effect. Scaling by the noise's variance and by M is ours: the rate of `B` then means the same in every layer.
+    authors' code has Linear layers only, sends the noise (uniform, of width 0.1) through bias and sigmoid, and adds
+    :math:`0.01\, y^\top\xi` without decay, after every batch and in a first pass over the data. Its normaliser of `B` has no
+    effect. Scaling by the noise's variance and by M is ours; the rate of `B` then means the same in every layer.
 
     Example:
         >>> import torch
@@ -97,9 +98,9 @@ class WeightMirror(Rule):
 
 @torch.no_grad()
 def mirrored(phase: Phase, edge: Edge, samples: int) -> Tensor:
-    """What a layer's response to centred noise says of its weight: an estimate without bias, of the weight's shape.
+    """An unbiased estimate of a layer's weight from its response to centred noise, of the weight's shape.
 
-    The noise in it is about sqrt(fan-in / (samples * places)) times the weights.
+    Its noise is about sqrt(fan-in / (samples * places)) times the weights.
     """
     layer, layer_input = edge.operator, edge.site
     assert isinstance(layer, LayerShaped)

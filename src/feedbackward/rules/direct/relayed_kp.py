@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RelayedKP(Rule):
-    r"""Relayed Kolen-Pollack: a few layers relay the error; each feeds those below it, down to the next relay, by learned edges.
+    r"""Relayed Kolen-Pollack: a few layers relay the error. Each feeds the layers down to the next relay, by learned edges.
 
     .. math::
         \delta h_l = d_r\, B_l, \qquad
@@ -29,37 +29,36 @@ class RelayedKP(Rule):
         B_l - \hat J_l & \text{over more layers} \end{cases}, \qquad
         \hat J_l = \tfrac1M\, (\textstyle\sum_{k} J_k u_k)^\top u_l, \quad u: [M, n_l] \sim \mathcal N(0, 1)
 
-    :math:`h_l` is the input of a layer, :math:`d_r` the error of the pre-activation of the relay r above it,
-    :math:`J_l = \partial a_r / \partial h_l` of each sample, k the inputs that r feeds over more layers than its own. The output
-    is the first relay; a relay's own error is what the relay above sent to the input of the layer over it, through the norm and
-    activation between. So a pass back takes `steps` products in sequence, whatever the depth, and no forward weight is used: the
-    learned edge from the output feeds the last hidden layer as well.
+    :math:`h_l` is the input of a layer, and :math:`d_r` the error of the pre-activation of the relay r above it.
+    :math:`J_l = \partial a_r / \partial h_l` is the Jacobian of each sample, and k are the inputs that r feeds over more layers
+    than its own. The output is the first relay. The error of another relay is what the relay above sent to the input of the
+    next layer, taken through the norm and activation between. So a backward pass takes `steps` products in sequence, whatever
+    the depth is. No forward weight is used, not even the head's.
 
-    Over one layer `B_l` has that layer's shape. It begins as what the layer's response to noise says of its weight
-    (:class:`LayerShaped`, `mirrored`) and then gets the weight's own gradient (:class:`KolenPollack`), so that with the same
-    optimizer, rate and decay for both :math:`W_r - B_l` only shrinks: these edges have neither noise nor lag. Attach to a model
-    that has its weights.
+    Over one layer, `B_l` has that layer's shape. It begins as an estimate of the weight from the layer's response to noise
+    (:class:`LayerShaped`, `mirrored`), and then gets the weight's own gradient (:class:`KolenPollack`). With the same
+    optimizer, rate and decay for both, :math:`W_r - B_l` only shrinks, so these edges have neither noise nor lag. Attach to a
+    model that already has its weights.
 
-    Over more layers `B_l` is a convolution kernel between maps, of side `size`, strided where poolings lie between (then
-    :math:`\hat J_l` is averaged over the places of the map), and a matrix to and from vectors. Where the path is linear, `E[J_hat]` is
-    the path's own map (as far as the kernel reaches it), so that B converges to it and the signals to backprop's. Over ReLUs
-    and poolings it is the mean Jacobian: of each ReLU that an edge passes over, the mean keeps the half of the signal's energy that
-    does not depend on the sample. With as many `steps` as layers no edge passes over any, and the signals are backprop's
-    up to what is left of the first :math:`W_r - B_l`: `fb.Delayed(learner, steps=5)` then bounds
-    the products that an update waits for.
+    Over more layers, `B_l` is a convolution kernel of side `size` between maps, and a matrix to and from vectors. If pools lie
+    between, the kernel has a stride, and :math:`\hat J_l` is averaged over the places of the map. If the path is linear, the
+    mean of :math:`\hat J_l` is the path's own map (as far as the kernel reaches), so B converges to it, and the signals to
+    backprop's. Over ReLUs and pools it is the mean Jacobian, which keeps half of the signal's energy for each ReLU. With as
+    many `steps` as layers, no edge passes over a layer, and the signals are backprop's up to what is left of the first
+    :math:`W_r - B_l`. `fb.Delayed(learner, steps=5)` then bounds the products that an update waits for.
 
-    Call `learner.feedback_step(x)` after every backward pass, before the optimizer steps: one forward-mode pass of the first
-    `samples` inputs, in which the movement of a site ends at its relay, so that the estimates of different relays do not disturb
-    each other. Update `B` by W's own optimizer and rates. Do not scale `B`'s gradient with the loss.
+    Call `learner.feedback_step(x)` after every backward pass, before the optimizer steps. It takes one forward-mode pass of
+    the first `samples` inputs. A movement ends at its relay, so that the estimates of different relays do not disturb each
+    other. Update `B` with the optimizer and rates of W. Do not scale the gradient of `B` with the loss.
 
-    steps: most products in sequence, R + 1 for R relays besides the output; a net with fewer layers takes fewer.
-    size: side of the kernels that pass over layers.
+    steps: the most products in sequence: R + 1 for R relays besides the output. A net with fewer layers takes fewer.
+    size: the side of kernels that pass over layers.
     samples: M. The noise in an estimate is about sqrt(inputs of the path / (M places)) times the weights.
-    init: of the edges over one layer; another one than "mirrored" leaves them at a distance from the weights that only decay shrinks.
+    init: of the edges over one layer. Others than "mirrored" begin at a distance from the weights that only decay shrinks.
 
-    Ours, of Kolen & Pollack 1994, Akrout et al. 2019 (:class:`WeightMirror`) and Bacho & Chu 2024 (:class:`FDFA`). Relays are
-    layers that no skip connection leads round: in a residual net only those before the first and after the last block are, so that
-    the runs are long.
+    This rule is ours, after Kolen & Pollack 1994, Akrout et al. 2019 (:class:`WeightMirror`) and Bacho & Chu 2024
+    (:class:`FDFA`). Relays are layers that no skip connection bypasses. In a residual net these are only the layers before the
+    first block and after the last one, so the runs are long.
 
     Example:
         >>> import torch

@@ -17,16 +17,16 @@ from feedbackward.rules.local.heads import count_classes, is_map, local_losses, 
 
 @dataclass(frozen=True)
 class DGL(Rule):
-    r"""Decoupled greedy learning: every segment is trained by a loss of its own, through an auxiliary classifier.
+    r"""Decoupled greedy learning: a local loss, from an auxiliary classifier, trains every segment.
 
     .. math:: \delta h_l = \partial\, \mathrm{CE}(A_l(h_l), y) / \partial h_l, \qquad A_l\ \text{trained by the same loss}
 
-    No error travels between segments: the order in which they are updated changes nothing. `A_l` is the paper's
-    "MLP-SR" in small: maps are averaged down to a quarter of their side, pass `convs` 1x1 convolutions with batch norm and
-    ReLU, are averaged to 2 x 2, and go through a hidden layer with batch norm to the classes; vectors and tokens go
+    No error travels between segments, so the order in which they are updated changes nothing. `A_l` is a small form of the
+    paper's "MLP-SR". Maps are averaged down to a quarter of their side, pass `convs` 1x1 convolutions with batch norm and
+    ReLU, are averaged to 2 x 2, and go through a hidden layer with batch norm to the classes. Vectors and tokens go
     straight to the hidden layer. The part above the last site learns by the network's own loss.
 
-    Call `learner.target(y)` with class indices before every forward pass; what multiplies the loss goes into its `scale`.
+    Call `learner.target(y)` with class indices before every forward pass. Give a factor on the loss in its `scale` as well.
 
     hidden: width of the auxiliary hidden layer, at most the classifier's input; 0 for a linear classifier.
     convs: 1x1 convolutions of the auxiliary classifier of maps.

@@ -21,15 +21,15 @@ class CDFA(Rule):
         \delta h_l = e\, B_l \quad (h_l\ \text{the flattened feature map, or a fully connected layer's activity}), \qquad
         \delta h_{l-1} = \delta a_l\, W_l \quad (\text{below the feature map})
 
-    The classifier's signals do not wait for each other; the error enters the convolutions as `e B` of the flattened map,
-    `B: [C, c H W]`, and goes down through them exactly. So the network is cut at the first site whose features are no map
-    (one feature dimension besides tokens) and at every site after it. In a network without maps it is DFA.
+    The classifier's signals do not wait for each other. The error enters the convolutions as `e B` of the flattened map,
+    `B: [C, c H W]`, and goes down through them exactly. So the network is cut at the first site that is not a map (with one
+    feature dimension besides tokens) and at every site after it. In a network without maps it is DFA.
 
-    operator: the form of the feedback weights and how they start; :class:`Binary` for the paper's binary feedback.
+    operator: the form of the feedback weights, and their initial values. :class:`Binary` is the paper's binary feedback.
 
     Han & Yoo, "Efficient convolutional neural network training with direct feedback alignment", 2019 (arXiv:1901.01986; ICCV
-    workshops 2019, where it is combined with binary feedback, :class:`BinaryDFA`). From the abstract; inferred: that the signal of the
-    feature map is DFA's, and the initialisation, for which the paper proposes statistics that we have not read: DFA's own here.
+    workshops 2019, where it is combined with binary feedback, :class:`BinaryDFA`). We have read the abstract only. Inferred: that the
+    signal of the feature map is DFA's, and the initialisation, which is DFA's. The paper proposes statistics for it.
 
     Example:
         >>> import torch

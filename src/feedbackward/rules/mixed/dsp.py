@@ -12,23 +12,23 @@ from feedbackward.rule import Properties, Rule
 
 @dataclass(frozen=True)
 class DSP(Rule):
-    r"""Diversely stale parameters: backprop in a pipeline of blocks, the lower the block the older its gradients.
+    r"""Diversely stale parameters: backprop in a pipeline of blocks, in which lower blocks have older gradients.
 
     .. math:: W_k^{t+1} = W_k^t - \eta\, \nabla_{W_k} \mathcal L\,(W^{t-\tau_k};\, x^{t-\tau_k}), \qquad
         \tau_k = \mathrm{spacing} \cdot (K - k)
 
-    for blocks k = 1..K, so that three blocks are 4, 2 and 0 steps late. A preset, of BP and of a schedule: the gradients are
-    backprop's, and :class:`Delayed` delays them.
+    for blocks k = 1..K, so that three blocks are 4, 2 and 0 steps late. The gradients are backprop's, and :class:`Delayed`
+    delays them.
 
-    The parts of the network between its sites are put into K blocks of about equally many parts; name the K - 1 sites for
-    other blocks.
+    The parts of the network between its sites are grouped into K blocks with about the same number of parts. For other
+    blocks, name the K - 1 sites between them.
 
     blocks: K.
     spacing: steps between two blocks. It is 2 in a pipeline whose blocks alternate forward and backward passes.
 
     Xu, Huo & Huang, "On the Acceleration of Deep Learning Model Parallelism with Staleness", CVPR 2020 (arXiv:1909.02625).
-    In the paper's pipeline the error that reaches a block has passed upper blocks of later steps' weights; here all of a
-    gradient is of one step. Nothing runs in parallel here: it shows what the staleness does to learning.
+    In the paper's pipeline, the error that reaches a block has passed through upper blocks with the weights of later steps.
+    Here each gradient belongs to one step. Nothing runs in parallel: the rule shows what late gradients do to learning.
 
     Example:
         >>> import torch

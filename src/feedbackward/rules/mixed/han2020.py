@@ -21,21 +21,21 @@ class Han2020(Rule):
     .. math:: \delta h_i = \mathrm{conv}^\top(\delta h_o,\ B_i;\ \mathrm{dilation}\ o - i), \qquad
         B_i: [c_o, c_i / g, 3, 3]\ \text{fixed}
 
-    for the output `h_o` of a module and each of its inner layers i < o. A kernel of three weights with dilation o - i spans what
-    o - i layers of 3x3 see. The sparse kernel replaces the dense `[c_o H W, c_i H W]` of a direct connection.
+    for the output `h_o` of a module and each of its inner layers i < o. A 3x3 kernel with dilation o - i covers the receptive
+    field of o - i layers of 3x3. This sparse kernel replaces the dense `[c_o H W, c_i H W]` of a direct connection.
 
-    A module is a stage: consecutive sites whose maps have the same size. Its output is its last site, which is not cut: its
-    error comes from the lowest inner site of the module above, by backprop through the layers between them. The last module
-    ends with the network's output, whose error reaches all its sites, the fully connected ones by dense feedback. So a stage
-    with one site is trained by backprop, and a network without maps by DFA, unless `most` cuts it into modules.
+    A module is a stage: consecutive sites whose maps have the same size. Its output is its last site. That site is not cut:
+    its error comes from the lowest inner site of the module above, by backprop through the layers between them. The last
+    module ends with the network's output, whose error goes to all its sites, through dense feedback to the fully connected
+    ones. So backprop trains a stage with one site, and DFA a network without maps, unless `most` cuts it into modules.
 
-    most: sites per module; larger stages are divided, from the top. 0: whole stages.
-    groups: of the kernels; must divide the channels.
+    most: the largest number of sites in a module. Larger stages are divided from the top. With 0 stages stay whole.
+    groups: the groups of the kernels, which must divide the channels.
 
     Han, Park, Ryu & Yoo, "Extension of Direct Feedback Alignment to Convolutional and Recurrent Neural Network for Bio-plausible
-    Deep Learning", 2020 (arXiv:2006.12830), also on recurrent networks, which are left out here. From the abstract, which names
-    modules, dilated and group convolutions and a hybrid with backprop; inferred: what a module is, that backprop connects
-    modules, the size of kernels, their dilation and their initialisation (signals of DFA's norm).
+    Deep Learning", 2020 (arXiv:2006.12830), also on recurrent networks, which are left out here. We have read the abstract,
+    which names modules, dilated and group convolutions, and a hybrid with backprop. Inferred: what a module is, that backprop
+    connects modules, and the size, dilation and initialisation of the kernels (signals of DFA's norm).
 
     Example:
         >>> import torch

@@ -33,15 +33,15 @@ class Mixed(Rule):
     r"""A rule for each part of the network: convolutions by backprop and the classifier by DFA, for example.
 
     rules: a rule for each pattern. A pattern is compared with a site's name and with the names of the modules at whose output
-        or input it is cut (`*` matches dots too); or it is a predicate of the site. The first one that fits counts,
-        every site needs one, and every pattern needs a site.
+        or input it is cut (`*` matches dots too). It may also be a function of the site. The first pattern that fits counts.
+        Every site needs a pattern, and every pattern needs a site.
 
-    The sites of a rule are its network: its feedback graph is made for them alone, from the same source. What is cut is
-    the sites, so a rule decides on the signal *at* its sites, which trains the layers below; a site of :class:`BP` is
-    not cut, and the layers below it get the true gradient of whatever signal arrives above. Rules that feed activities
-    cannot be mixed with rules that feed the inputs of layers (FA and other chains), for a chain leaves skip paths whole.
+    Each rule makes its feedback graph for its own sites, from the same source. A rule decides on the signals *at* its sites,
+    which train the layers below them. A site of :class:`BP` is not cut: the layers below it get the true gradient of the
+    signal that arrives above. Rules that feed activities cannot be mixed with rules that feed the inputs of layers (FA and
+    other chains), because a chain leaves skip paths whole.
 
-    No paper: mixtures of this kind are used, among others, by Han & Yoo 2019 (:class:`CDFA`) and Han et al. 2020.
+    No paper. Han & Yoo 2019 (:class:`CDFA`) and Han et al. 2020, among others, use such mixtures.
 
     Example:
         >>> import torch

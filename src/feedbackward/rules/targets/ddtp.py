@@ -27,7 +27,8 @@ class DDTP(Rule):
     .. math::
         t_L = a_L - \beta N e, \qquad t_l = h_l - (g_l(a_L) - g_l(t_L)), \qquad \delta h_l = (h_l - t_l) / (\beta N)
 
-    the gradient of :math:`\|h_l - t_l\|^2 / (2 \beta N)`. A linear decoder sends :math:`e B_l`, as DKP does with another `B`.
+    This is the gradient of :math:`\|h_l - t_l\|^2 / (2 \beta N)`. A linear decoder sends :math:`e B_l`, as DKP does with another
+    `B`.
 
     The decoders learn in `learner.feedback_step(x)` by the difference reconstruction loss, from noise at one site at a time:
 
@@ -38,9 +39,9 @@ class DDTP(Rule):
 
     :math:`F_l` is the network above site l. For small sigma it is least at :math:`\partial g_l / \partial a_L = J_l^\top (J_l
     J_l^\top + \lambda)^{-1}`, :math:`J_l = \partial a_L / \partial h_l`, and the targets are those of a damped Gauss-Newton step. A
-    phase takes a forward pass for every site and one more: call it before every optimizer step, or less often on
-    large networks. Its scale is far from that of the network's loss: give the feedback an optimizer of its own, and use
-    Adam for the network as well, whose signals come out of an inverse.
+    phase takes a forward pass for every site and one more. Call it before every optimizer step, or less often on large
+    networks. Its loss has another scale than the network's, so give the feedback its own optimizer. The signals come out of
+    an inverse, so use Adam for the network as well.
 
     beta: how far the target of the output goes along its error.
     sigma: the standard deviation of the noise.
@@ -49,9 +50,9 @@ class DDTP(Rule):
     hidden: units of a fixed random tanh layer in each decoder, 0 for none (published as "RHL", with 2048).
 
     Meulemans, Carzaniga, Suykens, Sacramento & Grewe, "A Theoretical Framework for Target Propagation", NeurIPS 2020
-    (arXiv:2006.14331). The authors' code shares the random hidden layer among all sites and uses weight decay of the
-    decoders in place of lambda; its decoder with a learned hidden layer is not offered. Inferred: the start of the random
-    layer, and that maps are decoded as vectors.
+    (arXiv:2006.14331). The authors' code shares the random hidden layer among all sites, and uses weight decay of the
+    decoders in place of lambda. Its decoder with a learned hidden layer is not offered. Inferred: the initial values of the
+    random layer, and that maps are decoded as vectors.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What the rules of target propagation share: the ladder of decoders, how these learn from noise, and what is refused."""
+"""What the rules of target propagation share: a ladder of decoders, their learning from noise, and refusals."""
 
 from __future__ import annotations
 
@@ -55,11 +55,14 @@ class Laddered(Rule):
 def reconstruct(
     phase: Phase, sigma: float, seen: Callable[[Edge, Tensor], Tensor] = lambda edge, s: s
 ) -> None:
-    """Let each decoder reconstruct its noisy site from what the segment above makes of it. `seen(edge, s)`: the decoder's input."""
+    """Let each decoder reconstruct its noisy site from the output of the segment above.
+
+    seen: `seen(edge, s)` is the decoder's input.
+    """
     with learning(phase):
         clean = phase.forward()
         noisy = {site: h + sigma * phase.noise(h) for site, h in clean.sites.items()}
-        # every segment starts from its own noisy site, whatever the ones below have made
+        # every segment starts from its own noisy site, whatever the segments below have made
         made = phase.forward(change=lambda site, h: noisy[site])
         for edge in phase.edges:
             s, h = rows(edge, made.sources[edge.source.name]), rows(edge, noisy[edge.site])
@@ -69,7 +72,7 @@ def reconstruct(
 
 @contextmanager
 def learning(phase: Phase) -> Iterator[None]:
-    """Gradients, and full precision: what noise changes is small."""
+    """Compute gradients in full precision, because the changes that noise makes are small."""
     device = phase.weights(phase.edges[0])[0].device
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
@@ -99,7 +102,7 @@ def refuse_noise(label: str, sigma: float) -> None:
 
 
 def refuse_mixed_tokens(label: str, graph: Graph) -> None:
-    """A target's distance is in units of M, which must be the same all the way down."""
+    """Refuse sites with different M: a target's distance is in units of M."""
     kept = {edge.leading: edge.site.name for edge in graph.edges}
     if len(kept) > 1:
         names = " and ".join(repr(name) for name in kept.values())

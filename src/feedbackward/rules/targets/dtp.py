@@ -26,9 +26,9 @@ class DTP(Laddered):
 
     :math:`\delta h_l` is the gradient of the local loss :math:`\|h_l - t_l\|^2 / (2 \beta N)` with the target fixed; so
     :math:`t_l = h_l - \beta N\, \delta h_l` at every site as at the output, and for small beta
-    :math:`\delta h_l \to \delta h_{l+1}\, \partial g_l / \partial h_{l+1}`. N is the batch (times the tokens, where these are
-    kept). Published is :math:`\|h_l - t_l\|^2`, the same but for a factor :math:`2 \beta`. With exact inverses as
-    decoders the targets are those of a Gauss-Newton step.
+    :math:`\delta h_l \to \delta h_{l+1}\, \partial g_l / \partial h_{l+1}`. N is the batch, times the tokens if these are kept.
+    The published loss is :math:`\|h_l - t_l\|^2`, the same up to a factor :math:`2 \beta`. With exact inverses as decoders the
+    targets are those of a Gauss-Newton step.
 
     The decoders :math:`g_l(s) = f(s B_l + b_l)`, `B_l: [n_{l+1}, n_l]`, learn in `learner.feedback_step(x)`, from noise at each site:
 
@@ -36,13 +36,13 @@ class DTP(Laddered):
         \nabla\, \tfrac{1}{N \sigma^2} \| g_l(f_{l+1}(h_l + \epsilon)) - (h_l + \epsilon) \|^2, \qquad
         \epsilon \sim \mathcal N(0, \sigma^2)
 
-    where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay random.
-    The published training has some epochs of it first. Its scale is far from that of the network's loss: give the
-    feedback an optimizer of its own. Through inverses the signals come out much larger than the output's error: use Adam for the
-    network as well, as the authors of the 2020 paper do.
+    where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay
+    random. The published training begins with some epochs of it. This loss has another scale than the network's, so give the
+    feedback its own optimizer. Inverses make the signals much larger than the output's error, so use Adam for the network
+    as well, as Meulemans et al. 2020 do.
 
-    Where a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian but leans
-    towards the data (Meulemans et al. 2020); :class:`DDTP` mends that.
+    If a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian, but biased
+    towards the data (Meulemans et al. 2020). :class:`DDTP` does not have this bias.
 
     beta: how far the target of the output goes along its error.
     sigma: the standard deviation of the noise.
@@ -50,8 +50,8 @@ class DTP(Laddered):
 
     Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's
     normalisation as in the code of Meulemans et al. 2020. The paper sets the target of the last hidden layer by the
-    gradient; here the output's, whose decoder is learned as all others are. Inferred: decoders of maps are dense, which
-    only a few small sites can afford.
+    gradient. Here the gradient sets the output's target, whose decoder learns like the others. Inferred: the decoders of maps
+    are dense, which is affordable for a few small sites only.
 
     Example:
         >>> import torch

@@ -22,12 +22,12 @@ class LRA(Rule):
         d_{l-1} = \beta\, e_l E_l, \qquad t_{l-1} = f(a_{l-1} - d_{l-1}), \qquad e_{l-1} = f(a_{l-1}) - t_{l-1}, \qquad
         \nabla W_l = \tfrac1N e_l^\top h_{l-1}, \qquad \nabla E_l = \gamma\, \nabla W_l
 
-    from :math:`e_L = \partial \mathrm{Loss} / \partial a_L` of each sample. There is no :math:`f'`: the difference of the
-    activations takes its place, to which :math:`f'(a) \odot d` is the first-order term. `E_l` has the shape of `W_l` and is
-    given its gradient; :math:`\gamma` is the ratio of the two learning rates. Convolutions are fed in their own form.
+    from :math:`e_L = \partial \mathrm{Loss} / \partial a_L` of each sample. There is no :math:`f'`. The difference of the
+    activations takes its place; :math:`f'(a) \odot d` is its first-order term. `E_l` has the shape of `W_l` and gets its gradient;
+    :math:`\gamma` is the ratio of the two learning rates. The feedback of a convolution has the form of its kernel.
 
-    The network must be a plain chain of layers with one elementwise activation module (or none) between two of them, as
-    the published ones are; norms, pools, dropout and skip paths are refused.
+    The network must be a plain chain of layers with at most one elementwise activation module between two of them, as in the
+    papers. Norms, pools, dropout and skip paths are refused.
 
     beta: how far a target goes. It is 0.1 in the authors' code.
     init, scale: of `E`, see :class:`LayerShaped`. The authors' code has `init="normal"`, N(0, 1), which suits narrow
@@ -35,8 +35,8 @@ class LRA(Rule):
         units. The default keeps the size of the error.
 
     Ororbia & Mali, "Biologically Motivated Algorithms for Propagating Local Target Representations", AAAI 2019
-    (arXiv:1805.11703). The gradient of `E` is that of the authors' code, where :math:`\gamma = 1`; the paper gives `E` a
-    transposed delta rule of its own. Their option to normalise updates is not offered.
+    (arXiv:1805.11703). The gradient of `E` is that of the authors' code, where :math:`\gamma = 1`. In the paper `E`
+    learns by a transposed delta rule. The authors' option to normalise updates is not offered.
 
     Example:
         >>> import torch

@@ -29,9 +29,9 @@ class RecLRA(Rule):
     .. math::
         d_b = \beta\, e E_b, \qquad t_b = f(a_b - d_b), \qquad e_b = f(a_b) - t_b, \qquad \nabla E_b = \tfrac1N e^\top h_b
 
-    for a site :math:`h_b = f(a_b)` and the error e of each sample. Within a block the error :math:`e_b` is passed on by the
-    exact derivatives. Use it with `sites="blocks"`. The gradient of `E: [C, n_b]` is DKP's outer product, so with a linear f
-    it is DKP with `beta` times its signal.
+    for a site :math:`h_b = f(a_b)` and the error e of each sample. Inside a block the error :math:`e_b` goes on by exact
+    derivatives. Use it with `sites="blocks"`. The gradient of `E: [C, n_b]` is DKP's outer product, so with a linear f the rule
+    is DKP with `beta` times its signal.
 
     beta: how far a target goes.
     activation: f, the function that the sites end with: `"relu"`, `"tanh"` or `"linear"`. With `"relu"` the

@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SDTP(Laddered):
-    r"""Simplified difference target propagation: no gradient at all, the output's target is the one-hot target itself.
+    r"""Simplified difference target propagation: the output's target is the one-hot target, and no gradient is used.
 
     .. math::
         t_{L-1} = h_{L-1} - (g(p) - g(y)), \quad p = \mathrm{softmax}(a_L), \qquad
         t_l = h_l - (g_l(h_{l+1}) - g_l(t_{l+1})), \qquad \delta h_l = (h_l - t_l) / N
 
-    :math:`\delta h_l` is the gradient of :math:`\|h_l - t_l\|^2 / (2N)`; the output layer learns by the network's own loss. The
-    topmost decoder sees the softmax, here and while it learns; decoders and their learning are those of
-    :class:`DTP`, of whose targets these are the ones with beta = 1 under cross-entropy.
+    :math:`\delta h_l` is the gradient of :math:`\|h_l - t_l\|^2 / (2N)`. The output layer learns by the network's own loss. The
+    topmost decoder gets the softmax, here and while it learns. Decoders learn as in :class:`DTP`; under cross-entropy these
+    are its targets for beta = 1.
 
     Call `learner.target(y)` with class indices (or class probabilities) before every forward pass, and
-    `learner.feedback_step(x)` before every optimizer step. Whatever multiplies the loss goes into `target(y, scale=...)`; a
-    scale below one sets the output's target at that part of the way from p to y.
+    `learner.feedback_step(x)` before every optimizer step. Give a factor on the loss in `target(y, scale=...)` as well. A
+    scale below one puts the output's target at that fraction of the way from p to y.
 
     sigma: the standard deviation of the noise that the decoders learn from.
     activation: of the decoders.
 
     Bartunov, Santoro, Richards, Marris, Hinton & Lillicrap, "Assessing the Scalability of Biologically-Motivated Deep
-    Learning Algorithms and Architectures", NeurIPS 2018 (arXiv:1807.04587). A class says little about the activity below:
-    the paper also adds auxiliary outputs to the network ("AO-SDTP"), which would change the model and are not offered.
-    Inferred: that the decoder sees the softmax, and the decoders' noise, which are DTP's.
+    Learning Algorithms and Architectures", NeurIPS 2018 (arXiv:1807.04587). A class says little about the activity below it, so
+    the paper also adds auxiliary outputs to the network ("AO-SDTP"). They would change the model, and are not offered.
+    Inferred: that the decoder gets the softmax, and the noise of the decoders, which is DTP's.
 
     Example:
         >>> import torch
