@@ -32,8 +32,9 @@ import feedbackward as fb
 from feedbackward.errors import AttachError, ConfigError
 from feedbackward.experiment.benchmark import cost_report
 from feedbackward.experiment.benchmark.steps import Bench, Case, Trainee, summary
-from feedbackward.experiment.benchmark.subject import CostConfig
+from feedbackward.experiment.benchmark.subject import resolved
 from feedbackward.experiment.benchmark.trainees import LEARNING_RATE, Factory, make_cases
+from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.progress import Progress
@@ -192,9 +193,8 @@ def main() -> int:
     names = ("batch", "size", "classes", "rounds", "threads", "device")
     chosen = {name: getattr(args, name) for name in names}
     try:
-        config = CostConfig(
-            models=[args.model], rules=["dfa", "fa", "dkp"], measure=True, **chosen
-        ).resolved()
+        rules = ["dfa", "fa", "dkp"]
+        config = resolved(CostConfig(models=[args.model], rules=rules, measure=True, **chosen))
         results, stopped = measure(config, args.dkp_gist)
     except fb.FeedbackError as error:
         print(f"peers.py: error: {error}", file=sys.stderr)

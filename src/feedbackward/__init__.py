@@ -6,46 +6,67 @@ and `fb.errors`.
 
 import warnings
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from feedbackward import errors, moved, operators, parallel, rules, topologies
-from feedbackward.errors import AttachError, FeedbackError, SiteError
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
-from feedbackward.learner import Learner, attach
-from feedbackward.measure.cost import Cost, count_cost
-from feedbackward.measure.probe import Probe, probe
-from feedbackward.operators import (
-    Dense,
-    LowRank,
-    Operator,
-    PerShape,
-    Pooled,
-    Shape,
-    Sparse,
-    Weights,
-)
-from feedbackward.optim import param_groups, renormalize_weights, step_in_backward
-from feedbackward.rules import (
-    BP,
-    DFA,
-    DGL,
-    DKP,
-    DRTP,
-    FA,
-    RULES,
-    Frozen,
-    KolenPollack,
-    Mixed,
-    Properties,
-    RelayedKP,
-    Rule,
-)
-from feedbackward.schedules.delayed import Delayed
-from feedbackward.topologies import chain, star
+from feedbackward import moved
+
+if TYPE_CHECKING:
+    from feedbackward import errors, operators, parallel, rules, topologies
+    from feedbackward.errors import AttachError, FeedbackError, SiteError
+    from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+    from feedbackward.learner import Learner, attach
+    from feedbackward.measure.cost import Cost, count_cost
+    from feedbackward.measure.probe import Probe, probe
+    from feedbackward.operators import (
+        Dense,
+        LowRank,
+        Operator,
+        PerShape,
+        Pooled,
+        Shape,
+        Sparse,
+        Weights,
+    )
+    from feedbackward.optim import param_groups, renormalize_weights, step_in_backward
+    from feedbackward.rules import (
+        BP,
+        DFA,
+        DGL,
+        DKP,
+        DRTP,
+        FA,
+        RULES,
+        Frozen,
+        KolenPollack,
+        Mixed,
+        Properties,
+        RelayedKP,
+        Rule,
+    )
+    from feedbackward.schedules.delayed import Delayed
+    from feedbackward.topologies import chain, star
 
 __version__ = "0.2.0"
 
 moved.install()
+
+# PyTorch is imported when the first of these names is used: `feedbackward --help` needs none
+_PUBLIC_IN = {
+    "feedbackward.errors": "AttachError FeedbackError SiteError",
+    "feedbackward.graph": "Edge Graph LayerInput Site Source",
+    "feedbackward.learner": "Learner attach",
+    "feedbackward.measure.cost": "Cost count_cost",
+    "feedbackward.measure.probe": "Probe probe",
+    "feedbackward.operators": "Dense LowRank Operator PerShape Pooled Shape Sparse Weights",
+    "feedbackward.optim": "param_groups renormalize_weights step_in_backward",
+    "feedbackward.rules": """
+        BP DFA DGL DKP DRTP FA RULES Frozen KolenPollack Mixed Properties RelayedKP Rule
+    """,
+    "feedbackward.schedules.delayed": "Delayed",
+    "feedbackward.topologies": "chain star",
+}
+_PUBLIC = {name: home for home, names in _PUBLIC_IN.items() for name in names.split()}
+_MODULES = ("errors", "operators", "parallel", "rules", "topologies")
 
 # names of 0.1.0 that the top level no longer has, by the module that has them
 _MOVED_TO = {
@@ -73,7 +94,10 @@ _MOVED |= _RENAMED
 
 
 def __getattr__(name: str) -> Any:
-    """The names of 0.1.0, for one release."""
+    """The public names at their first use, and for one release the names of 0.1.0."""
+    if name in _PUBLIC or name in _MODULES:
+        module = import_module(_PUBLIC.get(name, f"feedbackward.{name}"))
+        return globals().setdefault(name, getattr(module, name, module))
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, new = _MOVED[name]
@@ -83,6 +107,10 @@ def __getattr__(name: str) -> Any:
         stacklevel=2,
     )
     return getattr(import_module(home), new)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

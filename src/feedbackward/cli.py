@@ -92,6 +92,11 @@ def _train(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
+    from feedbackward.experiment.config.arguments import read
+    from feedbackward.experiment.config.schema import CompareCommand
+
+    # answers --help and a flag that does not exist before PyTorch is imported
+    read(CompareCommand, arguments, "compare")
     from feedbackward.experiment.grid.compare import parse_compare, run_and_gather, show_plan
 
     plan, command = parse_compare(arguments)
@@ -151,6 +156,10 @@ def _probe(arguments: list[str]) -> int:
 
 
 def _cost(arguments: list[str]) -> int:
+    from feedbackward.experiment.config.arguments import read
+    from feedbackward.experiment.config.cost import CostConfig
+
+    read(CostConfig, arguments, "cost")
     from feedbackward.experiment.benchmark.subject import parse_cost
 
     config = parse_cost(arguments)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +27,23 @@ param_groups probe star step_in_backward Arc Lift Stale cost keep_norms
 def test_the_top_level_is_small() -> None:
     assert len(fb.__all__) <= 46
     assert len(set(fb.__all__)) == len(fb.__all__)
-    assert all(name in vars(fb) for name in fb.__all__)
+    assert all(hasattr(fb, name) for name in fb.__all__)
+
+
+def test_a_public_name_is_that_of_its_module() -> None:
+    """The names are looked up at their first use: each must be what a type checker is told."""
+    source = Path(fb.__file__).read_text()
+    told = ast.parse(source[source.index("if TYPE_CHECKING:") :]).body[0]
+    assert isinstance(told, ast.If)
+    names: set[str] = set()
+    for line in told.body:
+        assert isinstance(line, ast.ImportFrom)
+        for alias in line.names:
+            names.add(alias.name)
+            full = f"{line.module}.{alias.name}"
+            module = import_module(full if line.module == "feedbackward" else line.module)
+            assert getattr(fb, alias.name) is getattr(module, alias.name, module)
+    assert names == {*fb.__all__}
 
 
 def test_every_rule_and_operator_is_in_its_module() -> None:

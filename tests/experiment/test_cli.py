@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from feedbackward.cli import main
 from feedbackward.errors import FeedbackError
 from feedbackward.experiment import nets
+from feedbackward.experiment.config.options import options
+from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.training import checkpoint
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.rules import RULES
@@ -76,6 +78,36 @@ def test_help_and_version(capsys):
             main([command, "--help"])
         assert stop.value.code == 0
         assert "usage: feedbackward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "probe", "cost", "rules"])
+def test_help_does_not_wait_for_pytorch(command):
+    code = f"""
+import sys
+from feedbackward.cli import main
+try:
+    main(["{command}", "--help"])
+except SystemExit:
+    sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: feedbackward {command}" in done.stdout
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
+
+
+def test_every_flag_of_train_has_a_heading_and_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for option in options(TrainConfig):
+        assert f"  {option.flag}" in out
+        assert option.help
+    headings = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+    assert (
+        headings.index("Model and rule") < headings.index("Training") < headings.index("examples")
+    )
+    assert sum(heading.startswith("Advanced") for heading in headings) >= 3
 
 
 def test_train_probe_and_the_files_they_leave(capsys, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from feedbackward.errors import AttachError, ConfigError
 from feedbackward.experiment import nets
 from feedbackward.experiment.config.arguments import parse
+from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.config.schema import RuleEntry
 from feedbackward.experiment.training.building import (
     find_rule,
@@ -30,93 +31,42 @@ from feedbackward.rules import RULES, Rule
 PLOTS = (".png", ".svg", ".pdf")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CostConfig:
-    """What a training step costs, by rule, operator and schedule, beside backprop.
+def resolved(config: CostConfig) -> CostConfig:
+    """The same with the rules written out.
 
-    Attributes:
-        models: nets, or package.module:callable; also as arguments without a flag.
-        rules: names, entries with rule, label and options, or `all`; by default all, and with --measure
-            dfa and dkp.
-        operators: forms of the feedback, for the rules that have a choice; by default each rule's own.
-        sites: layers, blocks, published, or a list of module names; by default the net's own choice.
-        error_at: the module whose output's error is sent; by default the net's output.
-        norm: use batch norm in the named nets.
-        classes: outputs of the net.
-        channels: channels of an image.
-        size: height and width of an image.
-        batch: images per step.
-        measure: run training steps and measure their time and memory, beside the counted multiply-adds.
-        schedules: joint, replay, replay-keep (with keep_inputs=True) or eager; needs --measure.
-        rounds: how often to measure; in each round every configuration takes one step.
-        threads: CPU threads; by default PyTorch's choice.
-        precision: bf16 uses autocast.
-        channels_last: use the channels-last memory format for images and convolutions.
-        compile: compile with torch.compile; joint schedules only.
-        device: auto takes a CUDA device if there is one.
-        json: write all numbers to this file.
-        plot: write a figure to this file: .png, .svg or .pdf.
+    Raises ConfigError for an unknown name, an option that does not exist, or a value out of range.
     """
-
-    models: list[str] = field(default_factory=list)
-    rules: list[str | RuleEntry] | None = None
-    operators: list[str | dict[str, Any]] = field(default_factory=list)
-    sites: str | list[str] | None = None
-    error_at: str | None = None
-    norm: bool = True
-    classes: int = 10
-    channels: int = 3
-    size: int = 32
-    batch: int = 64
-    measure: bool = False
-    schedules: list[Literal["joint", "replay", "replay-keep", "eager"]] = field(
-        default_factory=lambda: ["joint"]
-    )
-    rounds: int = 11
-    threads: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    json: str | None = None
-    plot: str | None = None
-
-    def resolved(self) -> CostConfig:
-        """The same with the rules written out.
-
-        Raises ConfigError for an unknown name, an option that does not exist, or a value out of range.
-        """
-        import_from_here()
-        if not self.models:
-            raise ConfigError("name a model: feedbackward cost vgg16, or package.module:callable")
-        for what in ("models", "schedules"):
-            given = getattr(self, what)
-            if not given or len(set(given)) < len(given):
-                raise ConfigError(f"{what} must name at least one, and none twice: got {given}")
-        for model in self.models:
-            nets.default_sites(model)
-        least = {"rounds": 1, "batch": 1, "size": 1, "channels": 1, "classes": 2, "threads": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ConfigError(f"{name} is {value}: it must be at least {smallest}")
-        if self.plot and Path(self.plot).suffix not in PLOTS:
-            raise ConfigError(f"plot is '{self.plot}': it must end with {', '.join(PLOTS)}")
-        rules = self.rules or (["dfa", "dkp"] if self.measure else ["all"])
-        named = itertools.chain(*(RULES if r == "all" else [r] for r in rules))
-        entries = [RuleEntry(rule=r) if isinstance(r, str) else r for r in named]
-        for entry in entries:
-            with contextlib.suppress(AttachError):  # what a rule refuses is reported in its row
-                make_rule(entry.rule, entry.options)
-        for spec in self.operators:
-            with contextlib.suppress(AttachError):
-                make_operator(spec)
-        return replace(self, rules=[entry for entry in entries if entry.rule != "bp"])
+    import_from_here()
+    if not config.models:
+        raise ConfigError("name a model: feedbackward cost vgg16, or package.module:callable")
+    for what in ("models", "schedules"):
+        given = getattr(config, what)
+        if not given or len(set(given)) < len(given):
+            raise ConfigError(f"{what} must name at least one, and none twice: got {given}")
+    for model in config.models:
+        nets.default_sites(model)
+    least = {"rounds": 1, "batch": 1, "size": 1, "channels": 1, "classes": 2, "threads": 1}
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise ConfigError(f"{name} is {value}: it must be at least {smallest}")
+    if config.plot and Path(config.plot).suffix not in PLOTS:
+        raise ConfigError(f"plot is '{config.plot}': it must end with {', '.join(PLOTS)}")
+    rules = config.rules or (["dfa", "dkp"] if config.measure else ["all"])
+    named = itertools.chain(*(RULES if r == "all" else [r] for r in rules))
+    entries = [RuleEntry(rule=r) if isinstance(r, str) else r for r in named]
+    for entry in entries:
+        with contextlib.suppress(AttachError):  # what a rule refuses is reported in its row
+            make_rule(entry.rule, entry.options)
+    for spec in config.operators:
+        with contextlib.suppress(AttachError):
+            make_operator(spec)
+    return replace(config, rules=[entry for entry in entries if entry.rule != "bp"])
 
 
 def parse_cost(arguments: Sequence[str]) -> CostConfig:
     """The configuration that the command line describes."""
-    return parse(CostConfig, arguments, "cost").resolved()
+    return resolved(parse(CostConfig, arguments, "cost"))
 
 
 @dataclass(frozen=True)

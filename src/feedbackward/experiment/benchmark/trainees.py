@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from feedbackward.errors import AttachError
 from feedbackward.experiment.benchmark.steps import Case, Trainee
-from feedbackward.experiment.benchmark.subject import CostConfig, Subject, choices
+from feedbackward.experiment.benchmark.subject import Subject, choices
+from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.training.checkpointed import add_checkpoints, groupings
 from feedbackward.learner import Learner, attach
 from feedbackward.rules import Rule

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from feedbackward.errors import ConfigError
+from feedbackward.experiment.config.data import DataConfig
 from feedbackward.experiment.config.recipes import Optimizer, Rates, Recipe, check, find_recipe
-from feedbackward.experiment.data.dataset import DataConfig
-from feedbackward.rules import RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +248,8 @@ class CompareConfig(Settings):
 
     def entries(self) -> list[RuleEntry]:
         """The rules, written out."""
+        from feedbackward.rules import RULES  # imports PyTorch, which `--help` need not wait for
+
         named = itertools.chain(*(RULES if r == "all" else [r] for r in self.rules))
         return [RuleEntry(rule=r) if isinstance(r, str) else r for r in named]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import ConfigError, DataError
+from feedbackward.experiment.config.data import DataConfig
 from feedbackward.experiment.data.cache import cached, fingerprint
 from feedbackward.experiment.data.decode import Decoded, Images, decode
 from feedbackward.experiment.data.fashion_mini import fashion_mini
@@ -34,31 +35,6 @@ __all__ = [
 ]
 
 SPLIT_SEED = 20_240_607  # of the held-out split: fixed, so that runs with different seeds select on the same images
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images to train on.
-
-    Attributes:
-        name: a data set known by name (see DATASETS), or the path of an image folder.
-        root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
-        train_limit: use at most so many training images.
-        validation: held-out images taken from train; by default 5,000, or 1/8 of a smaller training set.
-        test_limit: use at most so many test images.
-        classes: keep the first so many classes only.
-        size: resize the images to size x size pixels when decoding.
-        augment: none, flip, crop or crop-flip, applied to training batches.
-    """
-
-    name: str = "fashion-mini"
-    root: str | None = None
-    train_limit: int | None = None
-    validation: int | None = None
-    test_limit: int | None = None
-    classes: int | None = None
-    size: int | None = None
-    augment: str = "none"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from rich.console import Console
 from feedbackward.errors import FeedbackError
 from feedbackward.experiment.benchmark.counted import count_rows
 from feedbackward.experiment.benchmark.step_costs import measure_costs
-from feedbackward.experiment.benchmark.subject import CostConfig
+from feedbackward.experiment.benchmark.subject import resolved
+from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.config.files import to_dict
 from feedbackward.experiment.config.schema import RuleEntry
 from feedbackward.experiment.grid.candidates import BASELINE, Candidate, run_config
@@ -85,7 +86,7 @@ def count(runner: Runner, comparison: Comparison) -> dict[str, Results]:
 
 def _count(counting: CostConfig, candidates: list[Candidate]) -> dict[str, Results]:
     try:
-        first, *rows = count_rows(counting.resolved(), counting.models[0])
+        first, *rows = count_rows(resolved(counting), counting.models[0])
     except (FeedbackError, RuntimeError):  # a net that cannot be counted has a table all the same
         return {}
     assert first.cost is not None

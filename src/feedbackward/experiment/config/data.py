@@ -1,0 +1,30 @@
+"""Which images a run or a comparison uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to train on.
+
+    Attributes:
+        name: a data set known by name (see DATASETS), or the path of an image folder.
+        root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
+        train_limit: use at most so many training images.
+        validation: held-out images taken from train; by default 5,000, or 1/8 of a smaller training set.
+        test_limit: use at most so many test images.
+        classes: keep the first so many classes only.
+        size: resize the images to size x size pixels when decoding.
+        augment: none, flip, crop or crop-flip, applied to training batches.
+    """
+
+    name: str = "fashion-mini"
+    root: str | None = None
+    train_limit: int | None = None
+    validation: int | None = None
+    test_limit: int | None = None
+    classes: int | None = None
+    size: int | None = None
+    augment: str = "none"
