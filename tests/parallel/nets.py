@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +108,19 @@ class Case:
         own = list(of.parameters()) or [nn.Parameter(torch.zeros(1))]
         return torch.optim.SGD(own, lr=0.05, momentum=self.momentum)
 
-    def naive(self, steps: int) -> dict[str, Tensor]:
+    def naive_repeated(self, steps: int) -> dict[str, Tensor]:
+        """As `naive`, with the first batch in every step."""
+        return self.naive(steps, lambda step: 0)
+
+    def naive(
+        self, steps: int, batch: Callable[[int], int] = lambda step: step
+    ) -> dict[str, Tensor]:
         """The state after these steps of one process: micro-batches in turn, each with its share of
         the mean loss of the batch."""
         learner = self.learner()
         optimizer = self.optimizer(learner)
         for step in range(steps):
-            x, y = self.batch(step)
+            x, y = self.batch(batch(step))
             parts = min(self.micro_batches, len(x) // 2)
             for xs, ys in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
                 share = len(xs) / len(x)

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
 from feedbackward.errors import FeedbackError
+
+# how long the survivors wait for what the others have to say
+_HEARING = 2.0
 
 
 class LostRankError(FeedbackError):
-    """A rank of a pipeline ended, hung, or could not be reached. `rank`: its number in the
-    pipeline."""
+    """A rank of a pipeline ended, hung, or could not be reached.
+
+    Attributes:
+        rank: its number in the pipeline.
+
+    Example:
+        >>> import feedbackward as fb
+        >>> issubclass(fb.parallel.LostRankError, fb.FeedbackError)
+        True
+    """
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(text)
@@ -24,3 +42,73 @@ def lost(peer: int, message: str, error: Exception) -> LostRankError:
         f"rank {peer} of the pipeline {how} ({message}): it ended, hangs, or its host cannot be reached. Look at its own "
         f"output first; start all ranks again from the last checkpoint. [{first}]",
     )
+
+
+class Witnesses:
+    """What each rank saw when it lost another, kept in the store through which the ranks met.
+
+    A rank that is lost because it had lost another itself is not the one to name.
+    """
+
+    def __init__(self, rank: int, ranks: int, name: str) -> None:
+        self.rank, self.ranks, self.name = rank, ranks, name
+        self.store: dist.Store | None = None
+        if ranks > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self.store = dist.PrefixStore(f"feedbackward/{name}", store)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A step: an error that another rank's end has caused names the rank that ended first."""
+        try:
+            yield
+        except LostRankError as error:
+            first = self._first_lost(error.rank)
+            if first == error.rank:
+                raise
+            raise LostRankError(
+                first,
+                f"rank {first} of the pipeline ended or hangs, and rank {error.rank} stopped because of it. Look at the "
+                f"output of rank {first} first; start all ranks again from the last checkpoint.",
+            ) from error
+        except Exception:
+            # this rank is the cause
+            self._say(str(self.rank))
+            raise
+
+    def _say(self, text: str) -> None:
+        if self.store is not None:
+            with suppress(Exception):
+                self.store.set(str(self.rank), text)
+
+    def _first_lost(self, seen: int) -> int:
+        """Follow who lost whom to a rank that says nothing, or that it failed by itself."""
+        self._say(str(seen))
+        end = time.monotonic() + _HEARING
+        told: dict[int, int] = {self.rank: seen}
+        while time.monotonic() < end:
+            for other in set(range(self.ranks)) - told.keys():
+                said = self._said(other)
+                if said is not None:
+                    told[other] = said
+            last = self._follow(seen, told)
+            if told.get(last) == last:  # it says so itself
+                return last
+            time.sleep(0.05)
+        return self._follow(seen, told)
+
+    def _said(self, rank: int) -> int | None:
+        assert self.store is not None
+        with suppress(Exception):
+            self.store.set_timeout(timedelta(seconds=1))
+            if self.store.check([str(rank)]):
+                return int(self.store.get(str(rank)))
+        return None
+
+    @staticmethod
+    def _follow(rank: int, told: dict[int, int]) -> int:
+        seen = set[int]()
+        while rank in told and told[rank] != rank and rank not in seen:
+            seen.add(rank)
+            rank = told[rank]
+        return rank

@@ -21,6 +21,11 @@ class Groups:
     data: dist.ProcessGroup | None = None
 
     @property
+    def name(self) -> str:
+        """A name that the ranks of this pipeline have in common, and no other pipeline has."""
+        return "alone" if self.up is None else self.up.group_name
+
+    @property
     def rank(self) -> int:
         return 0 if self.up is None else dist.get_rank(self.up)
 

@@ -15,6 +15,7 @@ from feedbackward.errors import AttachError, CheckpointError, DivergenceError, F
 from feedbackward.learner import Learner
 from feedbackward.parallel.agreement import agree, facts
 from feedbackward.parallel.division import Division, count_rows, divide, drop_others
+from feedbackward.parallel.faults import Witnesses
 from feedbackward.parallel.groups import Groups, make_groups
 from feedbackward.parallel.mail import BACKWARD, Mail, Message
 from feedbackward.parallel.recording import record
@@ -181,6 +182,7 @@ class Pipeline(nn.Module):
         if locked or in_flight == "few":
             self._order = "one forward one backward"
         self._schedules: dict[Any, Any] = {}
+        self._witnesses = Witnesses(self.rank, self.ranks, groups.name)
         self._stage: Stage | None = None
         if groups.up is not None:
             from feedbackward.parallel.stage import Stage, refuse_version
@@ -211,20 +213,24 @@ class Pipeline(nn.Module):
         rows = count_rows(inputs)
         sizes = sizes_of(rows, self.micro_batches, max(2, self.rule.least_batch))
         batch = Batch(self.step, cut_rows(inputs, sizes), cut_rows(target, sizes), sizes, loss_fn)
+        with self._witnesses.watching():
+            self._run(batch)
+        self.step += 1
+        return Loss(self._steps, batch.number)
+
+    def _run(self, batch: Batch) -> None:
         self.mail.settle()
         self._steps.begin(batch)
-        self._greet(batch, inputs)
+        self._greet(batch)
         if self._stage is not None:
             from feedbackward.parallel.stage import run_step
 
-            run_step(self._stage, self._schedules, len(sizes), self._order)
+            run_step(self._stage, self._schedules, len(batch.sizes), self._order)
         else:
-            self._in_turn(len(sizes))
+            self._in_turn(len(batch.sizes))
         self._steps.end()
         self._average()
         self._check_last()
-        self.step += 1
-        return Loss(self._steps, batch.number)
 
     def _in_turn(self, micro_batches: int) -> None:
         """A step on one rank."""
@@ -236,9 +242,9 @@ class Pipeline(nn.Module):
                 torch.autograd.backward(tensors, grads)
             self._steps.after_backward(index, ())
 
-    def _greet(self, batch: Batch, inputs: Any) -> None:
+    def _greet(self, batch: Batch) -> None:
         """Pass on, from rank to rank, what the step is about, and compare it."""
-        own = torch.tensor([batch.number, batch.rows, _fingerprint(inputs)])
+        own = torch.tensor([batch.number, batch.rows, _fingerprint(batch.inputs[0])])
         if self.rank:
             message = Message("header", self.rank - 1, batch.number)
             self.mail.expect(message, own.shape, own.dtype, own.device)
@@ -277,7 +283,8 @@ class Pipeline(nn.Module):
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
-            return self._steps.evaluate(inputs, count_rows(inputs))
+            with self._witnesses.watching():
+                return self._steps.evaluate(inputs, count_rows(inputs))
         finally:
             for module, mode in modes:
                 module.training = mode
