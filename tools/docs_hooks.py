@@ -61,12 +61,12 @@ class PlainMarkup(griffe.Extension):
 
 
 def _link(role: re.Match[str]) -> str:
-    """A link to the public path of a name. Raises LookupError where it has none."""
+    """A link to the public path of a name, or the name as code if it has none."""
     name = role[1]
     for home in (feedbackward, feedbackward.operators, feedbackward.rules, feedbackward.topologies):
         if name in home.__all__:
             return f"[`{name}`][{home.__name__}.{name}]"
-    raise LookupError(f"a docstring refers to {name!r}, which is no public name")
+    return f"`{name}`"
 
 
 def _display(match: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """Train PyTorch networks with feedback connections instead of backpropagation's transposed weights.
 
-What most users need is here. Everything else is in `fb.rules`, `fb.operators`, `fb.topologies`
-and `fb.errors`.
+What most users need is here. Everything else is in `fb.rules`, `fb.operators`, `fb.topologies`,
+`fb.parallel` and `fb.errors`.
 """
 
 import warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
@@ -13,18 +14,17 @@ import pytest
 
 import feedbackward as fb
 
-PUBLIC = [fb, fb.errors, fb.operators, fb.rules, fb.topologies]
+PUBLIC = [fb, fb.errors, fb.operators, fb.parallel, fb.rules, fb.topologies]
 
 
 def public_names() -> Iterator[tuple[str, object]]:
     """Modules, classes and functions. Aliases and dictionaries have no docstring of their own."""
     seen: set[int] = set()
     for module in PUBLIC:
-        for name, thing in vars(module).items():
-            own = getattr(thing, "__module__", None) == module.__name__
-            listed = name in getattr(module, "__all__", ()) or (own and not name.startswith("_"))
+        for name in module.__all__:
+            thing = getattr(module, name)
             described = isinstance(thing, ModuleType | type) or inspect.isfunction(thing)
-            if listed and described and id(thing) not in seen:
+            if described and id(thing) not in seen:
                 seen.add(id(thing))
                 yield f"{module.__name__}.{name}", thing
 
@@ -41,6 +41,13 @@ def test_public_name_has_an_example(name: str, thing: object) -> None:
     text = thing.__doc__ or ""
     assert "Example:\n" in text, f"{name} needs an Example in its docstring"
     assert doctest.DocTestParser().get_examples(text), f"the Example of {name} has no code"
+
+
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(*p, id=p[0]) for p in public_names()])
+def test_docstring_refers_to_public_names(name: str, thing: object) -> None:
+    known = {full.rpartition(".")[2] for full, _ in public_names()}
+    named = re.findall(r":(?:class|func):`([^`]*)`", thing.__doc__ or "")
+    assert set(named) <= known, f"{name} refers to names that are not public"
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)

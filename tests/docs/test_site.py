@@ -50,7 +50,7 @@ def test_equations_are_shown_without_a_script(site: Path) -> None:
 def test_every_public_name_is_on_an_api_page(site: Path) -> None:
     packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     listed = {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
-    for module in (fb, fb.errors, fb.operators, fb.rules, fb.topologies):
+    for module in (fb, fb.errors, fb.operators, fb.parallel, fb.rules, fb.topologies):
         names = [name for name in module.__all__ if isinstance(getattr(module, name), type)]
         missing = {f"{module.__name__}.{name}" for name in names} - listed
         assert not missing

@@ -128,7 +128,20 @@ def _division(learner: Learner, example: Any, named: list[str], groups: Groups) 
 
 
 class Loss:
-    """The loss of a step, known on the last rank at once and on the others a little later."""
+    """The loss of a step, known on the last rank at once and on the others a little later.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> pipe = fb.parallel.pipeline(learner, x)  # a single process is a pipeline of one rank
+        >>> loss = pipe.backward(x, nn.functional.cross_entropy, y)
+        >>> loss.item() == float(loss)
+        True
+    """
 
     def __init__(self, steps: Steps, number: int) -> None:
         self._steps, self._number = steps, number
@@ -152,6 +165,18 @@ class Pipeline(nn.Module):
         rank, ranks: of the pipeline, from 0.
         step: the number of the next step.
         mail: the messages; `mail.sent` and `mail.received` count bytes by kind.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> pipe = fb.parallel.pipeline(learner, x)  # a single process is a pipeline of one rank
+        >>> loss = pipe.backward(x, nn.functional.cross_entropy, y)
+        >>> all(p.grad is not None for p in pipe.parameters())
+        True
     """
 
     def __init__(
