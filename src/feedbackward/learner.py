@@ -16,13 +16,15 @@ from feedbackward.engine.checks import check_graph
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, describe, in_bytes, make_plan
+from feedbackward.engine.rows import Rows
 from feedbackward.engine.target import Target
 from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names, weights_of
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.model.example import Given
 from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
-from feedbackward.model.trace import trace
+from feedbackward.model.trace import Trace, trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
@@ -97,8 +99,10 @@ def attach(
             f"{source.name!r}: a network without hidden layers has nothing to send the error to. For layers of other kinds "
             'use sites="blocks" or name the sites; or choose a later error_at.'
         )
+    learner = Learner(model, rule, tuple(found), source, seed, feedback_dtype)
+    learner._see_rows(recorded)
     del recorded
-    return Learner(model, rule, tuple(found), source, seed, feedback_dtype)._with_plan(example)
+    return learner._with_plan(example)
 
 
 class Learner(nn.Module):
@@ -148,6 +152,7 @@ class Learner(nn.Module):
         self._exact = False
         self._target: Target | None = None
         self._detached = False
+        self._rows = Rows(self.graph)
         self._handles = self.cuts.install(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +175,7 @@ class Learner(nn.Module):
 
     def _cut(self, args: Any, kwargs: Any) -> Any:
         """A pass under cuts."""
-        with self.cuts.recording(self.begin_pass((args, kwargs))):
+        with self.cuts.recording(self.begin_pass(Given(args, kwargs))):
             tied = self.cuts.tied()
             return (
                 functional_call(self.model, tied, args, kwargs)
@@ -234,6 +239,7 @@ class Learner(nn.Module):
     def begin_pass(self, inputs: Any) -> Target | None:
         """Check the inputs of a pass under cuts, and return its targets."""
         _refuse_input_gradients(inputs)
+        self._rows.see_again(self.model, inputs)
         self.cuts.recompute = True
         self.cuts.renew()
         return self._take_target()
@@ -320,6 +326,13 @@ class Learner(nn.Module):
         """Which parameters each segment trains, among those that require gradients now."""
         trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
         return self.whole_plan.among(trainable)
+
+    def _see_rows(self, recorded: Trace) -> None:
+        try:
+            self._rows.see(recorded)
+        except Exception:
+            self.detach()
+            raise
 
     def _with_plan(self, example: Any) -> Learner:
         try:

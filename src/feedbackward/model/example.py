@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,13 @@ from feedbackward.model.attributes import PLAIN
 from feedbackward.model.state import all_trainable, preserved, training_mode, unchanged_parameters
 
 
+class Given(NamedTuple):
+    """The inputs of a pass as the model was called with them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def run(model: Callable[..., Any], example: Any) -> Any:
     """`model(example)` for a tensor, `model(*example)` for a tuple or list, `model(**example)` for a dict."""
     args, kwargs = arguments(example)
@@ -24,6 +31,8 @@ def run(model: Callable[..., Any], example: Any) -> Any:
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments and the keywords that an example stands for."""
+    if isinstance(example, Given):
+        return example
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, (tuple, list)):

@@ -75,7 +75,7 @@ def source_tensor(trace: Trace, source: Source) -> tuple[Tensor, int]:
     """The source as the trace recorded it, and the time at which it was made."""
     (point,) = source.points
     call = next(c for c in trace.calls if c.name == point.module)
-    return call.outputs[point.leaf or 0][0], call.end
+    return trace.tensor_at(point), call.end
 
 
 class _Finder:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
+from feedbackward.graph import HookPoint
 from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.features import CHANNELS_FIRST, CONVOLUTIONS, FEATURES_LAST, feature_axis
 from feedbackward.model.values import by_place
@@ -95,6 +96,13 @@ class Trace:
             for t, _ in call.outputs
             if isinstance(t, Tensor) and t.grad_fn is not None
         }
+
+    def tensor_at(self, point: HookPoint) -> Tensor:
+        """The tensor that the pass had at this point."""
+        call = next(c for c in self.calls if c.name == point.module and c.index == point.call)
+        if point.kind == "output":
+            return call.outputs[point.leaf or 0][0]
+        return call.inputs[call.places.index(point.place)][0]
 
     def producer(self, tensor: Tensor, version: int, before: int) -> tuple[Call, int] | None:
         """The innermost module that is called once and returns `tensor` at that version, and the number of the leaf.

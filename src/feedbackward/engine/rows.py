@@ -1,0 +1,190 @@
+r"""Whether row i of a source is made from row i of each site that it feeds, as feedback takes for granted.
+
+Two backward passes through a recorded forward pass tell it for all rows at once. The first one sends the same random error
+from every row of the source, the second one sends row i's times a power of two, its code. In a network that keeps rows apart,
+the second gradient of a site's row is then the first one times the code of the source's row that it leads to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feedbackward.errors import AttachError
+from feedbackward.graph import Edge, Graph, LayerInput, Local, Site, Source
+from feedbackward.model.trace import Trace, gradient_edges, trace
+
+# a gradient is a row's own if it differs from the expected one by no more than this part: codes differ by a factor of two
+_ROOM = 0.05
+# the rows whose errors are sent alone where rows are mixed, and by how much another row may be ahead of the own one
+_PROBES, _AHEAD = 4, 2.0
+# how many training passes are looked at before a network in which nothing can be seen is taken as it is
+_TRIES = 8
+# autograd's nodes of what picks rows by number
+_PICKING = ("Index", "Gather", "Scatter", "Sort", "MaskedSelect", "MaskedScatter", "Take")
+
+
+class Rows:
+    """The check of a graph's rows, at `attach` and, where the example could not show it, in the first training passes.
+
+    Nothing shows in an example of one row, or where the gradient is zero (a head that begins at zero). Where rows are picked
+    by number, another batch may be picked in another order.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        ends: list[Edge | Local] = [*graph.edges, *graph.local]
+        ends = [end for end in ends if not _of_one_layer(end)]
+        self._fed: dict[Source, list[Site]] = {}
+        for end in ends:
+            self._fed.setdefault(end.source, []).append(end.site)
+        self._tries = _TRIES if ends else 0
+
+    def see(self, recorded: Trace, again: bool = False) -> None:
+        """Look at a recorded pass. Raises AttachError where rows do not belong together."""
+        seen = [self._see(recorded, source, sites) for source, sites in self._fed.items()]
+        if all(seen) and (again or not any(_picks(recorded, source) for source in self._fed)):
+            self._tries = 0
+
+    def see_again(self, model: nn.Module, inputs: Any) -> None:
+        """Before a training pass: look at its inputs, unless all has been seen."""
+        if not self._tries or torch.compiler.is_compiling():
+            return
+        self._tries -= 1
+        try:
+            recorded = trace(model, inputs)
+        except AttachError:
+            # inputs that can be read once only, or that the model refuses: its own error will say so
+            return
+        self.see(recorded, again=True)
+
+    def _see(self, recorded: Trace, source: Source, sites: Sequence[Site]) -> bool:
+        """Whether the pass shows that the rows of the source are those of these sites."""
+        end = recorded.tensor_at(source.points[0])
+        pairs = [(site, recorded.tensor_at(site.points[0])) for site in dict.fromkeys(sites)]
+        pairs = [(site, h) for site, h in pairs if h.requires_grad and len(h) == len(end)]
+        if not end.requires_grad or not pairs:
+            return True
+        if len(end) < 2 or end.is_meta:
+            return False
+        try:
+            look = _Look(end, [h for _, h in pairs])
+        except RuntimeError:
+            # what cannot be differentiated says so in training
+            return True
+        seen = [look.judge(source, site, i) for i, (site, _) in enumerate(pairs)]
+        return all(seen)
+
+
+def _picks(recorded: Trace, source: Source) -> bool:
+    """Whether rows may be picked by number on the way to the source."""
+    edges = gradient_edges(recorded.tensor_at(source.points[0]))
+    return any(node.name().startswith(_PICKING) for node, _ in edges)
+
+
+class _Look:
+    """The gradients of sites for errors of a source whose rows are told apart."""
+
+    def __init__(self, end: Tensor, activities: Sequence[Tensor]) -> None:
+        self.end, self.activities = end, activities
+        draw = torch.Generator().manual_seed(0)
+        error = torch.randn((1, *end.shape[1:]), generator=draw)
+        self.error = error.to(end.device, end.dtype)
+        powers = torch.randperm(len(end), generator=draw) % 7 - 3
+        self.code = (2.0**powers).to(end.device, end.dtype)
+        self.plain = self._gradients(torch.ones_like(self.code), 0)
+        self.coded = self._gradients(self.code, 0)
+
+    def judge(self, source: Source, site: Site, i: int) -> bool:
+        """Whether row i of the site is row i of the source; False where the gradient does not show it.
+
+        Raises AttachError where the rows are others, or mixed so that another one counts more.
+        """
+        plain, coded = self.plain[i], self.coded[i]
+        told = plain.flatten(1).abs().amax(1) > 0
+        if not told.any() or not (plain.isfinite().all() and coded.isfinite().all()):
+            return False
+        if _coded(plain, coded, self.code, 0):
+            return True
+        for dim in range(1, plain.dim()):
+            if plain.shape[dim] == len(self.code) and _coded(plain, coded, self.code, dim):
+                raise _refused(
+                    source, site, f"the batch is dimension {dim} of the site's {list(plain.shape)}"
+                )
+        row = self._permuted(plain, coded, told)
+        if row is not None:
+            raise _refused(source, site, f"row {row} of the site leads to another row")
+        for dim in range(1, self.end.dim()):
+            if self.end.shape[dim] == len(self.code):
+                along = self._gradients(self.code, dim, only=i)[0]
+                if _coded(plain, along, self.code, dim=0):
+                    raise _refused(
+                        source,
+                        site,
+                        f"the batch is dimension {dim} of the source's {list(self.end.shape)}",
+                    )
+        self._refuse_other_rows(source, site, i)
+        return True
+
+    def _gradients(self, factors: Tensor, dim: int, only: int | None = None) -> list[Tensor]:
+        """Of the sites, for the random error times these factors along a dimension of the source."""
+        shape = [1] * self.end.dim()
+        shape[dim] = len(factors)
+        error = (self.error * factors.view(shape)).expand_as(self.end)
+        wanted = self.activities if only is None else [self.activities[only]]
+        return list(
+            torch.autograd.grad(self.end, wanted, error, retain_graph=True, materialize_grads=True)
+        )
+
+    def _permuted(self, plain: Tensor, coded: Tensor, told: Tensor) -> int | None:
+        """A row of the site that leads to another row of the source; None where some lead to several."""
+        a, b = plain.flatten(1)[told].double(), coded.flatten(1)[told].double()
+        ratio = (a * b).sum(1) / a.square().sum(1)
+        nearest = (ratio.unsqueeze(1) - self.code.double()).abs().argmin(1)
+        found = self.code.double()[nearest].unsqueeze(1)
+        if bool(((b - found * a).norm(dim=1) > _ROOM * b.norm(dim=1)).any()):
+            return None
+        rows = told.nonzero().flatten()
+        wrong = (self.code[rows] != self.code[nearest]).nonzero().flatten()
+        return int(rows[wrong[0]]) if len(wrong) else None
+
+    def _refuse_other_rows(self, source: Source, site: Site, i: int) -> None:
+        """Rows are mixed (attention over the batch, nodes of a graph): the own one must be among the first."""
+        count = len(self.code)
+        probes = range(0, count, max(1, count // _PROBES))
+        wrong = []
+        for row in probes:
+            alone = torch.zeros_like(self.code)
+            alone[row] = 1
+            norms = self._gradients(alone, 0, only=i)[0].flatten(1).double().norm(dim=1)
+            if norms.max() > _AHEAD * norms[row]:
+                wrong.append((int(norms.argmax()), row))
+        if 2 * len(wrong) > len(probes):
+            other, row = wrong[0]
+            why = f"rows are mixed, and row {row} of the source depends on row {other} of the site most"
+            raise _refused(source, site, why)
+
+
+def _coded(plain: Tensor, coded: Tensor, code: Tensor, dim: int) -> bool:
+    """Whether the one gradient is the other times the codes along this dimension."""
+    shape = [1] * plain.dim()
+    shape[dim] = len(code)
+    expected = (plain * code.view(shape)).movedim(dim, 0).flatten(1)
+    found = coded.movedim(dim, 0).flatten(1)
+    return bool(((found - expected).norm(dim=1) <= _ROOM * expected.norm(dim=1)).all())
+
+
+def _of_one_layer(end: Edge | Local) -> bool:
+    """Whether the edge leads over one layer only, which keeps rows apart."""
+    return isinstance(end.site, LayerInput) and end.source == end.site.source
+
+
+def _refused(source: Source, site: Site, why: str) -> AttachError:
+    return AttachError(
+        f"the error of row i of the source {source.name!r} is sent to row i of site {site.name!r}, but "
+        f"the model does not keep the rows in place: {why} (a batch that is sorted, routed or turned to "
+        "time-first?). Send the error of a tensor whose rows are the site's: name the module that makes "
+        "it with `error_at=`, or take it with `output=`; or choose other `sites=`."
+    )
