@@ -17,6 +17,7 @@ from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, describe, in_bytes, make_plan
 from feedbackward.engine.rows import Rows
+from feedbackward.engine.structure import Structure
 from feedbackward.engine.target import Target
 from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names, weights_of
 from feedbackward.errors import AttachError, FeedbackError
@@ -152,7 +153,7 @@ class Learner(nn.Module):
         self._exact = False
         self._target: Target | None = None
         self._detached = False
-        self._rows = Rows(self.graph)
+        self._rows, self._structure = Rows(self.graph), Structure(model, rule, self.graph)
         self._handles = self.cuts.install(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -234,15 +235,23 @@ class Learner(nn.Module):
                 f"{self.rule.label} has no phase of its own for its feedback: leave out the call of feedback_step."
             )
         self._refuse_fp16("feedback learns in a phase that no loss scale reaches")
+        self._follow_changes()
         self.rule.feedback_step(Phase(self, inputs, loss_fn))
 
     def begin_pass(self, inputs: Any) -> Target | None:
         """Check the inputs of a pass under cuts, and return its targets."""
         _refuse_input_gradients(inputs)
+        self._follow_changes()
         self._rows.see_again(self.model, inputs)
         self.cuts.recompute = True
         self.cuts.renew()
         return self._take_target()
+
+    def _follow_changes(self) -> None:
+        """Take note of modules that were changed since the last pass, or refuse them."""
+        if not self._structure.unchanged():
+            self._structure.judge(self.model)
+            self.whole_plan = self.whole_plan.renamed(self.model)
 
     def _learned_in_phase(self) -> list[str]:
         """The names of feedback weights that only `feedback_step` gives gradients."""

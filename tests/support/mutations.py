@@ -26,6 +26,7 @@ DENSE, LEARNER, PROBE, TRACE = (
     "model/trace.py",
 )
 LEFT = "core/test_left_as_it_was.py"
+ROWS, CHANGED = "core/test_rows.py", "core/test_changed_models.py"
 ORACLES, LAWS, STEPS = "rules/test_oracles.py", "core/test_laws.py", "core/test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "core/test_feedback.py", "core/test_probe.py", "core/test_chain.py"
 DIRECT, JACOBIAN, LIFTS = (
@@ -283,6 +284,18 @@ MUTATIONS = (
     ("model/example.py", "leaf if leaf.requires_grad else leaf.clone()", "leaf", LEFT),
     ("model/example.py", "copy.deepcopy(leaf, known)", "leaf", LEFT),
     ("engine/hooks.py", "else _other_place(module, place)", 'else ""', "core/test_arguments.py"),
+    # rows, and models that are changed after attach
+    ("engine/rows.py", "if _coded(plain, coded, self.code, 0):", "if True:", ROWS),
+    ("engine/rows.py", "if row is not None:", "if False:", ROWS),
+    ("engine/rows.py", "if _coded(plain, along, self.code, dim=0):", "if False:", ROWS),
+    ("engine/rows.py", "if 2 * len(wrong) > len(probes):", "if wrong:", ROWS),
+    ("engine/rows.py", "if len(end) < 2 or end.is_meta:", "if False:", ROWS),
+    (LEARNER, "self._rows.see_again(self.model, inputs)", "pass", ROWS),
+    ("model/trace.py", "as_in_training(model, batch_norms=False)", "as_in_training(model)", ROWS),
+    ("engine/structure.py", "if parts or self._chain or _lost(module, new):", "if parts:", CHANGED),
+    ("engine/structure.py", "if parts or self._chain or _lost(module, new):", "if self._chain:", CHANGED),
+    ("engine/structure.py", "and self._count() == self._tensors", "", CHANGED),
+    ("engine/plan.py", "heirs.get(n, set()) & there", "False", CHANGED),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

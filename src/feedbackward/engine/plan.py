@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.engine.hooks import Observer
@@ -64,6 +64,36 @@ class Plan:
             self.order,
         )
 
+    def renamed(self, model: nn.Module) -> Plan:
+        """The plan of the model as it is by now, with other names of parameters or with weights that are tied.
+
+        A new one belongs to the segments of those that its module had, or a module around it: where no
+        site lies within, what is in a module leads to the same sites.
+        """
+        names = {id(p): name for name, p in model.named_parameters()}
+        tied = {n: names[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+        holders = (*self.segments, self.head, Segment("", self.unreached))
+        known = {name for segment in holders for name in segment.parameters}
+        heirs = {name: _nearest(name, known) for name in tied if name not in known}
+
+        def kept(held: Iterable[str]) -> tuple[str, ...]:
+            there = set(held)
+            found = {own for n, own in tied.items() if n in there or heirs.get(n, set()) & there}
+            return tuple(n for n in tied if n in found)
+
+        def part(segment: Segment) -> Segment:
+            return Segment(segment.site, kept(segment.parameters))
+
+        lost = [name for name, near in heirs.items() if not near and tied[name] == name]
+        return Plan(
+            tuple(map(part, self.segments)),
+            part(self.head),
+            (*kept(self.unreached), *lost),
+            {pair: kept(held) for pair, held in self.overlaps.items()},
+            tuple(map(part, self.stages)),
+            self.order,
+        )
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The sources' names in the order in which the forward pass reaches them."""
@@ -77,6 +107,17 @@ class Plan:
             for name in segment.parameters:
                 holders.setdefault(name, []).append(segment.site)
         return {name: tuple(sites) for name, sites in holders.items() if len(sites) > 1}
+
+
+def _nearest(name: str, known: set[str]) -> set[str]:
+    """Those of the known names that are in the smallest module around the name which has any; none in the model itself."""
+    owner = name.rpartition(".")[0]
+    while owner:
+        near = {other for other in known if other.startswith(f"{owner}.")}
+        if near:
+            return near
+        owner = owner.rpartition(".")[0]
+    return set()
 
 
 def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:

@@ -1,0 +1,91 @@
+"""Whether a model still has the parts that it had when it was attached: adapters, pruning, fusion and the like change them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from feedbackward.engine.checks import check_graph
+from feedbackward.errors import AttachError
+from feedbackward.graph import Graph, LayerInput
+from feedbackward.model.trace import PARAMETRIC
+from feedbackward.rule import Rule
+
+
+class Structure:
+    """The parts of a model, the classes of these, and the names of their parameters.
+
+    `unchanged` is asked in every pass, so it compares and does no more; `judge` says what a change means.
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule, graph: Graph) -> None:
+        self.rule, self.graph = rule, graph
+        ends = (*graph.sites, *graph.sources)
+        self._hooked = {point.module for end in ends for point in end.points}
+        self._chain = any(isinstance(site, LayerInput) for site in graph.sites)
+        self._note(model)
+
+    def unchanged(self) -> bool:
+        """Whether every part is where it was, of the class and with the parameters that it had."""
+        if torch.compiler.is_compiling():
+            return True
+        same = all(
+            type(m) is kind and m._modules == parts and m._parameters.keys() == names
+            for m, kind, parts, names in self._parts
+        )
+        return same and self._count() == self._tensors
+
+    def judge(self, model: nn.Module) -> None:
+        """Take a changed model as it is, if feedback still stands for what it did.
+
+        Raises AttachError, naming the module, where it does not.
+        """
+        now = dict(model.named_modules())
+        for name, module in self._named.items():
+            new = now.get(name)
+            if new is module:
+                continue
+            parts = {n for n in self._hooked if n == name or n.startswith(f"{name}.")}
+            # within a moved part everything is where it was, and hooks are on the parts themselves
+            if parts or self._chain or _lost(module, new):
+                raise _changed(name, module, new)
+        added = [name for name in now if name not in self._named]
+        if added and self._chain:
+            raise _changed(added[0], None, now[added[0]])
+        try:
+            check_graph(model, self.rule, self.graph)
+        except AttachError as error:
+            raise AttachError(f"the model was changed after it was attached: {error}") from error
+        self._note(model)
+
+    def _note(self, model: nn.Module) -> None:
+        self._named = dict(model.named_modules())
+        self._parts = [
+            (m, type(m), dict(m._modules), frozenset(m._parameters)) for m in self._named.values()
+        ]
+        self._tensors = self._count()
+
+    def _count(self) -> int:
+        """How many parameters there are, those that are tied counted once."""
+        return len({id(p) for m, *_ in self._parts for p in m._parameters.values()})
+
+
+def _lost(old: nn.Module, new: nn.Module | None) -> bool:
+    """Whether layers with weights gave way to something that passes no gradient on (quantised layers)."""
+    layers = any(isinstance(m, PARAMETRIC) for m in old.modules())
+    return layers and (new is None or not any(p.is_floating_point() for p in new.parameters()))
+
+
+def _changed(name: str, old: nn.Module | None, new: nn.Module | None) -> AttachError:
+    was = type(old).__name__
+    what = (
+        f"was added ({type(new).__name__})"
+        if old is None
+        else f"({was}) was removed"
+        if new is None
+        else f"({was}) was replaced by {'another' if type(new) is type(old) else 'a'} {type(new).__name__}"
+    )
+    return AttachError(
+        f"module {name!r} {what} after the model was attached, so feedback no longer stands for the model: attach again "
+        "(`attach(learner.detach(), ...)`)."
+    )
