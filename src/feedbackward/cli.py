@@ -86,6 +86,8 @@ def _train(arguments: list[str]) -> int:
     except InterruptedRunError as stop:
         again = f"feedbackward train --config {config.out}/config.yaml --resume"
         return _stopped(stop.signum, config.out, again)
+    if os.environ.get("RANK", "0") != "0":  # one process of several reports
+        return 0
     print(f"test accuracy {result['test_accuracy']:.2f} %, on images that no choice was made with")
     print(f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl")
     return 0

@@ -13,6 +13,7 @@ Example:
 from feedbackward.parallel.faults import LostRankError
 from feedbackward.parallel.pipeline import Loss, Pipeline, pipeline
 from feedbackward.parallel.simulate import SCHEDULES, Link, Simulated, StageCost, simulate
+from feedbackward.parallel.start import start
 
 __all__ = [
     "SCHEDULES",
@@ -24,4 +25,5 @@ __all__ = [
     "StageCost",
     "pipeline",
     "simulate",
+    "start",
 ]

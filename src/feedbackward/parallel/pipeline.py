@@ -163,7 +163,7 @@ class Pipeline(nn.Module):
     Attributes:
         division: where the learner is divided, and who holds what.
         rank, ranks: of the pipeline, from 0.
-        step: the number of the next step.
+        step: the number of the next step. Random masks depend on it, so set it when a run is resumed.
         mail: the messages; `mail.sent` and `mail.received` count bytes by kind.
 
     Example:
@@ -192,7 +192,7 @@ class Pipeline(nn.Module):
         self.rule, self.seed = learner.rule, learner.seed
         self.division, self._groups = division, groups
         self.rank, self.ranks, self.micro_batches = groups.rank, groups.size, micro_batches
-        self.step = 0
+        self.step = self._wish = self.stopping = 0
         if self.ranks > 1:
             learner.detach()
             drop_others(learner, division, self.rank)
@@ -207,6 +207,7 @@ class Pipeline(nn.Module):
         if locked or in_flight == "few":
             self._order = "one forward one backward"
         self._schedules: dict[Any, Any] = {}
+        self._before: int | None = None
         self._witnesses = Witnesses(self.rank, self.ranks, groups.name)
         self._stage: Stage | None = None
         if groups.up is not None:
@@ -257,6 +258,11 @@ class Pipeline(nn.Module):
         self._average()
         self._check_last()
 
+    def ask_to_stop(self, signum: int = 15) -> None:
+        """On rank 0: let every rank know, with its next step, that it is the last. `stopping` is then
+        this number on all ranks after the same step; before, it is 0."""
+        self._wish = signum
+
     def _in_turn(self, micro_batches: int) -> None:
         """A step on one rank."""
         for index in range(micro_batches):
@@ -269,15 +275,18 @@ class Pipeline(nn.Module):
 
     def _greet(self, batch: Batch) -> None:
         """Pass on, from rank to rank, what the step is about, and compare it."""
-        own = torch.tensor([batch.number, batch.rows, _fingerprint(batch.inputs[0])])
+        facts = [batch.number, batch.rows, _fingerprint(batch.inputs[0])]
+        own = torch.tensor([*facts, self._wish])
         if self.rank:
             message = Message("header", self.rank - 1, batch.number)
             self.mail.expect(message, own.shape, own.dtype, own.device)
             theirs = self.mail.receive(message)
-            if not torch.equal(own, theirs):
-                raise FeedbackError(_other_batch(self.rank, own.tolist(), theirs.tolist()))
+            if theirs[:3].tolist() != facts:
+                raise FeedbackError(_other_batch(self.rank, facts, theirs[:3].tolist()))
+            own = theirs
         if self.rank < self.ranks - 1:
             self.mail.send(Message("header", self.rank + 1, batch.number), own)
+        self.stopping = int(own[3])
 
     def _average(self) -> None:
         """Average the gradients over the replicas of this stage."""
@@ -291,8 +300,8 @@ class Pipeline(nn.Module):
 
     def _check_last(self) -> None:
         """The loss of the step before has arrived by now; what is not finite stops every rank."""
-        before = self.step - 1
-        if before < 0:
+        before, self._before = self._before, self.step
+        if before is None:
             return
         if not torch.isfinite(self._steps.loss(before)):
             raise DivergenceError(f"step {before}: the loss is not finite. Use smaller rates.")

@@ -33,6 +33,7 @@ HEADINGS = {
     "Images": "classes channels size batch",
     "Measurement": "measure schedules rounds",
     "Machine": "device precision threads workers compile channels_last",
+    "Several processes": "parallel.",
     "Advanced: schedules and feedback": "",
     "Advanced: optimizer of the network's weights": "forward.",
     "Advanced: optimizer of learned feedback": "feedback.",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from feedbackward.errors import ConfigError
 from feedbackward.experiment.config.data import DataConfig
+from feedbackward.experiment.config.parallel import Parallel
 from feedbackward.experiment.config.recipes import Optimizer, Rates, Recipe, check, find_recipe
 
 
@@ -129,12 +130,14 @@ class TrainConfig(Settings):
         rule_options: an option of the rule, as in --rule-options.center true.
         seed: seed of initial weights, feedback, order of images, augmentation and dropout.
         resume: continue the run in its folder.
+        parallel: division over processes that torchrun started.
     """
 
     rule: str = "dkp"
     rule_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     resume: bool = False
+    parallel: Parallel = field(default_factory=Parallel)
 
     def training(self) -> Recipe:
         """The complete recipe: the named one, its rates for this rule, then this config's changes."""

@@ -45,6 +45,11 @@ class Interrupts:
             signal.signal(signum, handler)
         self._before.clear()
 
+    @property
+    def signum(self) -> int:
+        """The signal that came, 0 for none."""
+        return self._signum or 0
+
     def check(self) -> None:
         """Raise InterruptedRunError if a signal came."""
         if self._signum is not None:

@@ -218,7 +218,7 @@ class Run:
         try:
             with torch.no_grad(), self.precision():
                 for inputs, labels in loader.epoch(0):
-                    output = self.learner(self.prepared(inputs)).float()
+                    output = self.output(self.prepared(inputs)).float()
                     loss += F.cross_entropy(output, labels, reduction="sum").item()
                     correct += int((output.argmax(1) == labels).sum())
                     if check:
@@ -226,6 +226,14 @@ class Run:
         finally:
             self.learner.train()
         return loss / len(images), 100 * correct / len(images)
+
+    def output(self, images: Tensor) -> Tensor:
+        """The network's output on a batch."""
+        return self.learner(images)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The network's `state_dict`."""
+        return self.learner.model.state_dict()
 
     def probe(self) -> Probe:
         """The alignment with backprop on the first held-out images, always the same ones."""

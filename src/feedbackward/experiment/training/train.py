@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from feedbackward.errors import DivergenceError
 from feedbackward.experiment.config.schema import TrainConfig
@@ -45,6 +48,10 @@ def train(
     """
     config = config.resolved()
     import_from_here()
+    if config.parallel.pipeline or "WORLD_SIZE" in os.environ:
+        from feedbackward.experiment.training.piped import train_piped
+
+        return train_piped(config, progress, interrupts, test)
     folder = RunFolder.claim(config)
     try:
         result = folder.result()
@@ -85,7 +92,7 @@ def _train(
             loop.save()
             raise
         except DivergenceError as error:
-            result = _diverged(run, folder, error)
+            result = failed_result(run, folder, error)
         finally:
             progress.end_run()
     folder.write_json(folder.result_file, result)
@@ -167,22 +174,30 @@ class Loop:
         self.run.position.seconds += now - self.since
         self.run.position.rows = self.record.rows
         self.since = now
-        checkpoint.save(self.record.folder.checkpoint, self.run.state())
+        self.write_checkpoint(self.run.state())
+
+    def write_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint of the run's folder."""
+        checkpoint.save(self.record.folder.checkpoint, state)
 
     def finish(self, test: bool) -> dict[str, Any]:
         """Export the weights, and evaluate on the test images: once, and after every choice was made."""
         run = self.run
-        tensors = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in run.learner.model.state_dict().items()
-        }
-        replace_file(
-            self.record.folder.model, lambda path: save_file(tensors, path, {"format": "pt"})
-        )
+        self.write_model(run.model_state())
         if not test:
             return _result(run, "done")
         test_loss, test_accuracy = run.evaluate(run.data.test, self.interrupts.check)
         return _result(run, "done") | {"test_loss": test_loss, "test_accuracy": test_accuracy}
+
+    def write_model(self, state: Mapping[str, Tensor]) -> None:
+        """The network's weights in a file of their own."""
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in state.items()
+        }
+        replace_file(
+            self.record.folder.model, lambda path: save_file(tensors, path, {"format": "pt"})
+        )
 
 
 def _result(run: Run, status: str, message: str = "") -> dict[str, Any]:
@@ -198,6 +213,7 @@ def _result(run: Run, status: str, message: str = "") -> dict[str, Any]:
     }
 
 
-def _diverged(run: Run, folder: RunFolder, error: DivergenceError) -> dict[str, Any]:
+def failed_result(run: Run, folder: RunFolder, error: DivergenceError) -> dict[str, Any]:
+    """The result of a run that diverged."""
     kept = f"the last good checkpoint is {folder.checkpoint}" if folder.checkpoint.exists() else ""
     return _result(run, "diverged", "; ".join(filter(None, [str(error), kept])))

@@ -1,0 +1,25 @@
+"""How a run is divided over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How a run is divided over the processes that torchrun starts.
+
+    Attributes:
+        pipeline: divide the network over so many processes, with the rule's own messages between them; 0
+            trains as a whole.
+        data: so many pipelines, each with its part of every batch.
+        micro_batches: parts of a batch, which follow each other through a pipeline.
+        cut: names of modules after whose outputs the network is divided; auto balances measured times.
+        timeout: seconds after which a wait for another process is an error.
+    """
+
+    pipeline: int = 0
+    data: int = 1
+    micro_batches: int = 4
+    cut: str | list[str] = "auto"
+    timeout: float = 60.0
