@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import feedbackward as fb
 from feedbackward.errors import AttachError, ConfigError
 from feedbackward.experiment.benchmark import cost_report
-from feedbackward.experiment.benchmark.steps import Bench, Case, Trainee, summary
+from feedbackward.experiment.benchmark.cases import LEARNING_RATE, Factory, make_cases
+from feedbackward.experiment.benchmark.steps import Bench, Case, TrainingStep, summary
 from feedbackward.experiment.benchmark.subject import resolved
-from feedbackward.experiment.benchmark.trainees import LEARNING_RATE, Factory, make_cases
 from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
@@ -51,7 +51,7 @@ def trained(
     forward: Callable[[], Tensor],
     feedback: list[Tensor],
     kept: tuple[Tensor, ...] = (),
-) -> Trainee:
+) -> TrainingStep:
     """A step as all others take it; `feedback` are the peer's feedback weights."""
     trainable = [p for p in holder.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=LEARNING_RATE, momentum=0.9)
@@ -62,7 +62,7 @@ def trained(
         optimizer.step()
 
     size = sum(t.numel() * t.element_size() for t in feedback)
-    return Trainee(step, holder, optimizer, (factory.x, factory.y), size, kept)
+    return TrainingStep(step, holder, optimizer, (factory.x, factory.y), size, kept)
 
 
 def biotorch_cases(factory: Factory) -> list[Case]:
@@ -71,7 +71,7 @@ def biotorch_cases(factory: Factory) -> list[Case]:
         return []
     from biotorch.module.biomodule import BioModule
 
-    def build(mode: str) -> Trainee:
+    def build(mode: str) -> TrainingStep:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it converts
             net = BioModule(factory.net(), mode=mode, output_dim=factory.config.classes)
         net = net.to(factory.device).train()
@@ -92,7 +92,7 @@ def gist_cases(factory: Factory, folder: Path | None) -> list[Case]:
         return []
     hooks = _load(folder / "utils" / "gradfunctions.py")
 
-    def build(mode: str) -> Trainee:
+    def build(mode: str) -> TrainingStep:
         net = factory.net()
         learner = fb.attach(net, fb.DFA(), example=factory.x[:2])
         sites = [site.name for site in learner.sites]

@@ -32,6 +32,7 @@ feedbackward COMMAND --help lists the options. A first look, in under four minut
 NEEDED = (
     "jsonargparse docstring_parser yaml rich safetensors datasets jinja2 matplotlib tensorboard"
 )
+_warned: set[str] = set()  # the warnings that this command has printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
+            _warned.clear()
             return _dispatch(arguments)
     except errors.FeedbackError as error:
         return _fail(str(error))
@@ -207,8 +209,11 @@ def _stopped(signum: int, folder: str | None, again: str) -> int:
 
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
-    """One line, without the place in the code that a user cannot do anything about."""
-    print(f"feedbackward: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line, once, without the place in the code that a user cannot do anything about."""
+    text = " ".join(str(message).split())
+    if text not in _warned:
+        _warned.add(text)
+        print(f"feedbackward: warning: {text}", file=sys.stderr)
 
 
 def _fail(text: str) -> int:

@@ -14,7 +14,7 @@ from types import ModuleType
 _PACKAGES = {
     ("experiment", "experiment.config"): ("arguments configfile=files parser recipes suggest"),
     ("experiment", "experiment.benchmark"): (
-        "benchcases=trainees benching=steps benchreport=cost_report costing=counted "
+        "benchcases=cases benching=steps benchreport=cost_report costing=counted "
         "costreport=cost_report costs=step_costs"
     ),
     ("experiment", "experiment.training"): (

@@ -327,8 +327,7 @@ def test_state_goes_on_exactly(predict: bool) -> None:
     again = fb.Delayed(twin, (3, 2, 1, 0))
     again.load_state_dict(saved["stale"])
     given = (
-        trained(*trainee, predict=predict)
-        for trainee in ((learner, MLP, stale), (twin, MLP, again))
+        trained(*made, predict=predict) for made in ((learner, MLP, stale), (twin, MLP, again))
     )
     for a, b in zip(*given, strict=True):
         for name, gradient in a.items():

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import feedbackward as fb
 from feedbackward.cli import main
 from feedbackward.errors import AttachError, ConfigError
-from feedbackward.experiment.benchmark.steps import Bench, Case, Trainee, summary
+from feedbackward.experiment.benchmark.steps import Bench, Case, TrainingStep, summary
 from feedbackward.experiment.benchmark.subject import parse_cost
 from feedbackward.experiment.training.checkpointed import add_checkpoints, groupings
 from feedbackward.experiment.training.interrupts import InterruptedRunError
@@ -56,10 +56,10 @@ def activations(rule: fb.Rule, hidden: int, schedule: Any = "joint", device: str
         learner.backward(x, lambda out: F.cross_entropy(out, y), schedule=schedule)
         optimizer.step()
 
-    trainee = Trainee(step, learner, optimizer, (x, y))
+    made = TrainingStep(step, learner, optimizer, (x, y))
     for _ in range(2):
         step()
-    found = trainee.activation_bytes(torch.device(device))
+    found = made.activation_bytes(torch.device(device))
     assert found is not None
     return found
 
@@ -135,14 +135,14 @@ def rows_have_macs(document: dict[str, Any]) -> bool:
 def counting(calls: list[str], name: str) -> Case:
     holder = nn.Linear(1, 1)
 
-    def build() -> Trainee:
+    def build() -> TrainingStep:
         optimizer = torch.optim.SGD(holder.parameters(), lr=0.1)
-        return Trainee(lambda: calls.append(name), holder, optimizer, ())
+        return TrainingStep(lambda: calls.append(name), holder, optimizer, ())
 
     return Case(name, "joint", "-", build)
 
 
-def refusing() -> Trainee:
+def refusing() -> TrainingStep:
     raise AttachError("a reason,\n with its fix.")
 
 
@@ -249,7 +249,7 @@ class TestCommand:
         assert "\x1b" not in out
 
     def test_operators_of_rules_that_have_a_choice(self) -> None:
-        from feedbackward.experiment.benchmark.trainees import make_cases
+        from feedbackward.experiment.benchmark.cases import make_cases
 
         config = parse_cost(
             ["mlp", "--rules", "dfa,frozen", "--operators", "[dense,{name: dense, scale: 2}]"]
@@ -279,7 +279,7 @@ class TestCommand:
         assert all(row["rounds"] == 1 for row in rows)
 
     def test_replay_is_not_compiled(self) -> None:
-        from feedbackward.experiment.benchmark.trainees import make_cases
+        from feedbackward.experiment.benchmark.cases import make_cases
 
         config = parse_cost(
             ["small_cnn", "--size", "8", "--compile", "--schedules", "replay", "--rules", "dfa"]

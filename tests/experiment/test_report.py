@@ -239,7 +239,9 @@ def test_the_page_is_accessible(report):
     assert page.of("html") == [{"lang": "en"}]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.of("meta")
     pictures = [attrs for _, attrs in page.elements if attrs.get("role") == "img"]
-    assert len(pictures) == len(page.of("svg")) == 6  # two curves, two heat maps, tensors, Jacobian
+    assert (
+        len(pictures) == len(page.of("svg")) == 7
+    )  # two curves, depth, two heat maps, tensors, Jacobian
     assert all(len(attrs["aria-label"]) > 40 for attrs in pictures)
     assert all(attrs.get("scope") in ("col", "row") for attrs in page.of("th"))
 

@@ -53,11 +53,11 @@ def test_a_run_is_trained_with_gradients_of_earlier_steps(tmp_path: Path) -> Non
     settings = config(tmp_path, rule="dfa", staleness=2).resolved()
     data = load_data(settings.data)
     for stale in (2, 0):
-        trainee = Run(replace(settings, staleness=stale), data, torch.device("cpu"))
-        before = {name: p.detach().clone() for name, p in trainee.learner.named_parameters()}
-        for images, labels in list(trainee.loader.epoch(0))[:2]:
-            trainee.step(images, labels)
-        still = [torch.equal(p, before[name]) for name, p in trainee.learner.named_parameters()]
+        made = Run(replace(settings, staleness=stale), data, torch.device("cpu"))
+        before = {name: p.detach().clone() for name, p in made.learner.named_parameters()}
+        for images, labels in list(made.loader.epoch(0))[:2]:
+            made.step(images, labels)
+        still = [torch.equal(p, before[name]) for name, p in made.learner.named_parameters()]
         assert all(still) if stale else not any(still)
 
 
@@ -66,9 +66,9 @@ def test_a_run_predicts_its_weights_where_it_is_told_to(tmp_path: Path) -> None:
     losses = {}
     for predict in (False, True):
         settings = config(tmp_path, rule="bp", staleness=1, predict_weights=predict).resolved()
-        trainee = Run(settings, load_data(settings.data), torch.device("cpu"))
-        batches = list(trainee.loader.epoch(0))[:3]
-        losses[predict] = [trainee.step(*batch) for batch in batches]
+        made = Run(settings, load_data(settings.data), torch.device("cpu"))
+        batches = list(made.loader.epoch(0))[:3]
+        losses[predict] = [made.step(*batch) for batch in batches]
     assert losses[True][:2] == losses[False][:2]
     assert losses[True][2] != losses[False][2]
 

@@ -14,15 +14,13 @@ from torch import nn
 
 import feedbackward as fb
 from feedbackward.errors import CheckpointError, ConfigError, DivergenceError
-from feedbackward.experiment.config.recipes import Optimizer, find_recipe
+from feedbackward.experiment.config.recipes import find_recipe
 from feedbackward.experiment.config.schema import Changes, TrainConfig
 from feedbackward.experiment.data.dataset import DataConfig, load_data
 from feedbackward.experiment.training import checkpoint
 from feedbackward.experiment.training import train as train_module
 from feedbackward.experiment.training.diagnose import first_non_finite
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
-from feedbackward.experiment.training.measure import LiveBytes, step_times
-from feedbackward.experiment.training.optimizing import Weights
 from feedbackward.experiment.training.progress import Progress
 from feedbackward.experiment.training.runfolder import RunFolder
 
@@ -355,77 +353,3 @@ def test_a_rule_of_ones_own_trains(tmp_path):
         run(config(tmp_path, rule="feedbackward.rules.direct.dfa:DFA", epochs=1))["status"]
         == "done"
     )
-
-
-def test_schedules_reach_their_ends():
-    def rates(**settings):
-        weights = Weights(
-            [nn.Parameter(torch.ones(1))],
-            Optimizer(lr=1.0, **settings),
-            epochs=4,
-            steps_per_epoch=10,
-        )
-        weights.parameters[0].grad = torch.ones(1)
-        found = []
-        for _ in range(40):
-            found.append(weights.lr)
-            weights.step(torch.amp.GradScaler("cpu", enabled=False))
-        return found
-
-    assert rates(schedule="constant") == [1.0] * 40
-    cosine = rates(schedule="cosine")
-    assert cosine == pytest.approx([(1 + math.cos(math.pi * t / 40)) / 2 for t in range(40)])
-    assert rates(schedule="step", gamma=0.5) == pytest.approx([0.5 ** (t // 10) for t in range(40)])
-    cycle = rates(schedule="one-cycle")
-    assert (max(cycle), cycle.index(max(cycle))) == (pytest.approx(1.0), 11)
-    assert cycle[-1] < 1e-4 < cycle[0] == pytest.approx(1 / 25)
-
-
-def test_clipping_bounds_the_step():
-    weights = Weights([nn.Parameter(torch.zeros(4))], Optimizer(
-        lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, schedule="constant", clip=0.5), 1, 1)  # fmt: skip
-    weights.parameters[0].grad = torch.full((4,), 10.0)
-    weights.step(torch.amp.GradScaler("cpu", enabled=False))
-    assert weights.parameters[0].norm().item() == pytest.approx(0.5, rel=1e-4)
-
-
-def test_live_bytes_are_counted_from_birth_to_death():
-    kept = torch.zeros(1000)
-    with LiveBytes([kept]) as live:
-        made = torch.zeros(1000)
-        view = made.view(10, 100)
-        del made
-        assert (live.now, live.peak) == (8000, 8000)
-        other = kept + 1
-        assert live.peak == 12000
-        del view, other
-        assert (live.now, live.peak) == (4000, 12000)
-
-
-def test_the_peak_holds_the_activations_of_a_backward_pass():
-    x = torch.randn(100, 50, requires_grad=True)
-    with LiveBytes([x]) as live:
-        h = x
-        for _ in range(6):
-            h = torch.tanh(h)  # keeps its output for the backward pass
-        h.sum().backward()
-    assert live.peak >= (1 + 6) * 100 * 50 * 4
-
-
-def test_steps_are_timed_in_turn():
-    calls = []
-    steps = [lambda: calls.append(0), lambda: calls.append(1), lambda: calls.append(2)]
-    assert len(step_times(steps, 3, CPU)) == 3
-    assert calls[9:] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
-
-
-def test_norms_are_kept_where_the_recipe_says_so():
-    W = nn.Parameter(torch.arange(6.0).view(2, 3))
-    weights = Weights(
-        [W], Optimizer(lr=0.1, renormalize_weights=True), epochs=1, steps_per_epoch=10
-    )
-    for _ in range(3):
-        W.grad = torch.ones_like(W)
-        weights.step(torch.amp.GradScaler("cpu", enabled=False))
-    assert W.detach().norm().item() == pytest.approx(55**0.5)
-    assert W[0, 0].item() < -1e-3

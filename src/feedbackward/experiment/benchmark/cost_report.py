@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from feedbackward.experiment.benchmark import counted
+from feedbackward.experiment.benchmark.cases import make_cases
 from feedbackward.experiment.benchmark.cost_plots import plot_counted, plot_measured
 from feedbackward.experiment.benchmark.counted import count_rows
 from feedbackward.experiment.benchmark.steps import Bench, Row, summary
-from feedbackward.experiment.benchmark.trainees import make_cases
 from feedbackward.experiment.benchmark.units import ALWAYS, KINDS, SCHEDULES, scaled, sized, unit
 from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.config.files import to_dict

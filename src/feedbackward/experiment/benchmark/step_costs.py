@@ -1,10 +1,11 @@
-"""Time and memory of a training step of several runs, and the sizes of what they hold."""
+"""Time and memory of a training step of several runs."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,82 +18,39 @@ from feedbackward.experiment.training.measure import WARM_UP, peak_bytes, step_t
 from feedbackward.experiment.training.run import Run
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Of one rule: milliseconds and peak bytes of a step (None where not measured), and sizes."""
-
-    step_ms: float | None
-    peak_bytes: int | None
-    feedback_bytes: int
-    parameters: int
-    sites: tuple[str, ...]
-
-    def as_dict(self, baseline: Costs | None) -> dict[str, Any]:
-        """For the results: step and peak also as ratios to the baseline's."""
-        return {
-            "feedback_bytes": self.feedback_bytes,
-            "step_ms": self.step_ms,
-            "step_ratio": _ratio(self.step_ms, baseline.step_ms if baseline else None),
-            "peak_bytes": self.peak_bytes,
-            "peak_ratio": _ratio(self.peak_bytes, baseline.peak_bytes if baseline else None),
-        }
-
-
 def measure_costs(
     configs: Sequence[TrainConfig], repeats: int, check: Callable[[], None]
-) -> list[Costs]:
-    """Costs of the runs' steps on a batch of their data, from fresh weights; ``repeats`` 0 measures no step.
+) -> list[dict[str, Any]]:
+    """Milliseconds and peak bytes of the runs' steps on a batch of their data, from fresh weights.
 
-    Peaks are taken one run at a time; times with all runs in memory, their steps interleaved. ``check`` is called
-    before every step, and may raise.
+    Peaks are taken one run at a time, times with all runs in memory and their steps interleaved. What
+    diverges has None. `check` is called before every step, and may raise.
     """
     if configs[0].threads:
         torch.set_num_threads(configs[0].threads)
-    sizes, peaks = [], []
+    costs: list[dict[str, Any]] = []
     for config in configs:
         run = _fresh(config)
-        sizes.append(_sizes(run))
-        peaks.append(_peak(run, check) if repeats else None)
-        del run
+        costs.append({"feedback_bytes": run.learner.feedback_bytes, "peak_bytes": None})
+        step, batch = _step(run, check)
+        with contextlib.suppress(DivergenceError):
+            for _ in range(WARM_UP):
+                step()
+            costs[-1]["peak_bytes"] = peak_bytes(step, [*_tensors(run), *batch], run.device)
+        del run, step
         gc.collect()
-    times: list[float] | None = None
-    if repeats:
+    times: Sequence[float | None] = [None] * len(configs)
+    with contextlib.suppress(DivergenceError):
         runs = [_fresh(config) for config in configs]
-        times = _times(runs, repeats, check)
-    return [
-        replace(size, peak_bytes=peak, step_ms=times[i] if times else None)
-        for i, (size, peak) in enumerate(zip(sizes, peaks, strict=True))
-    ]
+        times = step_times([_step(run, check)[0] for run in runs], repeats, runs[0].device)
+    return [cost | {"step_ms": time} for cost, time in zip(costs, times, strict=True)]
 
 
 def _fresh(config: TrainConfig) -> Run:
-    """The run as it starts, but at a constant rate: more steps are taken than a short schedule may have."""
+    """The run as it starts, at a constant rate: more steps are taken than a short schedule may have."""
     forward, feedback = (replace(c, schedule="constant") for c in (config.forward, config.feedback))
     config = replace(config, forward=forward, feedback=feedback)
     return Run(config, shared_data(config.data), find_device(config.device))
-
-
-def _sizes(run: Run) -> Costs:
-    parameters = sum(p.numel() for p in run.learner.model.parameters())
-    sites = tuple(site.name for site in run.learner.sites)
-    return Costs(None, None, run.learner.feedback_bytes, parameters, sites)
-
-
-def _peak(run: Run, check: Callable[[], None]) -> int | None:
-    step, batch = _step(run, check)
-    try:
-        for _ in range(WARM_UP):
-            step()
-        return peak_bytes(step, [*_tensors(run), *batch], run.device)
-    except DivergenceError:
-        return None
-
-
-def _times(runs: Sequence[Run], repeats: int, check: Callable[[], None]) -> list[float] | None:
-    try:
-        return step_times([_step(run, check)[0] for run in runs], repeats, runs[0].device)
-    except DivergenceError:
-        return None
 
 
 def _step(run: Run, check: Callable[[], None]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
@@ -110,14 +68,9 @@ def _tensors(run: Run) -> Iterator[Tensor]:
     yield from (*run.learner.parameters(), *run.learner.buffers())
     if run.stale is not None:
         state = run.stale.state_dict()
-        yield from (
-            grad for queue in state["waiting"].values() for grad in queue if grad is not None
-        )
+        for queue in state["waiting"].values():
+            yield from (grad for grad in queue if grad is not None)
         yield from state["before"].values()
     for weights in run.weights.values():
         for state in weights.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def _ratio(value: float | None, baseline: float | None) -> float | None:
-    return value / baseline if value is not None and baseline else None

@@ -19,7 +19,7 @@ from feedbackward.experiment.training.progress import Progress
 
 
 @dataclass
-class Trainee:
+class TrainingStep:
     """A network that `step` trains on one batch: zero gradients, forward, loss, backward, update of all weights.
 
     `holder` has all weights and buffers, of the feedback too; `batch` are the other tensors that a step is given. `kept`:
@@ -58,7 +58,7 @@ class Case:
     rule: str
     schedule: str
     operator: str
-    build: Callable[[], Trainee]
+    build: Callable[[], TrainingStep]
 
     @property
     def label(self) -> str:
@@ -125,13 +125,13 @@ class Bench:
 
     def _measure_memory_of(self, row: Row) -> None:
         try:
-            trainee = row.case.build()
+            made = row.case.build()
             for _ in range(WARM_UP):
                 self.check()
-                trainee.step()
-            row.feedback_bytes, row.note = trainee.feedback_bytes, trainee.note
+                made.step()
+            row.feedback_bytes, row.note = made.feedback_bytes, made.note
             self.check()
-            row.activation_bytes = trainee.activation_bytes(self.device)
+            row.activation_bytes = made.activation_bytes(self.device)
         except ConfigError:
             raise
         except FeedbackError as error:
@@ -139,7 +139,7 @@ class Bench:
         except torch.OutOfMemoryError:
             row.refused = "does not fit into the device's memory"
         finally:
-            trainee = None  # type: ignore[assignment]
+            made = None  # type: ignore[assignment]
             gc.collect()
 
     def _measure_time(self, count: int, clock: Callable[[], float]) -> None:

@@ -38,9 +38,16 @@ def measure(runner: Runner, console: Console, interrupts: Interrupts) -> None:
             continue
         console.print("measuring time and memory per step ...", highlight=False)
         costs = measure_costs(runs, config.timing_steps, interrupts.check)
-        baseline = costs[0] if running[0].entry.rule == BASELINE else None
-        found = {c.label: cost.as_dict(baseline) for c, cost in zip(running, costs, strict=True)}
+        baseline = costs[0] if running[0].entry.rule == BASELINE else {}
+        for cost in costs:
+            cost["step_ratio"] = _ratio(cost["step_ms"], baseline.get("step_ms"))
+            cost["peak_ratio"] = _ratio(cost["peak_bytes"], baseline.get("peak_bytes"))
+        found = {c.label: cost for c, cost in zip(running, costs, strict=True)}
         _write(file, wanted, found)
+
+
+def _ratio(value: float | None, baseline: float | None) -> float | None:
+    return value / baseline if value is not None and baseline else None
 
 
 def costs_of(runner: Runner, comparison: Comparison) -> dict[str, Results]:

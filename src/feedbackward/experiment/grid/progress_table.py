@@ -159,7 +159,8 @@ class ProgressTable:
         self._last_line = self.clock()
         running = [state for state in self.states.values() if state.status == "running"]
         self.say(
-            f"[{self.count()}] running: " + "; ".join(f"{s.job.title} ({s.note})" for s in running)
+            f"[{self.count()}] running: "
+            + "; ".join(f"{s.job.title} ({s.note or 'starting'})" for s in running)
         )
 
     def _write(self, text: str) -> None:

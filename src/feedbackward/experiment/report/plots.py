@@ -29,12 +29,16 @@ from feedbackward.experiment.report.summary import (
     label_of,
     last_probe,
     lost_runs,
+    mean_of,
     shown_runs,
     sites_of,
     summarise,
 )
 
 LINE = 0.18  # inches from one name to the next
+CURVES = {"validation_accuracy": "Validation accuracy (%)", "train_loss": "Training loss"}
+
+Drawn = dict[str, Any]  # "title", "alt" and "svg"
 
 
 def curves(results: Results, key: str, name: str) -> Figure | None:
@@ -199,37 +203,82 @@ def picture(results: Results) -> bytes:
     return stream.getvalue()
 
 
-def figures(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """The page's figures by section: each {"title", "alt", "svg"}; a section without data is empty."""
+def figures(results: Results, prefix: str = "") -> dict[str, list[Drawn]]:
+    """The figures of a comparison by section; a section without data is empty. `prefix`: of their ids."""
     rules = results["rules"]
-    sections: dict[str, list[dict[str, Any]]] = {
+    sections: dict[str, list[Drawn]] = {
         name: [] for name in ("curves", "alignment", "parameters", "jacobian")
     }
     known = [row for row in summarise(results) if row["mean"] is not None]
     accuracies = ", ".join(f"{row['label']} {row['mean']:.1f} %" for row in known)
 
     def add(section: str, title: str, alt: str, figure: Figure | None) -> None:
-        if figure is not None:
-            prefix = f"{section}{len(sections[section])}"
-            drawn = Markup(svg(figure, prefix))  # matplotlib escapes the text it is given
-            sections[section].append({"title": title, "alt": alt, "svg": drawn})
+        made = drawn(title, alt, figure, f"{prefix}{section}{len(sections[section])}")
+        sections[section] += [] if made is None else [made]
 
     with drawing():
-        for key, name in {
-            "validation_accuracy": "Validation accuracy (%)",
-            "train_loss": "Training loss",
-        }.items():
+        for key, name in CURVES.items():
             alt = f"{name} per epoch for each rule. Test accuracy: {accuracies}."
             add("curves", name, alt, curves(results, key, ""))
+        for section, what in (("alignment", ANGLE), ("jacobian", JACOBIAN)):
+            alt = f"{what.name} of each rule by depth, at the last probe; the heat maps have the values."
+            add(section, "All rules at the last probe", alt, by_depth(results, what.key))
         for rule in filter(has_feedback, rules):
             label, sites = label_of(rule), sites_of(rule)
             for section, what in (("alignment", ANGLE), ("jacobian", JACOBIAN)):
                 last = grid(rule, sites, what.key)[1][:, -1:].ravel()
-                told = ", ".join(
-                    f"{site} {what.text.format(v)}" for site, v in zip(sites, last, strict=False)
-                )
-                alt = f"{label}: {what.name} per site and epoch. At the last probe: {told}."
+                values = (what.text.format(v) for v in last)
+                listed = ", ".join(map(" ".join, zip(sites, values, strict=False)))
+                alt = f"{label}: {what.name} per site and epoch. At the last probe: {listed}."
                 add(section, label, alt, heat_map(rule, sites, what))
         alt = "Angle between each rule's and backprop's gradient, per parameter tensor, at the last probe."
         add("parameters", "Angle per parameter tensor", alt, parameter_angles(results))
     return sections
+
+
+def drawn(title: str, alt: str, figure: Figure | None, prefix: str) -> Drawn | None:
+    """A figure as the page shows it. matplotlib escapes the text that it is given."""
+    if figure is None:
+        return None
+    return {"title": title, "alt": alt, "svg": Markup(svg(figure, prefix))}
+
+
+def by_depth(results: Results, key: str) -> Figure | None:
+    """`key` of each rule's last probe over the depth of the net, mean over seeds: a line per rule, the input at the
+    left. None for a single rule, whose heat map shows as much."""
+    rules = [rule for rule in results["rules"] if has_feedback(rule)]
+    figure = blank(max(2.6, 0.9 + LINE * len(rules)))
+    axes = figure.add_subplot()
+    looked = dict(zip(map(label_of, results["rules"]), styles(results), strict=True))
+    most: list[str] = []
+    for rule in rules:
+        sites = sites_of(rule)
+        values = [
+            mean_of(
+                (last_probe(r).get("sites") or {}).get(s, {}).get(key) for r in shown_runs(rule)
+            )
+            for s in sites
+        ]
+        known = [(i + 1, value) for i, value in enumerate(values) if value is not None]
+        if known:
+            (xs, ys), style = zip(*known, strict=True), looked[label_of(rule)]
+            look = {"color": style.colour, "marker": style.marker, "label": label_of(rule)}
+            axes.plot(xs, ys, style.line, ms=4, lw=1.4, **look)  # type: ignore[arg-type]
+            most = max(most, sites, key=len)
+    if len(axes.lines) < 2:
+        return None
+    _limits(axes, key, len(most))
+    figure.legend(
+        loc="outside right center", frameon=False, labelcolor="linecolor", handlelength=1.6
+    )
+    return figure
+
+
+def _limits(axes: Axes, key: str, count: int) -> None:
+    axes.set_xlabel("fed layer, from the input to the output")
+    axes.set_xticks(range(1, count + 1, max(1, -(-count // 10))))
+    if key == "angle":
+        axes.axhline(90, color="#7d858e", lw=0.8, ls=":")
+        axes.set_ylim(0, max(95, axes.get_ylim()[1]))
+        axes.set_yticks(range(0, int(axes.get_ylim()[1]) + 1, 30))
+    axes.grid(axis="y")

@@ -263,15 +263,14 @@ def _view(document: Results) -> dict[str, Any]:
 
 
 def _drawn(document: Results) -> dict[str, Any]:
-    """The figures: all of a single comparison, or those of the tables and of each comparison."""
-    if is_single(document):
-        return {"figures": plots.figures(blocks(document)[0]), "blocks": []}
-    made = figures(document)
-    shown = [block for block in blocks(document) if any(made["blocks"][block["folder"]].values())]
-    return {
-        "figures": made["tables"],
-        "blocks": [{**block, **made["blocks"][block["folder"]]} for block in shown],
-    }
+    """The figures of the tables and of each comparison that has any."""
+    single = is_single(document)
+    made = [
+        {"title": block["title"], "figures": plots.figures(block, "" if single else f"b{number}-")}
+        for number, block in enumerate(blocks(document))
+    ]
+    shown = [block for block in made if any(block["figures"].values())]
+    return {"figures": {} if single else figures(document), "blocks": shown}
 
 
 def _facts(block: Results, document: Results) -> list[tuple[str, str]]:

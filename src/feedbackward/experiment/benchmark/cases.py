@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedbackward.errors import AttachError
-from feedbackward.experiment.benchmark.steps import Case, Trainee
+from feedbackward.experiment.benchmark.steps import Case, TrainingStep
 from feedbackward.experiment.benchmark.subject import Subject, choices
 from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.training.checkpointed import add_checkpoints, groupings
@@ -48,11 +48,11 @@ class Factory:
         self.x, self.y = self.subject.batch()
         self._group: int | None = None
 
-    def backprop(self) -> Trainee:
+    def backprop(self) -> TrainingStep:
         """The plain network."""
-        return self.trainee(self.net())
+        return self.training_step(self.net())
 
-    def checkpointed(self) -> Trainee:
+    def checkpointed(self) -> TrainingStep:
         """Backprop that keeps the inputs of some parts of the network and computes the rest again.
 
         A fair opponent of replay: of parts of 1, 2, 4, ... blocks those are taken that need the least memory.
@@ -63,7 +63,8 @@ class Factory:
         parts = add_checkpoints(model, self._group)
         blocks = "1 block" if self._group == 1 else f"up to {self._group} blocks"
         return replace(
-            self.trainee(model), note=f"{parts} parts of {blocks}, the least memory of those tried"
+            self.training_step(model),
+            note=f"{parts} parts of {blocks}, the least memory of those tried",
         )
 
     def _best_group(self) -> int:
@@ -71,15 +72,15 @@ class Factory:
         for group in groupings(self.net()):
             model = self.net()
             add_checkpoints(model, group)
-            trainee = self.trainee(model, compiled=False)
-            trainee.step()
-            sizes[group] = trainee.activation_bytes(self.device) or 0
+            made = self.training_step(model, compiled=False)
+            made.step()
+            sizes[group] = made.activation_bytes(self.device) or 0
         return min(sizes, key=lambda group: sizes[group])
 
-    def learner(self, make: Callable[[], Rule], schedule: str) -> Callable[[], Trainee]:
+    def learner(self, make: Callable[[], Rule], schedule: str) -> Callable[[], TrainingStep]:
         """How to make the network that a rule trains by a schedule."""
 
-        def build() -> Trainee:
+        def build() -> TrainingStep:
             if self.config.compile and schedule != "joint":
                 raise AttachError(
                     f'schedule="{schedule}" runs one segment after the other, and torch.compile would '
@@ -90,11 +91,13 @@ class Factory:
             learner = attach(
                 self.net(), rule, example=few, sites=subject.sites, error_at=self.config.error_at
             )
-            return self.trainee(learner.train(), schedule)
+            return self.training_step(learner.train(), schedule)
 
         return build
 
-    def trainee(self, net: nn.Module, schedule: str = "joint", compiled: bool = True) -> Trainee:
+    def training_step(
+        self, net: nn.Module, schedule: str = "joint", compiled: bool = True
+    ) -> TrainingStep:
         """A step of this network, or learner, and of its optimizer."""
         compiled = compiled and self.config.compile
         way, _, keep = schedule.partition("-")
@@ -127,7 +130,7 @@ class Factory:
         ):  # until all gradients have arrived, and the optimizer's state is there
             step()
         feedback = learner.feedback_bytes if learner is not None else 0
-        return Trainee(step, net, optimizer, (self.x, self.y), feedback, seen=not compiled)
+        return TrainingStep(step, net, optimizer, (self.x, self.y), feedback, seen=not compiled)
 
     def loss(self, output: Tensor) -> Tensor:
         """Mean cross entropy of the batch."""
