@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import zlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, CheckpointError, DivergenceError, FeedbackError
 from feedbackward.learner import Learner
 from feedbackward.parallel.agreement import agree, facts
 from feedbackward.parallel.division import Division, count_rows, divide, drop_others
 from feedbackward.parallel.faults import Witnesses
+from feedbackward.parallel.greeting import Greeting
 from feedbackward.parallel.groups import Groups, make_groups
-from feedbackward.parallel.mail import BACKWARD, Mail, Message
+from feedbackward.parallel.mail import BACKWARD, Mail
 from feedbackward.parallel.recording import record
 from feedbackward.parallel.routes import refuse_common, refuse_rule
 from feedbackward.parallel.segment import StageModule
-from feedbackward.parallel.split import balanced, find_places, segment_times
-from feedbackward.parallel.step import Batch, LossFn, Steps, cut_rows, sizes_of
+from feedbackward.parallel.simulate import balanced
+from feedbackward.parallel.split import find_places, segment_times
+from feedbackward.parallel.step import Batch, Loss, LossFn, Steps, cut_rows, sizes_of
+from feedbackward.parallel.timeline import Timeline
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -127,35 +129,6 @@ def _division(learner: Learner, example: Any, named: list[str], groups: Groups) 
     return division
 
 
-class Loss:
-    """The loss of a step, known on the last rank at once and on the others a little later.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> import feedbackward as fb
-        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> learner = fb.attach(model, fb.DFA(), example=x)
-        >>> pipe = fb.parallel.pipeline(learner, x)  # a single process is a pipeline of one rank
-        >>> loss = pipe.backward(x, nn.functional.cross_entropy, y)
-        >>> loss.item() == float(loss)
-        True
-    """
-
-    def __init__(self, steps: Steps, number: int) -> None:
-        self._steps, self._number = steps, number
-
-    def item(self) -> float:
-        """The number; waits for the last rank to have it."""
-        return float(self._steps.loss(self._number))
-
-    __float__ = item
-
-    def __repr__(self) -> str:
-        return f"Loss of step {self._number}"
-
-
 class Pipeline(nn.Module):
     """One rank's part of a divided learner. `parameters()` and `state_dict()` are those of this
     part, under the learner's names.
@@ -208,6 +181,7 @@ class Pipeline(nn.Module):
             self._order = "one forward one backward"
         self._schedules: dict[Any, Any] = {}
         self._before: int | None = None
+        self._greeting = Greeting(self.mail)
         self._witnesses = Witnesses(self.rank, self.ranks, groups.name)
         self._stage: Stage | None = None
         if groups.up is not None:
@@ -247,7 +221,7 @@ class Pipeline(nn.Module):
     def _run(self, batch: Batch) -> None:
         self.mail.settle()
         self._steps.begin(batch)
-        self._greet(batch)
+        self.stopping = self._greeting.exchange(batch, self._wish)
         if self._stage is not None:
             from feedbackward.parallel.stage import run_step
 
@@ -272,21 +246,6 @@ class Pipeline(nn.Module):
             if tensors:
                 torch.autograd.backward(tensors, grads)
             self._steps.after_backward(index, ())
-
-    def _greet(self, batch: Batch) -> None:
-        """Pass on, from rank to rank, what the step is about, and compare it."""
-        facts = [batch.number, batch.rows, _fingerprint(batch.inputs[0])]
-        own = torch.tensor([*facts, self._wish])
-        if self.rank:
-            message = Message("header", self.rank - 1, batch.number)
-            self.mail.expect(message, own.shape, own.dtype, own.device)
-            theirs = self.mail.receive(message)
-            if theirs[:3].tolist() != facts:
-                raise FeedbackError(_other_batch(self.rank, facts, theirs[:3].tolist()))
-            own = theirs
-        if self.rank < self.ranks - 1:
-            self.mail.send(Message("header", self.rank + 1, batch.number), own)
-        self.stopping = int(own[3])
 
     def _average(self) -> None:
         """Average the gradients over the replicas of this stage."""
@@ -379,27 +338,18 @@ class Pipeline(nn.Module):
         together = {key: value for part in parts for key, value in part.items()}
         return {key: together[key] for key in self.division.holders}
 
+    def start_trace(self) -> None:
+        """From now on, note when this rank does what, for `write_trace`. Call it on every rank."""
+        self._timeline = Timeline(self.mail)
+        self._steps.trace = self._timeline.events
+
+    def write_trace(self, path: str | os.PathLike[str]) -> list[Any] | None:
+        """Write what all ranks did since `start_trace`, as a Chrome trace (for chrome://tracing or
+        ui.perfetto.dev). Call it on every rank; rank 0 writes, and gets the events of each rank."""
+        self._steps.trace = None
+        return self._timeline.write(path)
+
     @property
     def bytes_in_backward(self) -> int:
         """Bytes that this rank has received for its backward passes since the beginning."""
         return sum(self.mail.received[kind] for kind in BACKWARD)
-
-
-def _fingerprint(inputs: Any) -> int:
-    """A number that differs where the first row of a batch does; 0 on devices that would wait."""
-    first = next(t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
-    if first.device.type != "cpu":
-        return 0
-    row = first[:1].detach().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(row.numpy().tobytes())
-
-
-def _other_batch(rank: int, own: list[int], theirs: list[int]) -> str:
-    names = ("step", "rows", "fingerprint of the first row")
-    told = [
-        f"{n} {a} here, {b} there" for n, a, b in zip(names, own, theirs, strict=True) if a != b
-    ]
-    return (
-        f"rank {rank} and rank {rank - 1} of the pipeline are given different batches ({'; '.join(told)}): "
-        "seed the loaders of all ranks alike, and give each the same number of batches."
-    )

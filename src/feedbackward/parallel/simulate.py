@@ -322,8 +322,6 @@ def spread(segments: Sequence[StageCost], stages: int) -> list[StageCost]:
         >>> [stage.forward for stage in spread([StageCost(1.0, 1.0, 1.0)] * 4, stages=2)]
         [2.0, 2.0]
     """
-    from feedbackward.parallel.split import balanced
-
     if stages > len(segments):
         whole = _together(segments)
         sends = sum(s.sends for s in segments[:-1]) // max(1, len(segments) - 1)
@@ -345,3 +343,26 @@ def _together(segments: Sequence[StageCost]) -> StageCost:
         sends=segments[-1].sends,
         holds=sum(s.holds for s in segments),
     )
+
+
+def balanced(times: Sequence[float], stages: int) -> tuple[int, ...]:
+    """The numbers of the places (the first is 0) that divide segments of these times into stages
+    whose slowest is as fast as it can be.
+
+    Example:
+        >>> from feedbackward.parallel.simulate import balanced
+        >>> balanced([1.0, 1.0, 1.0, 3.0], stages=2)
+        (2,)
+    """
+    # best[i]: of the divisions of the first i segments, the slowest stage and the places
+    best: list[tuple[float, tuple[int, ...]]] = [
+        (sum(times[:i]), ()) for i in range(len(times) + 1)
+    ]
+    for stage in range(1, stages):
+        best = [
+            min((max(best[k][0], sum(times[k:i])), (*best[k][1], k - 1)) for k in range(stage, i))
+            if i > stage
+            else (float("inf"), ())
+            for i in range(len(times) + 1)
+        ]
+    return best[-1][1]

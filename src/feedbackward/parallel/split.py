@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from feedbackward.model.sites import find_sites, source_tensor
 from feedbackward.model.state import preserved, training_mode
 from feedbackward.model.trace import Trace, dominators, gradient_edges, trace
 from feedbackward.model.values import tensors_in
+from feedbackward.parallel.simulate import StageCost
 
 # a segment is timed so often, and the shortest time counts
 _ROUNDS = 3
@@ -78,55 +80,98 @@ def cut_points(learner: Learner) -> set[tuple[HookPoint, ...]]:
     return {site.points for site in learner.graph.sites if not isinstance(site, LayerInput)}
 
 
+def segment_costs(learner: Learner, example: Any, places: tuple[Site, ...]) -> list[StageCost]:
+    """What each segment between places costs on this machine for such a batch, the lowest first:
+    seconds, and the bytes of its activity and of what autograd keeps for its backward."""
+    runs = [_Timing(learner.model, example, places).costs() for _ in range(_ROUNDS)]
+    return [
+        replace(
+            first,
+            forward=min(cost.forward for cost in costs),
+            inputs=min(cost.inputs for cost in costs),
+            weights=min(cost.weights for cost in costs),
+        )
+        for first, costs in zip(runs[0], zip(*runs, strict=True), strict=True)
+    ]
+
+
 def segment_times(learner: Learner, example: Any, places: tuple[Site, ...]) -> list[float]:
-    """Seconds of the forward and backward of each segment between places, the lowest first.
-
-    Of rules that cut nothing at the places the gradients of the inputs are computed as well.
-    """
+    """Seconds of the forward and backward of each segment under the learner's rule: with the
+    gradients of inputs where it does not cut the place below."""
     cut = cut_points(learner)
-    best = [float("inf")] * (len(places) + 1)
-    for _ in range(_ROUNDS):
-        best = list(map(min, best, _times(learner.model, example, places, cut)))
-    return best
+    whole = [True, *(place.points not in cut for place in places)]
+    costs = segment_costs(learner, example, places)
+    return [
+        cost.forward + cost.weights + (cost.inputs if uncut else 0.0)
+        for cost, uncut in zip(costs, whole, strict=True)
+    ]
 
 
-def _times(
-    model: nn.Module, example: Any, places: tuple[Site, ...], cut: set[tuple[HookPoint, ...]]
-) -> list[float]:
-    ends: list[Tensor] = []
-    onward: dict[Site, Tensor] = {}
-    clock = [time.perf_counter()]
+class _Timing:
+    """A pass in which every segment has a graph of its own."""
 
-    def meet(place: Site, h: Tensor) -> Tensor:
-        if place not in onward:
-            clock.append(time.perf_counter())
-            ends.append(h)
+    def __init__(self, model: nn.Module, example: Any, places: tuple[Site, ...]) -> None:
+        self.ends: list[list[Tensor]] = []
+        self.inputs: list[Tensor | None] = [None]
+        self.clock = [time.perf_counter()]
+        self.held = [0]
+        self._onward: dict[Site, Tensor] = {}
+        observer = Observer(places, (), self._meet)
+        handles = observer.install(model)
+        saving = torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t)
+        known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._seen = known
+        with preserved(model), training_mode(model), torch.enable_grad(), saving:
+            try:
+                with observer.recording():
+                    output = run(model, example)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        self.clock.append(time.perf_counter())
+        self.ends.append([t for t in tensors_in(output) if t.requires_grad])
+
+    def _meet(self, place: Site, h: Tensor) -> Tensor:
+        if place not in self._onward:
+            self.clock.append(time.perf_counter())
+            self.ends.append([h] if h.requires_grad else [])
+            self.held.append(0)
+            into = h.detach().requires_grad_(h.is_floating_point())
+            self.inputs.append(into)
             # a copy: what follows may work in place, which a leaf does not allow
-            onward[place] = h.detach().requires_grad_(place.points not in cut).clone()
-        return onward[place]
+            self._onward[place] = into.clone()
+        return self._onward[place]
 
-    observer = Observer(places, (), meet)
-    handles = observer.install(model)
-    with preserved(model), training_mode(model), torch.enable_grad():
-        try:
-            with observer.recording():
-                output = run(model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
-        clock.append(time.perf_counter())
-        forwards = [b - a for a, b in itertools.pairwise(clock)]
-        final = [t for t in tensors_in(output) if t.requires_grad]
-        backwards = [_backward_time(tensors) for tensors in (*([h] for h in ends), final)]
-    return [f + b for f, b in zip(forwards, backwards, strict=True)]
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.held[-1] += storage.nbytes()
+        return tensor
+
+    def costs(self) -> list[StageCost]:
+        """Run the backward of every segment, with and without the gradient of its input."""
+        forwards = [b - a for a, b in itertools.pairwise(self.clock)]
+        found = []
+        for forward, ends, into, held in zip(
+            forwards, self.ends, self.inputs, self.held, strict=True
+        ):
+            own = [leaf for leaf in leaves(ends) if leaf is not into]
+            weights = _backward_time(ends, own)
+            both = weights
+            if into is not None and into.requires_grad:
+                both = _backward_time(ends, [*own, into])
+            sends = sum(t.nbytes for t in ends)
+            extra = max(0.0, both - weights)
+            found.append(StageCost(forward, extra, weights, sends=sends, holds=held))
+        return found
 
 
-def _backward_time(tensors: Sequence[Tensor]) -> float:
-    wanted = [t for t in tensors if t.requires_grad]
-    needed = leaves(wanted)
+def _backward_time(ends: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     start = time.perf_counter()
-    if needed:
-        torch.autograd.grad(wanted, needed, [torch.ones_like(t) for t in wanted])
+    if ends and wanted:
+        ones = [torch.ones_like(t) for t in ends]
+        torch.autograd.grad(ends, wanted, ones, retain_graph=True, allow_unused=True)
     return time.perf_counter() - start
 
 
@@ -139,26 +184,3 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
             if variable is not None:
                 found[id(variable)] = variable
     return list(found.values())
-
-
-def balanced(times: Sequence[float], stages: int) -> tuple[int, ...]:
-    """The numbers of the places (the first is 0) that divide segments of these times into stages
-    whose slowest is as fast as it can be.
-
-    Example:
-        >>> from feedbackward.parallel.split import balanced
-        >>> balanced([1.0, 1.0, 1.0, 3.0], stages=2)
-        (2,)
-    """
-    # best[i]: of the divisions of the first i segments, the slowest stage and the places
-    best: list[tuple[float, tuple[int, ...]]] = [
-        (sum(times[:i]), ()) for i in range(len(times) + 1)
-    ]
-    for stage in range(1, stages):
-        best = [
-            min((max(best[k][0], sum(times[k:i])), (*best[k][1], k - 1)) for k in range(stage, i))
-            if i > stage
-            else (float("inf"), ())
-            for i in range(len(times) + 1)
-        ]
-    return best[-1][1]

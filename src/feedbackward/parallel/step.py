@@ -324,3 +324,32 @@ class Steps:
     def _event(self, what: str, index: int, start: float) -> None:
         if self.trace is not None:
             self.trace.append((what, self._batch.number, index, start, time.perf_counter()))
+
+
+class Loss:
+    """The loss of a step, known on the last rank at once and on the others a little later.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DFA(), example=x)
+        >>> pipe = fb.parallel.pipeline(learner, x)  # a single process is a pipeline of one rank
+        >>> loss = pipe.backward(x, nn.functional.cross_entropy, y)
+        >>> loss.item() == float(loss)
+        True
+    """
+
+    def __init__(self, steps: Steps, number: int) -> None:
+        self._steps, self._number = steps, number
+
+    def item(self) -> float:
+        """The number; waits for the last rank to have it."""
+        return float(self._steps.loss(self._number))
+
+    __float__ = item
+
+    def __repr__(self) -> str:
+        return f"Loss of step {self._number}"
