@@ -149,3 +149,17 @@ def test_steps_are_those_of_the_table(name: str) -> None:
         "steps": min(getattr(rule, "steps", 0), layers - 1),
     }[first]
     assert counted(rule, model[:-1], torch.randn(4, 6)).steps == said
+
+
+@pytest.mark.parametrize("rule", [fb.FA(), fb.DFA(), fb.RelayedKP()], ids=lambda rule: rule.name)
+def test_the_forward_pass_costs_what_it_costs_in_backprop(rule: fb.Rule) -> None:
+    """Also for a model on the meta device, whose rows nothing has shown: only its passes count."""
+    with torch.device("meta"):
+        model = nets.build("vgg6", (3, 32, 32), 10)
+        x = torch.empty(4, 3, 32, 32)
+    forwards = []
+    for each in (fb.BP(), rule):
+        learner = fb.attach(model, each, example=x)
+        forwards.append(fb.count_cost(learner, x).forward)
+        learner.detach()
+    assert forwards[0] == forwards[1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, LayerInput, Local, Site, Source
@@ -50,7 +51,7 @@ class Rows:
 
     def see_again(self, model: nn.Module, inputs: Any) -> None:
         """Before a training pass: look at its inputs, unless all has been seen."""
-        if not self._tries or torch.compiler.is_compiling():
+        if not self._tries or torch.compiler.is_compiling() or not _has_values(inputs):
             return
         self._tries -= 1
         try:
@@ -76,6 +77,12 @@ class Rows:
             return True
         seen = [look.judge(source, site, i) for i, (site, _) in enumerate(pairs)]
         return all(seen)
+
+
+def _has_values(inputs: Any) -> bool:
+    """Whether there is something to see: tensors on the meta device, and fake ones, have shapes only."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    return all(t.untyped_storage().device.type != "meta" for t in tensors)
 
 
 def _picks(recorded: Trace, source: Source) -> bool:
