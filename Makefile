@@ -14,6 +14,7 @@ test: lint types unit docs end-to-end
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 types: .venv/dev
 	$(BIN)/mypy

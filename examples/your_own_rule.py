@@ -21,8 +21,8 @@ class ClippedDFA(fb.Rule):
     paper = "an example"
     # a signal that is clipped does not grow with the loss, so a loss scale is refused
     linear = False
-    # it needs and unlocks what DFA does
-    properties = fb.DFA.properties
+    # no signal waits for another one
+    unlocked = "backward"
 
     def graph(self, sites: Sequence[fb.Site], source: fb.Source) -> fb.Graph:
         """Send the source's error to every site, through dense weights."""

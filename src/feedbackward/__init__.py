@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         Frozen,
         KolenPollack,
         Mixed,
-        Properties,
         RelayedKP,
         Rule,
     )
@@ -89,6 +88,9 @@ _RENAMED = {
     "cost": ("feedbackward", "count_cost"),
     "keep_norms": ("feedbackward", "renormalize_weights"),
 }
+_GONE = {
+    "Properties": "a rule says `learned`, `transport` and `unlocked` as fields of its class; costs are counted",
+}
 _MOVED = {name: (home, name) for home, names in _MOVED_TO.items() for name in names.split()}
 _MOVED |= _RENAMED
 
@@ -98,6 +100,8 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC or name in _MODULES:
         module = import_module(_PUBLIC.get(name, f"feedbackward.{name}"))
         return globals().setdefault(name, getattr(module, name, module))
+    if name in _GONE:
+        raise AttributeError(f"feedbackward.{name} is gone: {_GONE[name]}.")
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, new = _MOVED[name]
@@ -138,7 +142,6 @@ __all__ = [
     "PerShape",
     "Pooled",
     "Probe",
-    "Properties",
     "RelayedKP",
     "Rule",
     "Shape",

@@ -179,10 +179,13 @@ def _rules(arguments: list[str]) -> int:
     parser.add_argument(
         "--format", choices=["table", "markdown", "json"], default="table", help="(default: table)"
     )
+    parser.add_argument(
+        "--cost", action="store_true", help="count what each rule costs on one network"
+    )
     options = parser.parse_args(arguments)
-    from feedbackward.experiment.training.inspect import print_rules
+    from feedbackward.experiment.report.rules import print_rules
 
-    print_rules(options.format)
+    print_rules(options.format, options.cost)
     return 0
 
 

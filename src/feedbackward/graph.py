@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedbackward.errors import AttachError
 from feedbackward.operators.base import Operator
 from feedbackward.operators.layer import LayerForm
+
+if TYPE_CHECKING:
+    from feedbackward.rule import Rule
 
 # the place of a call's first argument
 FIRST = "[0][0]"
@@ -134,6 +138,8 @@ class Edge:
     forward_weight: the name of a weight of the model. The operator gets it as the last of the edge's weights, as it is in
         the forward pass (sign-symmetry uses its signs). The feedback gives it no gradient.
     key: the name of the edge's weights in `learner.feedback`.
+    factor: multiplies the signal.
+    rule: what is sent and how `B` learns. `Rule.connect` sets it.
 
     Example:
         >>> import torch
@@ -155,6 +161,8 @@ class Edge:
     shares: str | None = None
     forward_weight: str | None = None
     key: str = ""
+    factor: float = 1.0
+    rule: Rule = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -162,6 +170,11 @@ class Edge:
             if self.operator.common:
                 key = f"{type(self.operator).__name__}/{'x'.join(map(str, self.source_shape))}"
             object.__setattr__(self, "key", key)
+
+    @property
+    def learns_in_pass(self) -> bool:
+        """Whether `B` gets its gradient from the rule's `feedback_grad`, in every backward pass."""
+        return self.rule.learned and self.shares is None and not self.rule.in_phase
 
     @property
     def leading(self) -> int:
@@ -202,10 +215,17 @@ def feedback_key(site: Site) -> str:
 
 @dataclass(frozen=True)
 class Local:
-    """A local loss for a site, from an auxiliary network. Its backward pass starts with that of the source."""
+    """A local loss for a site, from an auxiliary network. Its backward pass starts with that of the source.
+
+    `network()` makes the auxiliary network; `loss(output, target)` is the loss of its output, with the target as
+    `learner.target` got it. `rule`: the rule that the site belongs to; `Rule.connect` sets it.
+    """
 
     source: Source
     site: Site
+    network: Callable[[], nn.Module] = field(compare=False, repr=False)
+    loss: Callable[[Tensor, Tensor], Tensor] = field(compare=False, repr=False)
+    rule: Rule = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
     @property
     def key(self) -> str:
@@ -274,3 +294,16 @@ class Graph:
     @property
     def sources(self) -> tuple[Source, ...]:
         return tuple(dict.fromkeys(end.source for end in self._ends))
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of the edges and local losses, each once."""
+        return tuple({id(end.rule): end.rule for end in self._ends}.values())
+
+    def of_rule(self, rule: Rule) -> Graph:
+        """The graph whose edges and local losses belong to `rule`, unless they belong to another already."""
+        return replace(
+            self,
+            edges=tuple(e if e.rule is not None else replace(e, rule=rule) for e in self.edges),
+            local=tuple(e if e.rule is not None else replace(e, rule=rule) for e in self.local),
+        )

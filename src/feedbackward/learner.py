@@ -9,28 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
+from feedbackward.engine.attached import Attached, AttachedModule, refuse_input_gradients
 from feedbackward.engine.checks import check_graph
 from feedbackward.engine.cuts import Cuts
+from feedbackward.engine.description import describe, in_bytes
 from feedbackward.engine.phase import Phase
-from feedbackward.engine.plan import Plan, describe, in_bytes, make_plan
-from feedbackward.engine.rows import Rows
-from feedbackward.engine.structure import Structure
+from feedbackward.engine.plan import Plan, make_plan
 from feedbackward.engine.target import Target
-from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names, weights_of
+from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
-from feedbackward.model.example import Given
+from feedbackward.model.example import run
 from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
 from feedbackward.model.trace import Trace, trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
-from feedbackward.schedules.delayed import check_delayed
-from feedbackward.schedules.joint import Schedule, backward
+from feedbackward.schedules.dsp import DSP, check_delayed
+from feedbackward.schedules.joint import Schedule, backward, check_schedule
 from feedbackward.schedules.passes import LossFn
 
 
@@ -88,7 +86,7 @@ def attach(
             f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}."
         )
     _refuse_wrapped(model)
-    _refuse_input_gradients(example)
+    refuse_input_gradients(example)
     recorded = trace(model, example)
     refuse_unrecorded(recorded)
     source = find_source(model, recorded, error_at, output)
@@ -106,16 +104,14 @@ def attach(
     return learner._with_plan(example)
 
 
-class Learner(nn.Module):
+class Learner(AttachedModule):
     """A model that a rule trains. Call it like the model; `loss.backward()` and the optimizer stay as they are.
 
     Attributes:
         model: the user's model, unchanged.
         feedback: the feedback weights of every edge (Parameters if the rule learns them, otherwise buffers), and the
             auxiliary networks of local losses.
-        graph: the feedback graph: what is sent where.
-        source: the activity whose error is sent.
-        sites: the sites that `attach` found. A rule may cut fewer: `graph.sites`.
+        attached: the record that the engine works on. `rule`, `graph`, `source`, `sites` and `plan` are its own.
 
     Example:
         >>> import torch
@@ -142,19 +138,43 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.rule, self.sites, self.source, self.seed = rule, sites, source, seed
-        self.graph: Graph = fitted(rule.graph(sites, source), rule, seed)
-        check_graph(model, rule, self.graph)
-        self.feedback = make_feedback(model, self.graph, rule, seed, feedback_dtype)
-        self.cuts = Cuts(model, self.graph, rule, self.feedback)
+        self.seed = seed
+        graph = fitted(rule.connect(sites, source), seed)
+        check_graph(model, rule, graph)
+        self.feedback = make_feedback(model, graph, seed, feedback_dtype)
+        cuts = Cuts(model, graph, self.feedback)
+        self.attached = Attached(model, rule, sites, source, graph, self.feedback, cuts)
         # DistributedDataParallel would wait for their gradients in every backward pass
         self._ddp_params_and_buffers_to_ignore = self._learned_in_phase()
-        self.whole_plan: Plan
         self._exact = False
         self._target: Target | None = None
         self._detached = False
-        self._rows, self._structure = Rows(self.graph), Structure(model, rule, self.graph)
-        self._handles = self.cuts.install(model)
+        self._handles = cuts.install(model)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule as it was given to `attach`."""
+        return self.attached.rule
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that were found."""
+        return self.attached.sites
+
+    @property
+    def source(self) -> Source:
+        """The activity whose error is sent to the sites."""
+        return self.attached.source
+
+    @property
+    def graph(self) -> Graph:
+        """What is cut, and what is sent where."""
+        return self.attached.graph
+
+    @property
+    def plan(self) -> Plan:
+        """Which parameters each segment trains, of those that train now."""
+        return self.attached.plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output. If gradients are on, the rule's cuts and broadcasts are in place.
@@ -162,32 +182,24 @@ class Learner(nn.Module):
         Raises SiteError if the pass differs from the example's, and AttachError for inputs that require gradients.
         """
         self._refuse_detached()
-        cut = not self._exact and torch.is_grad_enabled() and bool(self.graph.sites)
-        if torch.is_grad_enabled():
-            self.cuts.recompute = cut
-            if not self._exact and any(self.rule.delays(2)):
+        # targets are of the next pass, whatever pass that is
+        target, self._target = self._target, None
+        attached, grad = self.attached, torch.is_grad_enabled()
+        cut = not self._exact and grad and bool(self.graph.sites)
+        if grad:
+            attached.cuts.recompute = cut
+            if not self._exact and isinstance(self.rule, DSP):
                 check_delayed(self, self.rule.label)
         if not cut:
-            # targets are of the next pass, whatever pass that is
-            self._target = None
             return self.model(*args, **kwargs)
         eager = self.graph.upward or self.graph.branches
-        return self._uncompiled(args, kwargs) if eager else self._cut(args, kwargs)
+        way = self._uncompiled if eager else attached.run
+        return way(args, kwargs, target)
 
-    def _cut(self, args: Any, kwargs: Any) -> Any:
-        """A pass under cuts."""
-        with self.cuts.recording(self.begin_pass(Given(args, kwargs))):
-            tied = self.cuts.tied()
-            return (
-                functional_call(self.model, tied, args, kwargs)
-                if tied
-                else self.model(*args, **kwargs)
-            )
-
-    def _uncompiled(self, args: Any, kwargs: Any) -> Any:
+    def _uncompiled(self, *given: Any) -> Any:
         """Run a pass uncompiled: its backward pass runs others (signals that go up, highways), which no compiler supports."""
         # a decorator would import torch._dynamo together with this file, which takes seconds
-        return torch.compiler.disable(self._cut)(args, kwargs)
+        return torch.compiler.disable(self.attached.run)(*given)
 
     def backward(
         self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint", keep_inputs: bool = False
@@ -219,7 +231,17 @@ class Learner(nn.Module):
             True
         """
         self._refuse_detached()
-        return backward(self, inputs, loss_fn, schedule, keep_inputs)
+        check_schedule(schedule, keep_inputs)
+        if schedule == "joint":
+            loss = loss_fn(run(self, inputs))
+            loss.backward()
+            return loss.detach()
+        if self._exact:
+            raise AttachError(
+                f'within learner.exact() there are no segments to {schedule}: use schedule="joint".'
+            )
+        target, self._target = self._target, None
+        return backward(self.attached, inputs, loss_fn, target, schedule, keep_inputs)
 
     def feedback_step(self, inputs: Any, loss_fn: LossFn | None = None) -> None:
         """Run the phase in which feedback learns, for rules that have one (weight mirror, decoders).
@@ -230,34 +252,22 @@ class Learner(nn.Module):
         FeedbackError for other rules, and under fp16 autocast, because no GradScaler may unscale these gradients.
         """
         self._refuse_detached()
-        if not self.rule.in_phase:
+        rules = self.attached.in_phase
+        if not rules:
             raise FeedbackError(
                 f"{self.rule.label} has no phase of its own for its feedback: leave out the call of feedback_step."
             )
-        self._refuse_fp16("feedback learns in a phase that no loss scale reaches")
-        self._follow_changes()
-        self.rule.feedback_step(Phase(self, inputs, loss_fn))
-
-    def begin_pass(self, inputs: Any) -> Target | None:
-        """Check the inputs of a pass under cuts, and return its targets."""
-        _refuse_input_gradients(inputs)
-        self._follow_changes()
-        self._rows.see_again(self.model, inputs)
-        self.cuts.recompute = True
-        self.cuts.renew()
-        return self._take_target()
-
-    def _follow_changes(self) -> None:
-        """Take note of modules that were changed since the last pass, or refuse them."""
-        if not self._structure.unchanged():
-            self._structure.judge(self.model)
-            self.whole_plan = self.whole_plan.renamed(self.model)
+        self.attached.refuse_fp16("feedback learns in a phase that no loss scale reaches")
+        self.attached.follow_changes()
+        phase = Phase(self.attached, inputs, loss_fn)
+        alone = len(self.attached.rules) == 1
+        for rule in rules:
+            own = [edge for edge in phase.edges if edge.rule is rule]
+            rule.feedback_step(phase if alone else phase.part(own))
 
     def _learned_in_phase(self) -> list[str]:
         """The names of feedback weights that only `feedback_step` gives gradients."""
-        edges = [
-            e for e in self.graph.edges if e.shares is None and not self.rule.learns_in_pass(e)
-        ]
+        edges = [e for e in self.graph.edges if e.shares is None and not e.learns_in_pass]
         names = {name for edge in edges for name in weight_names(edge)}
         return [f"feedback.{name}" for name, _ in self.feedback.named_parameters() if name in names]
 
@@ -274,23 +284,6 @@ class Learner(nn.Module):
                 accumulated batches) must be given here as well.
         """
         self._target = Target(y, scale)
-
-    def _take_target(self) -> Target | None:
-        """The targets of this pass, used once."""
-        target, self._target = self._target, None
-        if target is None and self.rule.needs == "target":
-            raise FeedbackError(
-                f"{self.rule.label} needs the targets before the forward pass: call `learner.target(y)` before `learner(x)`."
-            )
-        if not self.rule.linear:
-            self._refuse_fp16("signals or feedback gradients do not scale with the loss")
-        return target
-
-    def _refuse_fp16(self, why: str) -> None:
-        if _fp16():
-            raise FeedbackError(
-                f"{self.rule.label}'s {why}, so a GradScaler would shrink them: use bf16, which needs none, or float32."
-            )
 
     def _replicate_for_data_parallel(self) -> Learner:
         raise AttachError(
@@ -320,35 +313,30 @@ class Learner(nn.Module):
 
     def weights_of(self, edge: Edge) -> Weights:
         """All tensors of an edge, in the order of its operator's `parts`. Seeded feedback has none."""
-        return weights_of(self.feedback, edge)
+        return self.attached.weights_of(edge)
 
     @property
     def feedback_bytes(self) -> int:
         """Bytes of all feedback weights."""
-        return count_bytes((*self.feedback.parameters(), *self.feedback.buffers()))
+        return self.attached.feedback_bytes
 
     def __str__(self) -> str:
-        return describe(self)
-
-    @property
-    def plan(self) -> Plan:
-        """Which parameters each segment trains, among those that require gradients now."""
-        trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        return self.whole_plan.among(trainable)
+        return describe(self.attached)
 
     def _see_rows(self, recorded: Trace) -> None:
         try:
-            self._rows.see(recorded)
+            self.attached.rows.see(recorded)
         except Exception:
             self.detach()
             raise
 
     def _with_plan(self, example: Any) -> Learner:
         try:
-            self.whole_plan = make_plan(self, example)
+            cuts = self.attached.cuts
+            self.attached.whole_plan = make_plan(cuts, self.sites, example)
             # a frozen layer does not send its signal on, which is refused here
             if self.graph.upward:
-                make_plan(self, example, whole=False)
+                make_plan(cuts, self.sites, example, whole=False)
         except Exception:
             self.detach()
             raise
@@ -364,7 +352,7 @@ class Learner(nn.Module):
     def _warn_of_size(self) -> None:
         """Warn if feedback whose form the user chooses is larger than the model."""
         chosen = {
-            e.key: weights_of(self.feedback, e)
+            e.key: self.weights_of(e)
             for e in self.graph.edges
             if type(e.operator) in OPERATORS.values() and not isinstance(e.site, LayerInput)
         }
@@ -376,21 +364,6 @@ class Learner(nn.Module):
                 "operator=fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense()), fb.Sparse(1) or fb.LowRank(r).",
                 stacklevel=4,
             )
-
-
-def _fp16() -> bool:
-    return any(
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        for kind in ("cuda", "cpu")
-    )
-
-
-def _refuse_input_gradients(inputs: Any) -> None:
-    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(inputs)):
-        raise AttachError(
-            "an input requires a gradient, but under cuts its gradient is not the true one. Use `with learner.exact():` "
-            "for input gradients, or detach the input."
-        )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -35,7 +35,8 @@ _PACKAGES = {
         "shared_dfa sign_dfa sparse_dfa"
     ),
     ("rules", "rules.controls"): ("bp flipped frozen"),
-    ("rules", "rules.mixed"): ("cdfa dsp han2020"),
+    ("rules", "rules.mixed"): ("cdfa han2020"),
+    ("rules", "schedules"): ("dsp"),
     ("rules", "rules.targets"): ("ddtp decoding dtp lra rec_lra sdtp"),
     ("rules", "rules.local"): ("dgl"),
 }

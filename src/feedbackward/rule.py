@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
@@ -21,34 +20,24 @@ if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase
 
 
-@dataclass(frozen=True)
-class Properties:
-    """What a rule needs and costs, for `feedbackward rules` and the docs.
-
-    In the texts, L counts layers, N is the batch, n the features of all sites, C the units of the source, W the weights of
-    the network, c the outputs of a layer, and "opt." the optimizer's state for the feedback. D is the multiply-adds of
-    backprop's input gradients, which a rule with "- D" saves.
-
-    weight_transport: whether the backward pass uses forward weights, or a word if it uses less than that ("signs").
-
-    Example:
-        >>> import feedbackward as fb
-        >>> fb.DFA.properties.backward_steps, fb.DFA.properties.weight_transport
-        ('1', False)
-    """
-
-    backward_unlocked: bool
-    update_unlocked: bool
-    forward_unlocked: bool
-    weight_transport: bool | str
-    learned_feedback: bool
-    backward_steps: str
-    extra_memory: str
-    extra_compute: str
-
-
 class Rule(ABC):
     """A learning rule; subclass it as a frozen dataclass and override `graph` (and `feedback_grad`).
+
+    Class fields, most of which have a default:
+
+    name, label, paper: on the command line, in tables, and where it was published.
+    learned: whether the feedback weights are learned (Parameters) or fixed (buffers).
+    transport: whether forward weights are used in the backward pass; in a word where it is less ("signs").
+    unlocked: what need not wait for the layers above: "backward" (no signal waits for another one), "update" (nor for
+        the output's error), "forward" (nor for the layers above at all); "" where signals wait for each other.
+    feeds: `LayerInput` where the rule feeds the inputs of single layers instead of activities.
+    needs: what the signals of a pass are made from: the "error", a "target" (`learner.target`) or "nothing".
+    linear: whether signals and feedback gradients scale with the loss, so that a GradScaler may scale it.
+    sends_activity: whether `message` is given the source's activity.
+    receives: whether `receive` makes a site's signal of what the operator sent.
+    in_phase: whether feedback learns in `feedback_step`, instead of in every backward pass.
+    revises: whether `feedback_step` adds to the gradients of the model's weights too: then it is called once between the
+        backward pass and the optimizer.
 
     Example:
         >>> from dataclasses import dataclass
@@ -57,7 +46,7 @@ class Rule(ABC):
         >>> import feedbackward as fb
         >>> @dataclass(frozen=True)
         ... class Halved(fb.Rule):
-        ...     name, label, paper, properties = "halved", "Halved", "an example", fb.DFA.properties
+        ...     name, label, paper = "halved", "Halved", "an example"
         ...     def graph(self, sites, source):
         ...         return fb.star(sites, source, fb.Dense(scale=0.5))
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -69,30 +58,25 @@ class Rule(ABC):
     name: ClassVar[str]
     label: ClassVar[str]
     paper: ClassVar[str]
-    properties: ClassVar[Properties]
-    # what the rule feeds: activities (Site), or the inputs of single layers (LayerInput)
+    learned: ClassVar[bool] = False
+    transport: ClassVar[bool | str] = False
+    unlocked: ClassVar[Literal["", "backward", "update", "forward"]] = ""
     feeds: ClassVar[type[Site]] = Site
-    # whether `message` gets the source's activity
-    sends_activity: ClassVar[bool] = False
-    # whether `receive` makes the signal of a site from what the operator sent
-    receives: ClassVar[bool] = False
-    # whether feedback learns in `feedback_step` instead of in every backward pass
-    in_phase: ClassVar[bool] = False
-    # whether `feedback_step` also adds to the gradients of the model's weights: call it between backward and optimizer
-    revises: ClassVar[bool] = False
-    # what the signals of a pass are made from
     needs: ClassVar[Literal["error", "target", "nothing"]] = "error"
-    # whether signals and feedback gradients scale with the loss, so that a GradScaler may scale it
     linear: ClassVar[bool] = True
+    sends_activity: ClassVar[bool] = False
+    receives: ClassVar[bool] = False
+    in_phase: ClassVar[bool] = False
+    revises: ClassVar[bool] = False
 
     @abstractmethod
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         """The feedback graph of the rule on these sites."""
 
-    @property
-    def learned(self) -> bool:
-        """Whether the feedback weights are learned (Parameters) or fixed (buffers)."""
-        return self.properties.learned_feedback
+    @final
+    def connect(self, sites: Sequence[Site], source: Source) -> Graph:
+        """The rule's graph, whose edges and local losses carry the rule."""
+        return self.graph(sites, source).of_rule(self)
 
     @property
     def least_batch(self) -> int:
@@ -103,21 +87,6 @@ class Rule(ABC):
     def needs_error(self) -> bool:
         """Whether some signal needs the output or its error, and so the end of the forward pass."""
         return self.needs == "error" or self.sends_activity
-
-    def delays(self, parts: int) -> tuple[int, ...]:
-        """For a rule with late gradients (DSP): the delay of each part of the network in steps, the lowest part first.
-
-        `fb.Delayed` applies these delays.
-        """
-        return (0,) * parts
-
-    def learns(self, edge: Edge) -> bool:
-        """Whether the weights of this edge are learned; a rule that mixes others decides edge by edge."""
-        return self.learned
-
-    def learns_in_pass(self, edge: Edge) -> bool:
-        """Whether the weights of this edge get their gradient from `feedback_grad`, in every backward pass."""
-        return self.learns(edge) and edge.shares is None and not self.in_phase
 
     def message(
         self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
@@ -152,18 +121,6 @@ class Rule(ABC):
         """For a rule that learns its feedback `in_phase`: give the edges' weights their gradients."""
         raise NotImplementedError(
             f"{type(self).__name__} says that its feedback learns in a phase, but not how."
-        )
-
-    def auxiliary(self, site: Site, source: Source) -> nn.Module:
-        """For a site of `Graph.local`: the network whose own loss trains the segment below the site."""
-        raise NotImplementedError(
-            f"{type(self).__name__} gives local losses to sites, but not the network."
-        )
-
-    def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss of an auxiliary network's output. `target` is what `learner.target` got."""
-        raise NotImplementedError(
-            f"{type(self).__name__} gives local losses to sites, but not the loss."
         )
 
 

@@ -42,7 +42,7 @@ def model() -> nn.Module:
 def grads(net: nn.Module, learner: fb.Learner) -> list[Tensor]:
     x = torch.linspace(-1, 1, 20, dtype=torch.float64, device="cpu").reshape(5, 4)
     y = torch.tensor([0, 1, 2, 0, 1], device="cpu")
-    if learner.rule.needs == "target":
+    if learner.attached.needs_target:
         learner.target(y)
     F.cross_entropy(learner(x), y).backward()
     return [p.grad for p in net.parameters() if p.grad is not None]

@@ -394,7 +394,7 @@ def test_one_pass_at_a_time() -> None:
     learner = fb.attach(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), fb.DFA(), example=X
     )
-    learner.cuts.tape = object()
+    learner.attached.cuts.tape = object()
     with pytest.raises(fb.SiteError, match="another thread"):
         learner(X)
     with pytest.raises(fb.AttachError, match="DistributedDataParallel"):

@@ -140,7 +140,6 @@ class Relayed(fb.Rule):
 
     name = label = "relayed"
     paper = "this test"
-    properties = fb.DFA.properties
 
     def graph(self, sites: Sequence[fb.Site], source: fb.Source) -> fb.Graph:
         edges, left = [], list(sites)

@@ -81,7 +81,6 @@ class TrueSignals(fb.Rule):
     """Cuts as any direct rule makes them, fed with backprop's own signals."""
 
     told: dict[str, Tensor]
-    properties = fb.DFA.properties
     label = "told"
 
     def graph(self, sites: Sequence[fb.Site], source: fb.Source) -> fb.Graph:

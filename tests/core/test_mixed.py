@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import isfunction
 
 import oracles
 import pytest
@@ -20,7 +19,7 @@ NAMES = {row.name: row for row in ROWS}
 
 
 def step(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
-    if learner.rule.needs == "target":
+    if learner.attached.needs_target:
         learner.target(y)
     loss_fn(y)(learner(x)).backward()
     return grads(learner)
@@ -44,16 +43,10 @@ def step(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
 def test_one_rule_everywhere_is_that_rule(rule: fb.Rule, pair: Pair) -> None:
     x, y = pair.batch()
     mixture = fb.Mixed({"*": rule})
-    assert (mixture.label, mixture.properties, mixture.needs, mixture.feeds) == (
+    assert (mixture.label, mixture.transport, mixture.feeds) == (
         rule.label,
-        rule.properties,
-        rule.needs,
+        rule.transport,
         rule.feeds,
-    )
-    assert (mixture.learned, mixture.least_batch, mixture.in_phase) == (
-        rule.learned,
-        rule.least_batch,
-        rule.in_phase,
     )
     expected, got = (step(pair.attach(r), x, y) for r in (rule, mixture))
     assert got.keys() == expected.keys()
@@ -98,7 +91,7 @@ def test_targets_and_errors_in_one_network() -> None:
     mixture = fb.Mixed({"pool1": fb.DGL(hidden=4), "*": fb.DKP.published()})
     alone = step(CONV.attach(fb.DGL(hidden=4)), x, y), step(CONV.attach(fb.DKP.published()), x, y)
     learner = CONV.attach(mixture)
-    assert (mixture.needs, mixture.needs_error) == ("target", True)
+    assert (learner.attached.needs_target, learner.attached.needs_error) == (True, True)
     for name, gradient in step(learner, x, y).items():
         local = name.startswith(("model.conv1", "model.bn1", "feedback.pool1"))
         assert_close(gradient, alone[0 if local else 1][name], name)
@@ -156,31 +149,23 @@ def test_a_pattern_may_be_a_module_or_a_predicate() -> None:
 def test_what_it_needs_and_costs() -> None:
     mixture = fb.Mixed({"features.*": fb.BP(), "classifier.*": fb.DRTP()})
     assert mixture.label == "BP + DRTP"
-    assert mixture.properties == fb.Properties(
-        backward_unlocked=False, update_unlocked=False, forward_unlocked=False, weight_transport=True, learned_feedback=False,
-        backward_steps="L - 1 + 0", extra_memory="0 + C n", extra_compute="0 + N n - D",
-    )  # fmt: skip
-    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published(center=True)}).properties.learned_feedback
-    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published(center=True)}).least_batch == 2
-    assert fb.Mixed({"a": fb.DFA(), "b": fb.Frozen()}).properties.backward_unlocked
-    assert fb.Mixed({"a": fb.FA(), "b": fb.rules.USF()}).properties.weight_transport == "signs"
-    assert fb.Mixed({"a": fb.BP(), "b": fb.rules.USF()}).properties.weight_transport is True
-    assert fb.Mixed({"a": fb.DFA(), "b": fb.DKP.published()}).linear
-    assert not fb.Mixed({"a": fb.DKP.published(), "b": fb.DRTP()}).linear
+    assert mixture.transport is True
+    assert not fb.Mixed({"a": fb.DFA(), "b": fb.Frozen()}).transport
+    assert fb.Mixed({"a": fb.FA(), "b": fb.rules.USF()}).transport == "signs"
+    assert fb.Mixed({"a": fb.BP(), "b": fb.rules.USF()}).transport is True
 
 
-def test_nothing_that_a_rule_can_say_is_forgotten() -> None:
-    """Whatever the contract gets, a mixture has to ask its parts for."""
-    said = {
-        name for name in fb.Rule.__annotations__ if name not in ("name", "paper", "revises")
-    }  # refused
-    assert said <= vars(fb.Mixed({"*": fb.DFA()})).keys()
-    methods = {
-        name
-        for name, value in vars(fb.Rule).items()
-        if isfunction(value) and not name.startswith("_")
-    }
-    assert methods - {"delays"} <= vars(fb.Mixed).keys()  # rules with delays are refused
+def test_every_edge_carries_its_own_rule() -> None:
+    """What the engine asks, it asks the edges; of the whole network the rules that are there."""
+    rules = {"pool1": fb.DGL(hidden=4), "flat": fb.DRTP(), "*": fb.DKP.published(center=True)}
+    attached = CONV.attach(fb.Mixed(rules)).attached
+    assert [edge.rule for edge in attached.graph.edges] == [rules["flat"], rules["*"]]
+    assert [local.rule for local in attached.graph.local] == [rules["pool1"]]
+    assert set(attached.rules) == set(rules.values())
+    assert (attached.needs_target, attached.needs_error) == (True, True)
+    assert attached.in_phase == ()
+    flipped = CONV.attach(fb.rules.Flipped(fb.DFA())).attached
+    assert {(edge.rule, edge.factor) for edge in flipped.graph.edges} == {(fb.DFA(), -1.0)}
 
 
 @dataclass(frozen=True)
@@ -214,12 +199,6 @@ def test_phases_are_each_rules_own() -> None:
 
 
 @dataclass(frozen=True)
-class OtherLosses(fb.DGL):
-    def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return output.square().mean()
-
-
-@dataclass(frozen=True)
 class Common(fb.Dense):
     common = True
 
@@ -237,7 +216,6 @@ REFUSED: Sequence[tuple[Callable[[], object], str]] = (
         "DFA and FA cannot be mixed: one feeds activities",
     ),
     (lambda: fb.Mixed({"a": fb.Frozen(), "b": fb.FA()}), "Frozen and FA cannot be mixed"),
-    (lambda: fb.Mixed({"a": fb.DGL(), "b": OtherLosses()}), "local losses of its own kind"),
     (
         lambda: CONV.attach(fb.Mixed({"pool1": fb.DFA()})),
         "no pattern fits the site 'flat'. Add one, or \"\\*\"",

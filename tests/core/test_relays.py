@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import feedbackward as fb
-from feedbackward.model.trace import dominators
+from feedbackward.model.autograd_graph import dominators
 from feedbackward.operators.layer import LayerForm, LayerShaped
 
 

@@ -21,10 +21,10 @@ STEPS = 6
 def gradients(learner: fb.Learner, pair: Pair, step: int) -> None:
     """What the rule gives on the batch of this step, without any schedule."""
     x, y = pair.batch(seed=step)
-    if learner.rule.needs == "target":
+    if learner.attached.needs_target:
         learner.target(y)
     loss_fn(y)(learner(x)).backward()
-    if learner.rule.in_phase:
+    if learner.attached.in_phase:
         learner.feedback_step(x, loss_fn(y))
 
 

@@ -17,7 +17,7 @@ BP BRSF CDFA DDTP DFA DGL DKP DKPPC DRTP DSP DTP EBD FA FDFA FRSF IFA LRA OPERAT
 SDTP USF ActivationAlignment AttachError Binary BinaryDFA CheckpointError ConfigError Cost
 DataError Dense DivergenceError Edge FeedbackError Flipped Frozen GrAPE Graph Han2020
 InformationAlignment Kernel KernelDFA KolenPollack LayerKernel LayerShaped Learner Local LowRank
-Mixed Operator ParameterAlignment Pass PerShape Phase Pooled Probe Properties RecLRA RelayedKP
+Mixed Operator ParameterAlignment Pass PerShape Phase Pooled Probe RecLRA RelayedKP
 Rule Seeded SelfAlignment Shape Shared SharedDFA SignDFA SignSymmetry Site SiteAlignment SiteError
 Source Sparse SparseDFA SymmetricAlignment WeightMirror Weights attach chain ladder modules
 param_groups probe star step_in_backward Arc Lift Stale cost keep_norms

@@ -176,7 +176,7 @@ def test_every_rule_is_in_the_table_of_rules(capsys, form):
     assert code == 0
     assert all(rule in out for rule in RULES)
     if form == "json":
-        assert json.loads(out)["dkp"]["learned_feedback"] is True
+        assert json.loads(out)["dkp"]["learned"] is True
     if form == "markdown":
         rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines()]
         column = next(row for row in rows if row[0] == "Rule").index("Transport")

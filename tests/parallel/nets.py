@@ -70,7 +70,6 @@ class Relayed(fb.Rule):
     label = "Relayed"
     paper = "none"
     feeds = fb.LayerInput
-    properties = fb.DFA.properties
 
     def graph(self, sites: Sequence[Any], source: fb.Source) -> fb.Graph:
         middle = len(sites) // 2
@@ -124,7 +123,7 @@ class Case:
             parts = min(self.micro_batches, len(x) // 2)
             for xs, ys in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
                 share = len(xs) / len(x)
-                if learner.rule.needs == "target":
+                if learner.attached.needs_target:
                     learner.target(ys, scale=share)
                 (F.cross_entropy(learner(xs), ys) * share).backward()
             optimizer.step()

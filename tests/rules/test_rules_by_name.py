@@ -36,7 +36,8 @@ class Toy(fb.Rule):
     name = "toy"
     label = "Toy"
     paper = "nobody 2099"
-    properties = fb.DKP.properties
+    unlocked = "backward"
+    learned = True
 
     def graph(self, sites, source):
         return fb.star(sites, source, fb.Dense())

@@ -131,7 +131,7 @@ def check_forward(learner: fb.Learner, case: Case) -> None:
     torch.manual_seed(7)
     expected, random = twin(x), torch.get_rng_state()
     torch.manual_seed(7)
-    if learner.rule.needs == "target":
+    if learner.attached.needs_target:
         learner.target(y)
     assert torch.equal(learner(x), expected)
     assert torch.equal(torch.get_rng_state(), random)
@@ -190,7 +190,7 @@ def check_autocast(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
 
 def check_probe(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
     """It can be measured, and the last layer has its true gradient."""
-    if learner.rule.needs == "target":
+    if learner.attached.needs_target:
         learner.target(y)
     found = fb.probe(learner, lambda output: loss(output, y), x)
     assert found.parameters[list(found.parameters)[-1]].cosine > 1 - 1e-6

@@ -194,7 +194,7 @@ def test_autocast_and_stored_in_bfloat16(name: str, dtype: torch.dtype | None) -
     learner = fb.attach(model.float(), fb.RULES[name](), example=x.float(), feedback_dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         F.cross_entropy(learner(x.float()).float(), torch.arange(5)).backward()
-        if learner.rule.in_phase:
+        if learner.attached.in_phase:
             learner.feedback_step(x.float())
     for key, p in learner.named_parameters():
         assert p.grad is not None, key

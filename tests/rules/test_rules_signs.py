@@ -302,7 +302,7 @@ def test_zero_feedback_and_unknown_options_are_refused(kind: type[fb.Rule]) -> N
 
 def test_what_is_transported_and_stored() -> None:
     learner = MLP.attach(fb.rules.USF())
-    assert learner.rule.properties.weight_transport == "signs"
+    assert learner.rule.transport == "signs"
     assert learner.feedback_bytes == 0
     assert "made from fc2.weight" in str(learner)
     assert MLP.attach(fb.rules.BRSF()).feedback_bytes == 3 * 16

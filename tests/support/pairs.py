@@ -186,7 +186,7 @@ def signals(
 def step(learner: fb.Learner, x: Tensor, y: Tensor) -> None:
     """One backward pass and, where the rule has one, one phase."""
     loss_fn(y)(learner(x)).backward()
-    if learner.rule.in_phase:
+    if learner.attached.in_phase:
         learner.feedback_step(x, loss_fn(y))
 
 

@@ -62,7 +62,7 @@ def single_products() -> Iterator[None]:
 
 def macs_of_a_step(learner: fb.Learner, x: Any, loss_fn: Any, y: Tensor | None = None) -> float:
     """Of a real step; the counter gives two flops for a multiply-add."""
-    if learner.rule.needs == "target":
+    if learner.attached.needs_target:
         assert y is not None
         learner.target(y)
     with FlopCounterMode(display=False) as flops, single_products():

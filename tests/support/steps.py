@@ -18,18 +18,18 @@ def give_gradients(
     call: nn.Module | None = None,
 ) -> Tensor:
     """Forward, backward and, where the rule has one, the feedback's phase; returns the output. `call`: a wrapped learner."""
-    if learner.rule.needs == "target":
+    if learner.attached.needs_target:
         learner.target(y)
     output = (call or learner)(x)
     loss(output, y).backward()
-    if learner.rule.in_phase:
+    if learner.attached.in_phase:
         learner.feedback_step(x, lambda out: loss(out, y))
     return output.detach()
 
 
 def staleness(learner: fb.Learner) -> fb.Delayed | None:
     """The schedule without which a preset of rule and schedule trains nothing."""
-    return fb.Delayed(learner) if any(learner.rule.delays(len(learner.plan.stages))) else None
+    return fb.Delayed(learner) if isinstance(learner.rule, fb.rules.DSP) else None
 
 
 def train(

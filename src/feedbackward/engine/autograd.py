@@ -15,13 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from feedbackward.graph import Edge
 from feedbackward.operators.base import Operator
-from feedbackward.rule import Rule
 
 
 class Broadcast(torch.autograd.Function):
     """Identity on a source; its backward sends the source's error along the edges.
 
-    forward(source, rule, edges, target, h_1..h_k, *weights of edge 1, ..., *weights of edge k) -> source. Backward, with
+    forward(source, edges, target, h_1..h_k, *weights of edge 1, ..., *weights of edge k) -> source. Backward, with
     `d = dLoss/dsource`: `d` for the source, the teaching signal shaped like `h_i` for each activity, and the rule's
     gradient for each learned weight.
     """
@@ -30,16 +29,15 @@ class Broadcast(torch.autograd.Function):
     def forward(
         ctx: Any,
         source: Tensor,
-        rule: Rule,
         edges: Sequence[Edge],
         target: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         k = len(edges)
-        ctx.rule, ctx.edges = rule, edges
+        ctx.edges = edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
-        ctx.kept = rule.receives or any(rule.learns_in_pass(edge) for edge in edges)
-        activity = source if rule.sends_activity else None
+        ctx.kept = any(edge.rule.receives or edge.learns_in_pass for edge in edges)
+        activity = source if any(edge.rule.sends_activity for edge in edges) else None
         ctx.save_for_backward(target, activity, *(tensors if ctx.kept else tensors[k:]))
         return source.detach()  # not a view: an in-place operation may follow
 
@@ -58,27 +56,29 @@ class Broadcast(torch.autograd.Function):
                 None if t is None else t.to(dtype).flatten(0, lead - 1)
                 for t in (d, target, activity)
             )
-            message = ctx.rule.message(edge, error, y, s)
+            message = edge.rule.message(edge, error, y, s)
             signal = None
-            if ctx.needs_input_grad[4 + i]:
+            if ctx.needs_input_grad[3 + i]:
                 cast = tuple(w.to(dtype) if w.is_floating_point() else w for w in weights)
                 signal = edge.operator.send(cast, message, tuple(shape[lead:]))
-                if ctx.rule.receives:
+                if edge.rule.receives:
                     h = activities[i].flatten(0, lead - 1)
-                    signal = ctx.rule.receive(edge, signal.reshape(h.shape), h)
+                    signal = edge.rule.receive(edge, signal.reshape(h.shape), h)
                 signal = signal.reshape(shape)
+                if edge.factor != 1:
+                    signal = edge.factor * signal
             signals.append(signal)
-            wanted = ctx.needs_input_grad[4 + k + len(grads) : 4 + k + len(grads) + parts]
+            wanted = ctx.needs_input_grad[3 + k + len(grads) : 3 + k + len(grads) + parts]
             made: Sequence[Tensor] = ()
             if any(wanted):
-                made = ctx.rule.feedback_grad(
+                made = edge.rule.feedback_grad(
                     edge, weights, message, activities[i].flatten(0, lead - 1)
                 )
             grads += [
                 made[j].to(w.dtype) if need else None
                 for j, (w, need) in enumerate(zip(weights, wanted, strict=True))
             ]
-        return (d, None, None, None, *signals, *grads)
+        return (d, None, None, *signals, *grads)
 
 
 class Join(torch.autograd.Function):

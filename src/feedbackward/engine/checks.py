@@ -14,7 +14,7 @@ def check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
 
     Raises AttachError. A graph without cuts would be plain backprop.
     """
-    if not graph.sites and rule.properties.weight_transport is not True:
+    if not graph.sites and rule.transport is not True:
         raise AttachError(
             f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
         )

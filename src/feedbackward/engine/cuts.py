@@ -20,15 +20,14 @@ from feedbackward.engine.upward import response
 from feedbackward.engine.weights import weights_of
 from feedbackward.errors import SiteError
 from feedbackward.graph import Edge, Graph, Local, Site, Source
-from feedbackward.rule import Rule
 
 
 class Cuts(Hooked):
-    """The cuts and broadcasts of one graph under one rule."""
+    """The cuts and broadcasts of one graph."""
 
-    def __init__(self, model: nn.Module, graph: Graph, rule: Rule, feedback: nn.Module) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, feedback: nn.Module) -> None:
         super().__init__(graph.sites, graph.sources, graph.branches)
-        self.model, self.rule, self.feedback, self.edges = model, rule, feedback, graph.edges
+        self.model, self.feedback, self.edges = model, feedback, graph.edges
         place = {site: i for i, site in enumerate(graph.sites)}
         self.routes = [
             [(place[e.site], e) for e in graph.edges if e.source == source]
@@ -80,7 +79,7 @@ class Cuts(Hooked):
     def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
         """The loss of a site's auxiliary network, times the target's scale."""
         output = self.feedback.get_submodule(end.key)(h)
-        return self.rule.local_loss(output, target.raw) * target.scale
+        return end.loss(output, target.raw) * target.scale
 
     def site_of(self, source: Source) -> int | None:
         """The number of the site that is the same tensor as the source, if there is one."""
@@ -148,18 +147,18 @@ class Cuts(Hooked):
             elif edge.operator.common:
                 # several edges use the same tensors, and a compiler takes no tensor twice
                 own = tuple(B.view_as(B) for B in own)
-            learned = learn and self.rule.learns_in_pass(edge)
+            learned = learn and edge.learns_in_pass
             weights += own if learned else [B.detach() for B in own]
             if edge.forward_weight:
                 weights.append(self.model.get_parameter(edge.forward_weight).detach())
         sent = None
         if (
             target is not None
-            and self.rule.needs == "target"
+            and any(edge.rule.needs == "target" for edge in edges)
             and self.site_of(edges[0].source) is None
         ):
             sent = target.one_hot(source, edges[0].source.tokens)
-        return Broadcast.apply(source, self.rule, edges, sent, *activities, *weights)
+        return Broadcast.apply(source, edges, sent, *activities, *weights)
 
     def renew(self) -> None:
         """At the beginning of a pass, change the weights of the edges whose operator is `renewed`."""
@@ -297,8 +296,8 @@ class Cuts(Hooked):
                 f"site {site.name!r} has leading dimensions {list(h.shape[:lead])} and the source {edge.source.name!r} "
                 f"{list(source.shape[:lead])}: the batch must come first and be the same at both."
             )
-        if source.shape[:lead].numel() < self.rule.least_batch:
+        if source.shape[:lead].numel() < edge.rule.least_batch:
             raise SiteError(
-                f"{self.rule.label} with these options needs a batch of at least {self.rule.least_batch}, got "
+                f"{edge.rule.label} with these options needs a batch of at least {edge.rule.least_batch}, got "
                 f"{source.shape[0]} (center=True subtracts the batch mean). Drop the last smaller batch."
             )

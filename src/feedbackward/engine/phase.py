@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from feedbackward.engine.attached import Attached
 from feedbackward.engine.hooks import Observer
 from feedbackward.errors import FeedbackError
 from feedbackward.graph import Edge, Site, Source
@@ -23,7 +24,6 @@ from feedbackward.model.state import preserved
 from feedbackward.operators.base import Weights
 
 if TYPE_CHECKING:
-    from feedbackward.learner import Learner
     from feedbackward.schedules.passes import LossFn
 
 
@@ -46,17 +46,17 @@ class Phase:
         inputs: as the user gave them.
     """
 
-    def __init__(self, learner: Learner, inputs: Any, loss_fn: LossFn | None = None) -> None:
-        self._learner, self.inputs, self._loss_fn = learner, inputs, loss_fn
-        self.edges = learner.graph.edges
-        self._sites, self._sources = learner.graph.sites, learner.graph.sources
+    def __init__(self, attached: Attached, inputs: Any, loss_fn: LossFn | None = None) -> None:
+        self._attached, self.inputs, self._loss_fn = attached, inputs, loss_fn
+        self.edges = attached.graph.edges
+        self._sites, self._sources = attached.graph.sites, attached.graph.sources
         # drawn here, because a pass restores the generator
         self._seed = int(torch.randint(2**62, ()))
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def part(self, edges: Sequence[Edge], samples: int | None = None) -> Phase:
         """The phase of some edges only. Its passes observe their sites and sources, on the first `samples` of the batch."""
-        phase = Phase(self._learner, _first(self.inputs, samples), self._loss_fn)
+        phase = Phase(self._attached, _first(self.inputs, samples), self._loss_fn)
         phase.edges = tuple(edges)
         phase._sites = tuple(dict.fromkeys(edge.site for edge in edges))
         phase._sources = tuple(dict.fromkeys(edge.source for edge in edges))
@@ -64,19 +64,19 @@ class Phase:
 
     def weights(self, edge: Edge) -> Weights:
         """The edge's feedback weights, Parameters where they are learned."""
-        return self._learner.weights_of(edge)
+        return self._attached.weights_of(edge)
 
     def weight(self, name: str) -> Tensor:
         """A weight of the model by its name, detached. The weight of a layer input is `layer_input.weight`."""
-        return self._learner.model.get_parameter(name).detach()
+        return self._attached.model.get_parameter(name).detach()
 
     def moved(self, rate: float) -> dict[str, Tensor]:
         """The model's parameters that have gradients, after a step along these: new leaves, by name."""
-        found = {name: p for name, p in self._learner.model.named_parameters() if p.requires_grad}
+        found = {name: p for name, p in self._attached.model.named_parameters() if p.requires_grad}
         moved = {n: (p - rate * p.grad).detach() for n, p in found.items() if p.grad is not None}
         if not moved:
             raise FeedbackError(
-                f"{self._learner.rule.label} goes on from the step of the backward pass, but no weight has a gradient: call "
+                f"{self._attached.rule.label} goes on from the step of the backward pass, but no weight has a gradient: call "
                 "`learner.feedback_step(x, loss_fn)` after the backward pass and before `optimizer.step()`."
             )
         return {name: p.requires_grad_() for name, p in moved.items()}
@@ -85,7 +85,7 @@ class Phase:
         """The network's loss for the output of a pass. Raises FeedbackError if the user gave no loss."""
         if self._loss_fn is None:
             raise FeedbackError(
-                f"{self._learner.rule.label} needs the loss in its phase: call `learner.feedback_step(x, loss_fn)`, for example with "
+                f"{self._attached.rule.label} needs the loss in its phase: call `learner.feedback_step(x, loss_fn)`, for example with "
                 "`lambda output: F.cross_entropy(output, y)`."
             )
         return self._loss_fn(output)
@@ -103,19 +103,19 @@ class Phase:
         same for a source. With `gradients` autograd records the pass. `weights` replace the parameters of these names. Buffers
         and random state are restored afterwards.
         """
-        learner = self._learner
+        model = self._attached.model
 
         def under(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(learner.model, dict(weights or {}), args, kwargs)
+            return functional_call(model, dict(weights or {}), args, kwargs)
 
         observer = Observer(self._sites, self._sources, change, onward)
         with ExitStack() as stack:
-            stack.enter_context(preserved(learner.model))
+            stack.enter_context(preserved(model))
             stack.enter_context(torch.set_grad_enabled(gradients))
-            for handle in observer.install(learner.model, prepend=True):
+            for handle in observer.install(model, prepend=True):
                 stack.callback(handle.remove)
             tape = stack.enter_context(observer.recording())
-            output = run(under if weights else learner.model, copied(self.inputs))
+            output = run(under if weights else model, copied(self.inputs))
         activities = {
             site: h for site, h in zip(observer.sites, tape.h, strict=True) if h is not None
         }
@@ -164,7 +164,7 @@ class Phase:
             waiting.discard(source.name)
             return a if waiting else forward_ad.unpack_dual(a).primal
 
-        device = next(self._learner.model.parameters()).device.type
+        device = next(self._attached.model.parameters()).device.type
         try:
             # fused attention has no forward-mode derivative, and norms under autocast return theirs in another dtype
             with (
@@ -178,7 +178,7 @@ class Phase:
                 }
         except NotImplementedError as error:
             raise FeedbackError(
-                f"{self._learner.rule.label} differentiates the forward pass in forward mode, which a layer of this model does not "
+                f"{self._attached.rule.label} differentiates the forward pass in forward mode, which a layer of this model does not "
                 f"support ({str(error).splitlines()[0]}). Replace that layer, or use a rule that learns from the error (DKP)."
             ) from error
         found = []
@@ -200,7 +200,7 @@ class Phase:
     def revise(self, grads: Mapping[str, Tensor]) -> None:
         """For a rule that `revises`: add to the gradients of the model's parameters (the mean over processes)."""
         for name, grad in grads.items():
-            _add(self._learner.model.get_parameter(name), grad)
+            _add(self._attached.model.get_parameter(name), grad)
 
 
 def _first(inputs: Any, samples: int | None) -> Any:

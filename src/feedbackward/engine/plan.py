@@ -1,26 +1,21 @@
-"""What a learner will train, and how: the table that `print(learner)` shows."""
+"""The plan: which parameters each segment of a cut network trains."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from feedbackward.engine.autograd import BROADCAST, JOIN
+from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.hooks import Observer
-from feedbackward.engine.weights import count_bytes
-from feedbackward.graph import LayerInput
+from feedbackward.graph import Site
+from feedbackward.model.autograd_graph import below, is_leaf, walk
 from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.values import tensors_in
-
-if TYPE_CHECKING:
-    from feedbackward.learner import Learner
-
-
-_SELF_EVIDENT = ("Dense", "LayerShaped")  # operators whose weights' shape says what they are
 
 
 @dataclass(frozen=True)
@@ -120,23 +115,23 @@ def _nearest(name: str, known: set[str]) -> set[str]:
     return set()
 
 
-def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:
+def make_plan(cuts: Cuts, sites: Sequence[Site], example: Any, whole: bool = True) -> Plan:
     """Run the cut network once on the example and read from autograd's graph which parameters each segment holds.
 
     With `whole`, the plan is made as if every parameter trained. It then stays true when parameters are frozen or
     unfrozen later, and `Plan.among` restricts it to those that train. Without `whole` it covers what trains now.
     """
-    names = {id(p): name for name, p in learner.model.named_parameters()}
-    model = learner.model
+    model = cuts.model
+    names = {id(p): name for name, p in model.named_parameters()}
     with (
         as_in_training(model, whole),
-        learner.cuts.recording() as tape,
+        cuts.recording() as tape,
     ):
         output = run_example(model, example)
     above = [t for t in tensors_in(output) if t.requires_grad]
     ends = [[h] if h is not None else [] for h in tape.h]
     nodes = [_nodes(tensors) for tensors in (*ends, above)]
-    names_of_sites = [site.name for site in learner.cuts.sites]
+    names_of_sites = [site.name for site in cuts.sites]
     # a site's module may be called "head" itself
     labels = [*names_of_sites, "the head" if "head" in names_of_sites else "head"]
     *segments, head = (
@@ -145,23 +140,23 @@ def make_plan(learner: Learner, example: Any, whole: bool = True) -> Plan:
     held = {name for segment in (*segments, head) for name in segment.parameters}
     unreached = tuple(
         name
-        for name, p in learner.model.named_parameters()
+        for name, p in model.named_parameters()
         if name not in held and (p.requires_grad or p.is_floating_point())
     )
-    stages = (*segments, head) if learner.graph.sites else _uncut(learner, example, head, names)
+    stages = (*segments, head) if cuts.sites else _uncut(model, sites, example, head, names)
     return Plan(
         tuple(segments), head, unreached, _overlaps(labels, nodes, names), stages, tuple(tape.order)
     )
 
 
 def _uncut(
-    learner: Learner, example: Any, head: Segment, names: dict[int, str]
+    model: nn.Module, sites: Sequence[Site], example: Any, head: Segment, names: dict[int, str]
 ) -> tuple[Segment, ...]:
     """The parts between the sites of a network without cuts.
 
     A parameter that several parts use belongs to the lowest of them.
     """
-    observer, model = Observer(learner.sites, ()), learner.model
+    observer = Observer(tuple(sites), ())
     handles = observer.install(model, prepend=True)
     try:
         with as_in_training(model), observer.recording() as tape:
@@ -170,7 +165,7 @@ def _uncut(
         for handle in handles:
             handle.remove()
     parts, seen = [], set[str]()
-    for site, h in zip(learner.sites, tape.h, strict=True):
+    for site, h in zip(sites, tape.h, strict=True):
         behind = parameters_behind([] if h is None else [h], names)
         parts.append(Segment(site.name, tuple(name for name in behind if name not in seen)))
         seen.update(behind)
@@ -181,7 +176,7 @@ def _overlaps(
     labels: Sequence[str], nodes: Sequence[set[Any]], names: dict[int, str]
 ) -> dict[tuple[str, str], tuple[str, ...]]:
     """The pairs whose graphs share a computation. A parameter that both use (a leaf) does not count as one."""
-    inner = [{node for node in found if not hasattr(node, "variable")} for found in nodes]
+    inner = [{node for node in found if not is_leaf(node)} for found in nodes]
     found = {}
     for i, j in itertools.combinations(range(len(labels)), 2):
         if not inner[i].isdisjoint(inner[j]):
@@ -206,81 +201,10 @@ def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
 
 
 def _behind(nodes: Iterable[Any]) -> set[Any]:
-    """These nodes, and all that they lead to.
-
-    The walk goes on from a broadcast to its source only, because the sites that it feeds belong to other segments.
-    """
-    seen: set[Any] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        parents = [parent for parent, _ in node.next_functions]
-        stack += parents[:1] if isinstance(node, (BROADCAST, JOIN)) else parents
-    return seen
+    """These nodes and all that they lead to."""
+    return set(walk(nodes, _of_the_segment))
 
 
-def describe(learner: Learner) -> str:
-    """The plan as text: a row per site, then the head, then whatever is irregular."""
-    plan = learner.plan
-    edges = {edge.site: edge for edge in learner.graph.edges}
-    local = {end.site: end for end in learner.graph.local}
-    lifted = {upward_edge.above: upward_edge.below.name for upward_edge in learner.graph.upward}
-    rows = [("site", "activity", "feedback", "bytes", "trains")]
-    for site, segment in zip(learner.graph.sites, plan.segments, strict=True):
-        edge = edges.get(site)
-        form, held = "none: frozen", tuple[Tensor, ...]()
-        if edge:
-            held = learner.weights_of(edge)
-            form = (
-                " + ".join(_size(w.shape) for w in held)
-                or f"made from {edge.forward_weight or 'the seed'}:"
-            )
-            kind = type(edge.operator).__name__
-            form += "" if kind in _SELF_EVIDENT else f" {kind}"
-        elif site in local:
-            auxiliary = learner.feedback.get_submodule(local[site].key)
-            form, held = "a loss of its own", (*auxiliary.parameters(), *auxiliary.buffers())
-        elif site in lifted:
-            form = f"up from {lifted[site]}"
-        size = in_bytes(count_bytes(held)) if edge or site in local else ""
-        rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
-    rows.append((plan.head.site, "", "true gradient", "", _list(plan.head.parameters)))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
-        for row in rows
-    ]
-    title = (
-        f"{learner.rule} on {type(learner.model).__name__}: {len(learner.graph.sites)} sites, "
-        f"error of {learner.source.name!r}, feedback {in_bytes(learner.feedback_bytes)}"
-    )
-    # in a chain skip paths stay whole, so it is normal that parameters are in several segments
-    shared = {} if issubclass(learner.rule.feeds, LayerInput) else plan.shared
-    notes = [
-        f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in shared.items()
-    ]
-    notes += [f"not trained, no segment reaches it: {name}" for name in plan.unreached]
-    return "\n".join([title, *("  " + line for line in lines), *("  " + note for note in notes)])
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _list(names: Sequence[str]) -> str:
-    return (
-        ", ".join(names)
-        if len(names) <= 4
-        else f"{', '.join(names[:3])}, ... ({len(names)} tensors)"
-    )
-
-
-def in_bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+def _of_the_segment(node: Any) -> list[Any]:
+    """What a broadcast feeds belongs to other segments: it leads on to its source only."""
+    return below(node)[:1] if isinstance(node, (BROADCAST, JOIN)) else below(node)

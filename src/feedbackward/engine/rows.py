@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, LayerInput, Local, Site, Source
-from feedbackward.model.trace import Trace, gradient_edges, trace
+from feedbackward.model.autograd_graph import outputs_behind
+from feedbackward.model.trace import Trace, trace
 
 # a gradient is a row's own if it differs from the expected one by no more than this part: codes differ by a factor of two
 _ROOM = 0.05
@@ -87,7 +88,7 @@ def _has_values(inputs: Any) -> bool:
 
 def _picks(recorded: Trace, source: Source) -> bool:
     """Whether rows may be picked by number on the way to the source."""
-    edges = gradient_edges(recorded.tensor_at(source.points[0]))
+    edges = outputs_behind(recorded.tensor_at(source.points[0]))
     return any(node.name().startswith(_PICKING) for node, _ in edges)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,13 @@ from torch.autograd.graph import GradientEdge
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import UpwardEdge
-from feedbackward.model.trace import PRODUCTS
+from feedbackward.model.autograd_graph import (
+    is_leaf,
+    is_product,
+    leaves,
+    not_through_products,
+    walk,
+)
 
 # autograd's nodes that move elements to other positions
 _MOVES = ("Permute", "Transpose", "TBackward", "Flip", "Roll")
@@ -42,7 +46,7 @@ def _refuse(edge: UpwardEdge, h: Tensor, cut: Tensor, above: Tensor) -> None:
         raise AttachError(
             f"signals go up {where} through all layers, but those below {edge.below.name!r} are frozen: leave out its site."
         )
-    inputs = {id(leaf) for leaf in _leaves(above) if not isinstance(leaf, torch.nn.Parameter)}
+    inputs = {id(leaf) for leaf in leaves(above) if not isinstance(leaf, torch.nn.Parameter)}
     if inputs != {id(cut)}:
         raise AttachError(
             f"signals go up {where}, but {edge.above.name!r} is not made from {edge.below.name!r} alone (a skip path?). Only plain "
@@ -54,20 +58,13 @@ def _last_layer(edge: UpwardEdge, name: str, h: Tensor) -> GradientEdge:
     """The output of the last Linear or convolution below an activity; it must have the activity's shape, or be a view of it."""
     found = list[GradientEdge]()
     astray = ""
-    stack, seen = [h.grad_fn], set[Any]()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith(PRODUCTS):
+    for node in walk([h.grad_fn], not_through_products):
+        if is_product(node):
             found.append(GradientEdge(node, 0))
-        else:
-            if node.name().startswith(_MOVES):
-                astray = ", and dimensions change places"
-            if not isinstance(getattr(node, "variable", torch.nn.Parameter()), torch.nn.Parameter):
-                astray = ", and a skip path leads round them"
-            stack += [parent for parent, _ in node.next_functions]
+        elif node.name().startswith(_MOVES):
+            astray = ", and dimensions change places"
+        elif is_leaf(node) and not isinstance(node.variable, torch.nn.Parameter):
+            astray = ", and a skip path leads round them"
     if astray or [math.prod(_shape(edge)) for edge in found] != [h.numel()]:
         shapes = " and ".join(str(list(_shape(edge))) for edge in found) or "none"
         raise AttachError(
@@ -81,16 +78,3 @@ def _last_layer(edge: UpwardEdge, name: str, h: Tensor) -> GradientEdge:
 
 def _shape(edge: GradientEdge) -> tuple[int, ...]:
     return tuple(edge.node._input_metadata[edge.output_nr].shape)
-
-
-def _leaves(h: Tensor) -> Iterable[Tensor]:
-    """The leaves of autograd's graph of a tensor."""
-    stack, seen = [h.grad_fn], set[Any]()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack += [parent for parent, _ in node.next_functions]

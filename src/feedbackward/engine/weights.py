@@ -16,10 +16,9 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, LayerInput
 from feedbackward.operators.base import Weights, within
 from feedbackward.operators.layer import LayerShaped
-from feedbackward.rule import Rule
 
 
-def fitted(graph: Graph, rule: Rule, seed: int) -> Graph:
+def fitted(graph: Graph, seed: int) -> Graph:
     """The graph with each edge's operator as it serves that edge.
 
     Raises AttachError, naming the site, where an operator cannot serve an edge or cannot be learned.
@@ -32,10 +31,10 @@ def fitted(graph: Graph, rule: Rule, seed: int) -> Graph:
             )
         except AttachError as error:
             raise AttachError(f"site {edge.site.name!r}: {error}") from error
-        if rule.learns(edge) and edge.shares is None and not operator.learnable:
+        if edge.rule.learned and edge.shares is None and not operator.learnable:
             raise AttachError(
-                f"{rule.label} learns its feedback, and {type(operator).__name__} feedback cannot be learned: use Dense, LowRank, "
-                "Sparse or Pooled, or a rule with fixed feedback (DFA)."
+                f"{edge.rule.label} learns its feedback, and {type(operator).__name__} feedback cannot be learned: use Dense, "
+                "LowRank, Sparse or Pooled, or a rule with fixed feedback (DFA)."
             )
         newly_common = operator.common and not edge.operator.common
         edges.append(replace(edge, operator=operator, key="" if newly_common else edge.key))
@@ -43,17 +42,17 @@ def fitted(graph: Graph, rule: Rule, seed: int) -> Graph:
 
 
 def make_feedback(
-    model: nn.Module, graph: Graph, rule: Rule, seed: int, dtype: torch.dtype | None
+    model: nn.Module, graph: Graph, seed: int, dtype: torch.dtype | None
 ) -> nn.Module:
     """The weights of every edge and the auxiliary network of every local loss, on the model's device.
 
-    Floating-point weights are `dtype`; by default float64 for a float64 model, else float32. Parameters where the rule
+    Floating-point weights are `dtype`; by default float64 for a float64 model, else float32. Parameters where their rule
     learns them, else buffers.
     """
     reference = next(p for p in model.parameters() if p.is_floating_point())
     if dtype is None:
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-    drawn = partial(_draw, graph, rule, seed, dtype, reference.dtype)
+    drawn = partial(_draw, graph, seed, dtype, reference.dtype)
     return drawn(reference.device, model, Feedback(drawn))
 
 
@@ -80,7 +79,6 @@ class Feedback(nn.Module):
 
 def _draw(
     graph: Graph,
-    rule: Rule,
     seed: int,
     dtype: torch.dtype,
     model_dtype: torch.dtype,
@@ -97,14 +95,14 @@ def _draw(
         with _drawn_on(device):
             made = _measured(model, edge, made, generator)
         for i, (name, weight) in enumerate(zip(weight_names(edge), made, strict=True)):
-            if rule.learns(edge) and i < edge.operator.learnable:
+            if edge.rule.learned and i < edge.operator.learnable:
                 holder.register_parameter(name, nn.Parameter(weight))
             else:
                 holder.register_buffer(name, weight)
     for local in graph.local:
         with torch.random.fork_rng(devices=[]), _drawn_on(device):
             torch.manual_seed(_digest(seed, local.key))
-            auxiliary = rule.auxiliary(local.site, local.source)
+            auxiliary = local.network()
         holder.add_module(local.key, auxiliary.to(device, model_dtype))
     return holder
 

@@ -25,6 +25,7 @@ from feedbackward.engine.autograd import BROADCAST, DEFER, JOIN
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.measure.counting import Products, Saved
+from feedbackward.model.autograd_graph import walk
 from feedbackward.model.state import training_mode
 from feedbackward.schedules.joint import Schedule
 from feedbackward.schedules.passes import LossFn
@@ -201,7 +202,7 @@ class _Count:
             if schedule == "joint":
                 branches = learner.graph.branches
                 sweeps = branches.sweeps if branches else 0
-                self.steps = _in_sequence(loss, products, learner.rule.needs_error, sweeps)
+                self.steps = _in_sequence(loss, products, learner.attached.needs_error, sweeps)
             return loss
 
         learner.target(self.target)
@@ -212,7 +213,7 @@ class _Count:
     @contextmanager
     def _watched(self, products: Products, saved: Saved) -> Iterator[None]:
         """Follow what the cuts do within a pass as well: this learner is a copy, whose methods may be replaced."""
-        cuts: Any = self.learner.cuts
+        cuts: Any = self.learner.attached.cuts
         methods = {
             "broadcast": saved.within(cuts.broadcast),
             "local_loss": saved.within(cuts.local_loss),
@@ -247,10 +248,8 @@ class _Count:
             sent = self._count(lambda: edge.operator.send(weights, message, edge.site_shape))  # noqa: B023
             signals += declared
             seen += sent
-            if self.learner.rule.learns_in_pass(edge):
-                made = self._count(
-                    partial(self.learner.rule.feedback_grad, edge, weights, message, h)
-                )
+            if edge.learns_in_pass:
+                made = self._count(partial(edge.rule.feedback_grad, edge, weights, message, h))
                 learning += made if made or sent else declared
                 seen += made
         return signals + joint.total("feedback") - seen, learning + joint.total("learning")
@@ -261,7 +260,7 @@ class _Count:
         return products.total("forward")
 
     def _phase(self) -> int | None:
-        if not self.learner.rule.in_phase:
+        if not self.learner.attached.in_phase:
             return None
         with Products(self.learner.model, nn.Module(), self.inputs) as products:
             self.learner.feedback_step(self.inputs, self.loss_fn)
@@ -278,7 +277,7 @@ class _Count:
     def _message(self, edge: Edge) -> Tensor:
         """What travels along an edge."""
         d = self._zeros(edge, edge.source_shape)
-        return self.learner.rule.message(edge, d, d, d)
+        return edge.rule.message(edge, d, d, d)
 
     def _zeros(self, edge: Edge, shape: Sequence[int]) -> Tensor:
         tokens = edge.site.shape[: edge.leading - 1]
@@ -324,7 +323,7 @@ def _in_sequence(loss: Tensor, products: Products, needs_error: bool, sweeps: in
 
     # by the branches passed on the way
     depth = {(loss.grad_fn, 0): 0}
-    for node in _sorted(loss.grad_fn, onward):
+    for node in walk([loss.grad_fn], lambda node: [child for child, _ in onward(node)]):
         for passed in range(sweeps + 1):
             if (node, passed) not in depth:
                 continue
@@ -333,22 +332,6 @@ def _in_sequence(loss: Tensor, products: Products, needs_error: bool, sweeps: in
                 if there[1] <= sweeps:
                     depth[there] = max(depth.get(there, 0), depth[node, passed] + more)
     return max(depth.values())
-
-
-def _sorted(root: Any, onward: Callable[[Any], list[tuple[Any, int]]]) -> list[Any]:
-    """The nodes that the root leads to, each before those that it leads to itself."""
-    done: dict[Any, None] = {}
-    stack = [(root, False)]
-    entered = set()
-    while stack:
-        node, left = stack.pop()
-        if left:
-            done[node] = None
-        elif node not in entered:
-            entered.add(node)
-            stack.append((node, True))
-            stack += [(child, False) for child, _ in onward(node)]
-    return list(reversed(done))
 
 
 def _faker(mode: FakeTensorMode) -> Callable[[Any], Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from feedbackward.errors import AttachError
-from feedbackward.model.trace import PARAMETRIC, PRODUCTS, Call, Trace
+from feedbackward.model.autograd_graph import not_through_products, walk
+from feedbackward.model.trace import PARAMETRIC, Call, Trace
 
 _RUNS = (nn.Sequential, nn.ModuleList)
 
@@ -80,15 +79,5 @@ def _is_residual(call: Call) -> bool:
     if not _is_composed(call.module) or not call.outputs or not call.inputs:
         return False
     goals = {t.grad_fn for t, _ in call.inputs if t.grad_fn is not None}
-    stack = [t.grad_fn for t, _ in call.outputs if isinstance(t, Tensor)]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node in goals:
-            return True
-        seen.add(node)
-        if not node.name().startswith(PRODUCTS):
-            stack.extend(parent for parent, _ in node.next_functions)
-    return False
+    made = (t.grad_fn for t, _ in call.outputs if isinstance(t, Tensor))
+    return any(node in goals for node in walk(made, not_through_products))

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from feedbackward.graph import HookPoint, Site
-from feedbackward.model.trace import PRODUCTS, Call, Trace
+from feedbackward.model.autograd_graph import below, below_without_leaves, is_leaf, is_product, walk
+from feedbackward.model.trace import Call, Trace
 
 
 def branch_inputs(trace: Trace, final: Tensor) -> Iterator[tuple[int, Site | str]]:
@@ -19,8 +20,10 @@ def branch_inputs(trace: Trace, final: Tensor) -> Iterator[tuple[int, Site | str
     the branch does not begin with a module.
     """
     found: dict[HookPoint, None] = {}
-    for total in (n for n in _topological(final.grad_fn) if n.name().startswith("AddBackward")):
-        sides = [_products(n) for n, _ in total.next_functions if n is not None]
+    for total in reversed(walk([final.grad_fn], below_without_leaves)):
+        if not total.name().startswith("AddBackward"):
+            continue
+        sides = [_products(n) for n in below(total)]
         fork, branch = _fork(sides)
         if fork is None:
             continue
@@ -39,32 +42,17 @@ def _branch(call: Call, place: int, point: HookPoint) -> Site:
     return Site(f"{call.name}.input", (point,), tuple(tensor.shape[1:]))
 
 
-def _topological(node: Any) -> list[Any]:
-    """The node and all below it that depend on parameters, each after what it depends on."""
-    order: dict[Any, None] = {}
-    stack: list[tuple[Any, bool]] = [(node, False)]
-    seen: set[Any] = set()
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order[node] = None
-        elif node is not None and node not in seen and node.next_functions:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(below, False) for below, _ in node.next_functions]
-    return list(order)
-
-
 def _products(top: Any) -> dict[Any, int]:
     """The fewest products on a path from the node down to each below it, its own included, the lowest nodes first."""
-    order = _topological(top)
-    fewest = {top: int(top.name().startswith(PRODUCTS))} if order else {}
-    for node in reversed(order):
-        for below, _ in node.next_functions:
-            if below is not None and below.next_functions:
-                through = fewest[node] + below.name().startswith(PRODUCTS)
-                fewest[below] = min(through, fewest.get(below, through))
-    return {node: fewest[node] for node in order}
+    if is_leaf(top):
+        return {}
+    order = walk([top], below_without_leaves)
+    fewest = {top: int(is_product(top))}
+    for node in order:
+        for other in below_without_leaves(node):
+            through = fewest[node] + is_product(other)
+            fewest[other] = min(through, fewest.get(other, through))
+    return {node: fewest[node] for node in reversed(order)}
 
 
 def _fork(sides: list[dict[Any, int]]) -> tuple[Any, dict[Any, int]]:
@@ -77,7 +65,7 @@ def _fork(sides: list[dict[Any, int]]) -> tuple[Any, dict[Any, int]]:
     a, b = sides
     for skip in (0, 1):
         for node in (n for n in reversed(a) if n in b):
-            own = node.name().startswith(PRODUCTS)
+            own = is_product(node)
             fewest, most = sorted((a[node] - own, b[node] - own))
             if fewest == skip < most:
                 return node, a if a[node] > b[node] else b

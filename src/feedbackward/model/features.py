@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from feedbackward.model.autograd_graph import Output, is_leaf
+
 CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -20,8 +22,6 @@ CHANNELS_FIRST = (*CONVOLUTIONS, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _NORMS_LAST = (nn.LayerNorm, nn.RMSNorm)
 FEATURES_LAST = (nn.Linear, *_NORMS_LAST, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 
-# an autograd node and the number of its output
-Output = tuple[Any, int]
 # the nodes passed on the way down, the lowest first
 _Path = tuple[Any, "_Path"] | None
 
@@ -127,7 +127,7 @@ def _swapped(n: int, a: int, b: int) -> list[int]:
 
 def _shape(output: Output) -> tuple[int, ...]:
     node, number = output
-    if hasattr(node, "variable"):
+    if is_leaf(node):
         return tuple(node.variable.shape)
     metadata = node._input_metadata
     return tuple(metadata[number].shape) if number < len(metadata) else ()

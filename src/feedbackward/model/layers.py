@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, LayerInput, PreActivation, Source
+from feedbackward.model.autograd_graph import (
+    below,
+    dominators,
+    is_product,
+    parameter_behind,
+    walk,
+)
 from feedbackward.model.branches import branch_inputs
 from feedbackward.model.sites import Sites, known_modules, source_tensor
-from feedbackward.model.trace import (
-    ELEMENTWISE,
-    PARAMETRIC,
-    PRODUCTS,
-    Call,
-    Trace,
-    dominators,
-    gradient_edges,
-)
+from feedbackward.model.trace import ELEMENTWISE, PARAMETRIC, Call, Trace
 from feedbackward.model.values import tensors_in
 from feedbackward.operators.layer import LayerForm
 
@@ -162,11 +160,11 @@ def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: l
     """Refuse a product of an activity with a parameter outside a layer: it would send the error through true weights."""
     names = {id(p): name for name, p in model.named_parameters()}
     layers = {id(p) for call in calls for p in call.module.parameters(recurse=False)}
-    for node in {node for t in outputs for node, _ in gradient_edges(t)}:
+    for node in walk(t.grad_fn for t in outputs):
         recurrent = "Rnn" in node.name() or "Lstm" in node.name() or "Gru" in node.name()
-        if not recurrent and not node.name().startswith(PRODUCTS):
+        if not recurrent and not is_product(node):
             continue
-        operands = [_parameter(parent) for parent, _ in node.next_functions if parent is not None]
+        operands = [parameter_behind(operand) for operand in below(node)]
         if all(p is not None for p in operands) and not recurrent:
             # nothing below it gets an error
             continue
@@ -196,30 +194,3 @@ def _hidden_weight(model: nn.Module, name: str) -> str:
         'rule with direct feedback (DFA, DKP; sites="blocks"), write it with nn.Linear layers, or name the layers to feed with '
         "`sites=`."
     )
-
-
-_PASSING = (
-    "T",
-    "View",
-    "UnsafeView",
-    "Transpose",
-    "Permute",
-    "Expand",
-    "ToCopy",
-    "Reshape",
-    "Unsqueeze",
-    "Squeeze",
-    "Clone",
-)
-
-
-def _parameter(node: Any) -> Tensor | None:
-    """The parameter behind an operand, if nothing but views and casts lie between."""
-    while node is not None and not hasattr(node, "variable"):
-        if (
-            node.name().removesuffix("Backward0").removesuffix("Backward1") not in _PASSING
-            or len(node.next_functions) != 1
-        ):
-            return None
-        node = node.next_functions[0][0]
-    return None if node is None else node.variable

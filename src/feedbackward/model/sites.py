@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, Site, Source
+from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.blocks import block_names
-from feedbackward.model.trace import PARAMETRIC, Call, Trace, gradient_edges
+from feedbackward.model.trace import PARAMETRIC, Call, Trace
 from feedbackward.model.values import describe_type, is_opaque
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -84,7 +85,7 @@ class _Finder:
     def __init__(self, trace: Trace, source: Source) -> None:
         self.trace = trace
         self.source_tensor, self.source_end = source_tensor(trace, source)
-        self.upstream = gradient_edges(self.source_tensor)
+        self.upstream = outputs_behind(self.source_tensor)
 
     def layers(self) -> list[Site]:
         """The activity that enters each parametric layer after the first; one site per distinct tensor."""

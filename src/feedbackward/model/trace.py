@@ -40,8 +40,6 @@ ELEMENTWISE = (
     nn.Softsign,
     nn.Tanh,
 )
-# how the names of autograd's nodes for matrix products and convolutions begin
-PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
 
 
 @dataclass
@@ -194,42 +192,3 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) is lazy: its parameters get their shapes in the first forward pass. Run "
                 "the model once on a batch before attaching, and make the optimizer after that."
             )
-
-
-def dominators(tensor: Tensor) -> set[Any]:
-    """The autograd nodes that every path to the tensor from what was made before them passes through."""
-    order: dict[Any, int] = {}
-    stack: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.setdefault(node, len(order))
-        elif node not in order:
-            stack.append((node, True))
-            stack += [
-                (n, False)
-                for n, _ in reversed(node.next_functions)
-                if n is not None and n.next_functions
-            ]
-    # how many edges begin to bypass a place, less those that end there
-    rounds = [0] * (len(order) + 1)
-    for node, place in order.items():
-        for below, _ in node.next_functions:
-            if below in order:
-                rounds[order[below] + 1] += 1
-                rounds[place] -= 1
-    passing = list(itertools.accumulate(rounds))
-    return {node for node, place in order.items() if not passing[place]}
-
-
-def gradient_edges(tensor: Tensor) -> set[tuple[Any, int]]:
-    """Every autograd node that leads to the tensor (its own included), with the number of the output that does."""
-    seen: set[tuple[Any, int]] = set()
-    stack: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
-    while stack:
-        edge = stack.pop()
-        if edge[0] is None or edge in seen:
-            continue
-        seen.add(edge)
-        stack.extend(edge[0].next_functions)
-    return seen

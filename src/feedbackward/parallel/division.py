@@ -72,7 +72,7 @@ def _routes(learner: Learner, recording: Recording, cut: tuple[int, ...]) -> Rou
     sites = {s.name: stage_of(times[s.points], boundary_times) for s in graph.sites}
     sources = {s.name: stage_of(times[s.points], boundary_times) for s in graph.sources}
     uncut = tuple(points not in cut_points(learner) for points in cut_at)
-    return Routes(graph, sites, sources, (*uncut, False), learner.rule.needs_error)
+    return Routes(graph, sites, sources, (*uncut, False), learner.attached.needs_error)
 
 
 def _times(learner: Learner, recording: Recording) -> dict[Any, float]:
@@ -136,7 +136,7 @@ def _pass(
 
 def _some_target(learner: Learner, rows: int) -> Target | None:
     """Targets for the trial of a rule that needs them: the first class everywhere."""
-    if learner.rule.needs != "target":
+    if not learner.attached.needs_target:
         return None
     shape = learner.source.shape
     kept = shape[: learner.source.tokens] if learner.source.tokens else shape[1:]
@@ -177,7 +177,7 @@ def _refuse_untrained(learner: Learner, parts: Sequence[Sequence[str]]) -> None:
     """What the whole learner trains, some stage must train."""
     fed = {edge.site.name for edge in learner.graph.edges}
     fed |= {end.site.name for end in learner.graph.local}
-    whole = learner.whole_plan
+    whole = learner.attached.whole_plan
     segments = [segment for segment in whole.segments if segment.site in fed]
     trained = {name for part in parts for name in part}
     for segment in (*segments, whole.head):

@@ -125,7 +125,7 @@ def _division(learner: Learner, example: Any, named: list[str], groups: Groups) 
     else:
         boundaries = ()
     division = divide(learner, recording, boundaries, example)
-    refuse_common(division.routes, learner.rule)
+    refuse_common(division.routes)
     return division
 
 
@@ -163,6 +163,7 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         self.rule, self.seed = learner.rule, learner.seed
+        self.needs_target = learner.attached.needs_target
         self.division, self._groups = division, groups
         self.rank, self.ranks, self.micro_batches = groups.rank, groups.size, micro_batches
         self.step = self._wish = self.stopping = 0
@@ -208,10 +209,10 @@ class Pipeline(nn.Module):
             DivergenceError: a loss or error is not finite; on every rank, before any has updated.
             LostRankError: another rank ended or did not answer.
         """
-        if self.rule.needs == "target" and not isinstance(target, Tensor):
+        if self.needs_target and not isinstance(target, Tensor):
             raise FeedbackError(f"{self.rule.label} needs targets: pipe.backward(x, loss_fn, y).")
         rows = count_rows(inputs)
-        sizes = sizes_of(rows, self.micro_batches, max(2, self.rule.least_batch))
+        sizes = sizes_of(rows, self.micro_batches, 2)
         batch = Batch(self.step, cut_rows(inputs, sizes), cut_rows(target, sizes), sizes, loss_fn)
         with self._witnesses.watching():
             self._run(batch)

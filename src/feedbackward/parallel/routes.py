@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Local, Source
 from feedbackward.rule import Rule
+from feedbackward.schedules.dsp import DSP
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ class Routes:
 def refuse_rule(rule: Rule, graph: Graph) -> None:
     """Refuse, by name, the rules that several stages cannot follow."""
     why = ""
-    if rule.sends_activity:
+    rules = graph.rules or (rule,)
+    if any(each.sends_activity for each in rules):
         why = "sends activities, which would travel down as well"
     elif graph.upward:
         why = "sends signals upwards, through the layers"
-    elif rule.in_phase:
+    elif any(each.in_phase for each in rules):
         why = "learns its feedback in a phase of its own, whose passes run through the whole model"
-    elif any(rule.delays(2)):
+    elif isinstance(rule, DSP):
         why = "is a schedule of late gradients as well"
     if why:
         raise AttachError(
@@ -88,11 +90,11 @@ def refuse_rule(rule: Rule, graph: Graph) -> None:
         )
 
 
-def refuse_common(routes: Routes, rule: Rule) -> None:
+def refuse_common(routes: Routes) -> None:
     """Refuse learned feedback weights that sites of several stages have in common."""
     holders: dict[str, set[int]] = {}
     for edge in routes.graph.edges:
-        if rule.learns(edge):
+        if edge.rule.learned:
             holders.setdefault(edge.key, set()).add(routes.site_stage[edge.site.name])
     for key, stages in holders.items():
         if len(stages) > 1:

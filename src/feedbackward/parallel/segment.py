@@ -73,10 +73,11 @@ class StageModule(nn.Module):
         stage: int,
     ) -> None:
         super().__init__()
-        self.model, self.feedback, self.rule = learner.model, learner.feedback, learner.rule
+        self.model, self.feedback = learner.model, learner.feedback
+        self.needs_target = learner.attached.needs_target
         self.routes, self.stage = routes, stage
         inside = routes.inside(stage)
-        self.cuts = Cuts(self.model, inside, self.rule, self.feedback)
+        self.cuts = Cuts(self.model, inside, self.feedback)
         self.places = {site: index for index, site in enumerate(inside.sites)}
         self._handles = self.cuts.install(self.model)
         sources = [s for s in routes.graph.sources if routes.source_stage[s.name] == stage]

@@ -15,10 +15,11 @@ from feedbackward.engine.hooks import Observer
 from feedbackward.errors import AttachError
 from feedbackward.graph import HookPoint, LayerInput, Site
 from feedbackward.learner import Learner
+from feedbackward.model.autograd_graph import dominators, outputs_behind
 from feedbackward.model.example import run
 from feedbackward.model.sites import find_sites, source_tensor
 from feedbackward.model.state import preserved, training_mode
-from feedbackward.model.trace import Trace, dominators, gradient_edges, trace
+from feedbackward.model.trace import Trace, trace
 from feedbackward.model.values import tensors_in
 from feedbackward.parallel.simulate import StageCost
 
@@ -179,7 +180,7 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The parameters and other leaves that these tensors depend on."""
     found: dict[int, Tensor] = {}
     for tensor in tensors:
-        for node, _ in gradient_edges(tensor):
+        for node, _ in outputs_behind(tensor):
             variable = getattr(node, "variable", None)
             if variable is not None:
                 found[id(variable)] = variable

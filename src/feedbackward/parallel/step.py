@@ -197,7 +197,7 @@ class Steps:
         return found
 
     def _target(self, target: Any, share: float) -> Target | None:
-        needed = self.module.rule.needs == "target"
+        needed = self.module.needs_target
         return Target(target, share) if needed and isinstance(target, Tensor) else None
 
     def _send_up(self, index: int, output: Tensor) -> None:

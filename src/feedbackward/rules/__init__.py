@@ -8,7 +8,7 @@ Example:
     'DFA'
 """
 
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.rules.chain.activation_alignment import ActivationAlignment
 from feedbackward.rules.chain.brsf import BRSF
 from feedbackward.rules.chain.fa import FA
@@ -44,7 +44,6 @@ from feedbackward.rules.local.dgl import DGL
 from feedbackward.rules.local.lls import LLS
 from feedbackward.rules.local.predsim import PredSim
 from feedbackward.rules.mixed.cdfa import CDFA
-from feedbackward.rules.mixed.dsp import DSP
 from feedbackward.rules.mixed.han2020 import Han2020
 from feedbackward.rules.mixed.mixed import Mixed
 from feedbackward.rules.targets.ddtp import DDTP
@@ -52,52 +51,71 @@ from feedbackward.rules.targets.dtp import DTP
 from feedbackward.rules.targets.lra import LRA
 from feedbackward.rules.targets.rec_lra import RecLRA
 from feedbackward.rules.targets.sdtp import SDTP
+from feedbackward.schedules.dsp import DSP
 
-RULES: dict[str, type[Rule]] = {
+# what we would use ourselves, and what it is compared with
+RECOMMENDED: dict[str, type[Rule]] = {
+    "dkp": DKP,
+    "relayed_kp": RelayedKP,
+    "kp": KolenPollack,
+    "dgl": DGL,
+    "dfa": DFA,
+}
+CONTROLS: dict[str, type[Rule]] = {
     "bp": BP,
+    "frozen": Frozen,
+}
+# published methods that others are measured against
+BASELINES: dict[str, type[Rule]] = {
     "fa": FA,
     "usf": USF,
+    "sign_symmetry": SignSymmetry,
+    "weight_mirror": WeightMirror,
+    "sparse_dfa": SparseDFA,
+    "shared_dfa": SharedDFA,
+    "drtp": DRTP,
+    "fdfa": FDFA,
+    "grape": GrAPE,
+    "predsim": PredSim,
+    "lls": LLS,
+    "dtp": DTP,
+    "sdtp": SDTP,
+    "ddtp": DDTP,
+    "rec_lra": RecLRA,
+    "dsp": DSP,
+}
+# published methods that few build on, that were measured in another setting only, or of which much had to be inferred
+CONTRIB: dict[str, type[Rule]] = {
     "brsf": BRSF,
     "frsf": FRSF,
-    "sign_symmetry": SignSymmetry,
-    "kp": KolenPollack,
-    "dfa": DFA,
-    "shared_dfa": SharedDFA,
-    "sparse_dfa": SparseDFA,
     "binary_dfa": BinaryDFA,
     "pdfa": PDFA,
     "cdfa": CDFA,
     "han2020": Han2020,
     "kernel_dfa": KernelDFA,
-    "ifa": IFA,
-    "dkp": DKP,
-    "dkp_pc": DKPPC,
-    "drtp": DRTP,
     "sign_dfa": SignDFA,
-    "fdfa": FDFA,
-    "grape": GrAPE,
-    "relayed_kp": RelayedKP,
+    "ifa": IFA,
+    "dkp_pc": DKPPC,
     "highway_kp": HighwayKP,
     "ebd": EBD,
-    "dgl": DGL,
-    "predsim": PredSim,
-    "lls": LLS,
-    "weight_mirror": WeightMirror,
     "information_alignment": InformationAlignment,
     "symmetric_alignment": SymmetricAlignment,
     "activation_alignment": ActivationAlignment,
     "self_alignment": SelfAlignment,
     "pfa": PFA,
-    "dtp": DTP,
-    "sdtp": SDTP,
-    "ddtp": DDTP,
     "lra": LRA,
-    "rec_lra": RecLRA,
-    "dsp": DSP,
-    "frozen": Frozen,
+}
+TIERS: dict[str, dict[str, type[Rule]]] = {
+    "recommended": RECOMMENDED,
+    "control": CONTROLS,
+    "baseline": BASELINES,
+    "contrib": CONTRIB,
+}
+RULES: dict[str, type[Rule]] = {
+    name: rule for tier in TIERS.values() for name, rule in tier.items()
 }
 
-# named as the rules are, but made of other rules: what they need and cost is said by an instance
+# named as the rules are, but made of other rules
 COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed, "flipped": Flipped}
 
 __all__ = [
@@ -124,6 +142,7 @@ __all__ = [
     "PFA",
     "RULES",
     "SDTP",
+    "TIERS",
     "USF",
     "ActivationAlignment",
     "BinaryDFA",
@@ -137,7 +156,6 @@ __all__ = [
     "KolenPollack",
     "Mixed",
     "PredSim",
-    "Properties",
     "RecLRA",
     "RelayedKP",
     "Rule",

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from feedbackward.engine.attached import Attached, AttachedModule
 from feedbackward.engine.weights import weight_names
-from feedbackward.errors import AttachError, CheckpointError, FeedbackError
-
-if TYPE_CHECKING:
-    from feedbackward.learner import Learner
-
-# the `Delayed` objects of a learner that still exist
-_LIVE: WeakKeyDictionary[nn.Module, WeakSet[Delayed]] = WeakKeyDictionary()
-
-
-def check_delayed(learner: nn.Module, label: str) -> None:
-    """Check that a rule that needs a `Delayed`, such as DSP, has one: without it, it would be plain backprop.
-
-    Raises FeedbackError if none was made, and warns if the one that was made is gone.
-    """
-    if _LIVE.get(learner):
-        return
-    fix = (
-        "make `delayed = fb.Delayed(learner)`, keep it, and call `delayed.exchange()` before every "
-        "optimizer step."
-    )
-    if learner not in _LIVE:
-        raise FeedbackError(
-            f"{label} is a schedule as well, without which it would be plain backprop: {fix}"
-        )
-    warnings.warn(
-        f"the fb.Delayed of this learner is gone, so {label} trains by plain backprop now: {fix}",
-        stacklevel=4,
-    )
+from feedbackward.errors import AttachError, CheckpointError
+from feedbackward.schedules.dsp import DELAYED, DSP
 
 
 class Delayed:
@@ -87,11 +61,17 @@ class Delayed:
     """
 
     def __init__(
-        self, learner: Learner, staleness: int | Sequence[int] | None = None, *, steps: int = 0
+        self,
+        learner: AttachedModule,
+        staleness: int | Sequence[int] | None = None,
+        *,
+        steps: int = 0,
     ) -> None:
-        parts = learner.plan.stages
+        attached = learner.attached
+        parts = attached.plan.stages
         if staleness is None:
-            staleness = learner.rule.delays(len(parts))
+            rule = attached.rule
+            staleness = rule.delays(len(parts)) if isinstance(rule, DSP) else 0
         delays = (staleness,) * len(parts) if isinstance(staleness, int) else tuple(staleness)
         if steps < 0:
             raise AttachError(f"steps must be >= 0 (0: no bound), got {steps}.")
@@ -100,9 +80,9 @@ class Delayed:
                 f"staleness must be one number >= 0, or {len(parts)} of them, for the parts that end at "
                 f"{', '.join(part.site for part in parts)}: got {staleness}."
             )
-        self.delays = tuple(map(sum, zip(delays, _waits(learner, steps), strict=True)))
+        self.delays = tuple(map(sum, zip(delays, _waits(attached, steps), strict=True)))
         self._learner = learner
-        found = _ages(learner, self.delays)
+        found = _ages(attached, self.delays)
         parameters = dict(learner.named_parameters())
         ages = {name: next(iter(parts)) for name, parts in found.items() if len(parts) == 1}
         # a parameter that is frozen now may train later, as late as its part
@@ -115,7 +95,7 @@ class Delayed:
             if p.requires_grad:
                 raise _no_one_age(name, ages_of)
         self._before: dict[str, Tensor] = {}
-        _LIVE.setdefault(learner, WeakSet()).add(self)
+        DELAYED.setdefault(learner, WeakSet()).add(self)
 
     def exchange(self) -> None:
         """Replace the gradients of each part by those of k steps ago, and keep the present ones for later.
@@ -201,35 +181,35 @@ class Delayed:
                 self._before[name] = last
 
 
-def _waits(learner: Learner, steps: int) -> tuple[int, ...]:
+def _waits(attached: Attached, steps: int) -> tuple[int, ...]:
     """How many steps of at most `steps` products the signal of each part takes after the first step."""
     if not steps:
-        return (0,) * len(learner.plan.stages)
-    return tuple(max(0, -(-p // steps) - 1) for p in products(learner))
+        return (0,) * len(attached.plan.stages)
+    return tuple(max(0, -(-p // steps) - 1) for p in products(attached))
 
 
-def products(learner: Learner) -> tuple[int, ...]:
+def products(attached: Attached) -> tuple[int, ...]:
     """How many products in sequence it takes from the output's error to the signal of each part, the lowest first and the head last.
 
     Of backprop, one for every part above. Where several sites lie above a relay the deepest of them counts.
     Raises AttachError where signals go on upwards, through layers, or pass some branches only.
     """
-    graph, parts = learner.graph, len(learner.plan.stages)
+    graph, parts = attached.graph, len(attached.plan.stages)
     if graph.branches:
         raise AttachError(
-            f"products in sequence are counted part by part, and {learner.rule.label} sends errors along paths "
+            f"products in sequence are counted part by part, and {attached.rule.label} sends errors along paths "
             "that pass some branches: leave steps at 0, or give `staleness` a number per part."
         )
     if graph.upward:
         raise AttachError(
-            f"products in sequence are counted along feedback edges, and what {learner.rule.label} sends to a site goes on upwards "
+            f"products in sequence are counted along feedback edges, and what {attached.rule.label} sends to a site goes on upwards "
             "through the layers: leave steps at 0, or give `staleness` a number per part."
         )
     if not graph.sites:
         return tuple(reversed(range(parts)))
     sites: dict[int, int] = {}
     sources: dict[str, int] = {}
-    for met in reversed(learner.plan.order):
+    for met in reversed(attached.plan.order):
         deepest = max(sites.values(), default=0)
         if isinstance(met, str):
             sources[met] = deepest
@@ -239,20 +219,20 @@ def products(learner: Learner) -> tuple[int, ...]:
     return (*(sites[i] for i in range(len(graph.sites))), 0)
 
 
-def _ages(learner: Learner, delays: Sequence[int]) -> dict[str, dict[int, str]]:
+def _ages(attached: Attached, delays: Sequence[int]) -> dict[str, dict[int, str]]:
     """For every parameter that is in a part: its delays, each with the name of a part that has it."""
     found: dict[str, dict[int, str]] = {}
-    for part, delay in zip(learner.whole_plan.stages, delays, strict=True):
+    for part, delay in zip(attached.whole_plan.stages, delays, strict=True):
         for name in part.parameters:
             found.setdefault(f"model.{name}", {})[delay] = part.site
-    places = {site.points: i for i, site in enumerate(learner.graph.sites)}
-    auxiliary = dict(learner.feedback.named_parameters())
-    for edge in learner.graph.edges:
+    places = {site.points: i for i, site in enumerate(attached.graph.sites)}
+    auxiliary = dict(attached.feedback.named_parameters())
+    for edge in attached.graph.edges:
         i = places[edge.site.points]
         own = found.get(f"model.{edge.shares}", {delays[i]: edge.site.name})
         for name in weight_names(edge):
             found.setdefault(f"feedback.{name}", {}).update(own)
-    for end in learner.graph.local:
+    for end in attached.graph.local:
         i = places[end.site.points]
         for name in auxiliary:
             if name.startswith(f"{end.key}."):

@@ -11,56 +11,55 @@ replay: a forward pass gives the error, and its lower part is repeated, segment 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from feedbackward.engine.attached import Attached
+from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError
 from feedbackward.model.example import run
 from feedbackward.schedules.passes import Deliver, LossFn, finish, refuse_overlaps
 from feedbackward.schedules.replay import replay
 
-if TYPE_CHECKING:
-    from feedbackward.learner import Learner
-
 Schedule = Literal["joint", "replay", "eager"]
 
 
 def backward(
-    learner: Learner, inputs: Any, loss_fn: LossFn, schedule: Schedule, keep_inputs: bool = False
+    attached: Attached,
+    inputs: Any,
+    loss_fn: LossFn,
+    target: Target | None,
+    schedule: Schedule,
+    keep_inputs: bool = False,
 ) -> Tensor:
-    """Forward and backward by a schedule; see `Learner.backward`."""
-    ways: dict[str, Callable[[Learner, Any, LossFn], Tensor]] = {
-        "joint": _joint,
-        "replay": partial(replay, keep_inputs=keep_inputs),
-        "eager": _eager,
-    }
-    if schedule not in ways:
-        raise AttachError(f"unknown schedule {schedule!r}: choose one of {', '.join(ways)}.")
+    """Forward and backward by a schedule other than joint; see `Learner.backward`."""
+    if schedule == "replay":
+        return replay(attached, inputs, loss_fn, target, keep_inputs)
+    return _eager(attached, inputs, loss_fn, target)
+
+
+def check_schedule(schedule: str, keep_inputs: bool) -> None:
+    """Refuse names and options that no schedule has, and a backward without gradients."""
+    if schedule not in get_args(Schedule):
+        raise AttachError(
+            f"unknown schedule {schedule!r}: choose one of {', '.join(get_args(Schedule))}."
+        )
     if keep_inputs and schedule != "replay":
         raise AttachError(f'keep_inputs is an option of schedule="replay", not of {schedule!r}.')
     if not torch.is_grad_enabled():
         raise AttachError("learner.backward computes gradients: call it outside torch.no_grad().")
-    return ways[schedule](learner, inputs, loss_fn)
 
 
-def _joint(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
-    loss = loss_fn(run(learner, inputs))
-    loss.backward()
-    return loss.detach()
-
-
-def _eager(learner: Learner, inputs: Any, loss_fn: LossFn) -> Tensor:
-    if learner.rule.needs_error:
+def _eager(attached: Attached, inputs: Any, loss_fn: LossFn, target: Target | None) -> Tensor:
+    if attached.needs_error:
         raise AttachError(
-            f"{learner.rule.label}'s signals are made from the output's error, which is known after the forward pass only: use "
+            f"{attached.rule.label}'s signals are made from the output's error, which is known after the forward pass only: use "
             'schedule="replay", or a rule that needs no error (DRTP, DGL).'
         )
-    refuse_overlaps(learner, "eager")
-    target = learner.begin_pass(inputs)
-    with learner.cuts.visiting(Deliver(learner.cuts, target, {}), target):
-        output = run(learner.model, inputs)
+    refuse_overlaps(attached, "eager")
+    attached.begin_pass(inputs, target)
+    with attached.cuts.visiting(Deliver(attached.cuts, target, {}), target):
+        output = run(attached.model, inputs)
     return finish(loss_fn(output))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from feedbackward.engine.attached import Attached
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.hooks import PassOverError
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import Source
-
-if TYPE_CHECKING:
-    from feedbackward.learner import Learner
 
 LossFn = Callable[[Any], Tensor]
 
@@ -143,8 +141,8 @@ def finish(loss: Tensor) -> Tensor:
     return loss.detach()
 
 
-def refuse_overlaps(learner: Learner, schedule: str) -> None:
-    for first, second in learner.plan.overlaps:
+def refuse_overlaps(attached: Attached, schedule: str) -> None:
+    for first, second in attached.plan.overlaps:
         raise AttachError(
             f'schedule="{schedule}" runs each segment\'s backward by itself, but the segments of {first!r} and {second!r} overlap: '
             "an activity leads to both round the cuts between them. Cut the trunk that they share "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from feedbackward.engine.attached import Attached
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.errors import AttachError
 from feedbackward.graph import Source
@@ -19,13 +20,10 @@ from feedbackward.model.state import preserved
 from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Fingerprint
 
-if TYPE_CHECKING:
-    from feedbackward.learner import Learner
-
 
 @dataclass
 class Preparation:
-    """What is known of a learner's passes before they are replayed.
+    """What is known of a model's passes before they are replayed.
 
     `hold`: the number of the site above which everything is trained in the first pass; None to repeat the whole pass.
     `changed`: an attribute that a pass gives another value, which each pass of a segment by itself would do again.
@@ -37,33 +35,33 @@ class Preparation:
     separable: bool = False
 
 
-# what was found, by learner and by what it depends on
-_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Preparation]] = WeakKeyDictionary()
+# what was found, by attached model and by what it depends on
+_KNOWN: WeakKeyDictionary[Attached, dict[Hashable, Preparation]] = WeakKeyDictionary()
 
 
-def prepared(learner: Learner, inputs: Any) -> Preparation:
+def prepared(attached: Attached, inputs: Any) -> Preparation:
     """The preparation of the model as it is now.
 
     It is made again when other parameters train, or modules or their modes have changed. Raises AttachError as `prepare`
     does.
     """
-    known = _KNOWN.setdefault(learner, {})
+    known = _KNOWN.setdefault(attached, {})
     key = (
         # a reference, because a new module may have the id of one that is gone
-        tuple((name, ref(m), m.training) for name, m in learner.model.named_modules()),
-        tuple(name for name, p in learner.model.named_parameters() if p.requires_grad),
+        tuple((name, ref(m), m.training) for name, m in attached.model.named_modules()),
+        tuple(name for name, p in attached.model.named_parameters() if p.requires_grad),
     )
     if key not in known:
-        known[key] = prepare(learner, inputs)
+        known[key] = prepare(attached, inputs)
     return known[key]
 
 
-def prepare(learner: Learner, inputs: Any) -> Preparation:
+def prepare(attached: Attached, inputs: Any) -> Preparation:
     """Run the forward pass a few times, compare every site's activity, and weigh the segments.
 
     Raises AttachError, naming the first site that differs, before any gradient is computed.
     """
-    first, second = _listen(learner, inputs), _listen(learner, inputs)
+    first, second = _listen(attached, inputs), _listen(attached, inputs)
     for name, fingerprint in first.fingerprints.items():
         if not fingerprint.like(second.fingerprints.get(name)):
             raise AttachError(
@@ -71,8 +69,8 @@ def prepare(learner: Learner, inputs: Any) -> Preparation:
                 "come from torch's generators (NumPy, Python objects of its own), or the forward pass depends on what earlier ones "
                 'did. Draw it with torch, keep state in buffers, or use schedule="joint".'
             )
-    hold = _hold(learner, first.bytes)
-    if hold is not None and not _holds(learner, inputs, hold):
+    hold = _hold(attached, first.bytes)
+    if hold is not None and not _holds(attached, inputs, hold):
         hold = None
     return Preparation(hold, first.changed)
 
@@ -104,25 +102,25 @@ class _Listener:
         return tensor
 
 
-def _listen(learner: Learner, inputs: Any) -> _Listener:
-    tensors = (*learner.model.parameters(), *learner.model.buffers())
+def _listen(attached: Attached, inputs: Any) -> _Listener:
+    tensors = (*attached.model.parameters(), *attached.model.buffers())
     known = {t.untyped_storage()._cdata for t in tensors}
-    listener = _Listener([site.name for site in learner.cuts.sites], known)
+    listener = _Listener([site.name for site in attached.cuts.sites], known)
     saving = torch.autograd.graph.saved_tensors_hooks(listener.save, lambda tensor: tensor)
-    with preserved(learner.model) as before, saving, learner.cuts.visiting(listener):
-        run(learner.model, copied(inputs))
+    with preserved(attached.model) as before, saving, attached.cuts.visiting(listener):
+        run(attached.model, copied(inputs))
         listener.changed = before.attributes.changed()
     return listener
 
 
-def _hold(learner: Learner, weights: dict[int, int]) -> int | None:
+def _hold(attached: Attached, weights: dict[int, int]) -> int | None:
     """The lowest site such that all segments above it take no more memory than the largest segment.
 
     All sources must lie above it. None if there is no such site.
     """
-    below = list(itertools.takewhile(lambda item: isinstance(item, int), learner.plan.order))
+    below = list(itertools.takewhile(lambda item: isinstance(item, int), attached.plan.order))
     met = [index for index in below if isinstance(index, int)]
-    rest = [index for index in learner.plan.order if isinstance(index, int) and index not in met]
+    rest = [index for index in attached.plan.order if isinstance(index, int) and index not in met]
     above = sum(weights[index] for index in rest)
     largest = max(weights.values())
     hold = None
@@ -133,12 +131,12 @@ def _hold(learner: Learner, weights: dict[int, int]) -> int | None:
     return hold
 
 
-def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
+def _holds(attached: Attached, inputs: Any, hold: int) -> bool:
     """Whether a pass that records gradients from this site on reaches everything that trains above it."""
-    cuts, plan = learner.cuts, learner.plan
-    names = {id(p): name for name, p in learner.model.named_parameters()}
-    with preserved(learner.model), torch.no_grad(), cuts.recording(hold=hold) as tape:
-        output = run(learner.model, copied(inputs))
+    cuts, plan = attached.cuts, attached.plan
+    names = {id(p): name for name, p in attached.model.named_parameters()}
+    with preserved(attached.model), torch.no_grad(), cuts.recording(hold=hold) as tape:
+        output = run(attached.model, copied(inputs))
     torch.clear_autocast_cache()
     ends = [t for t in tensors_in(output) if t.requires_grad]
     lower = plan.order[: plan.order.index(hold) + 1]
@@ -147,7 +145,7 @@ def _holds(learner: Learner, inputs: Any, hold: int) -> bool:
         for i, (h, segment) in enumerate(zip(tape.h, plan.segments, strict=True))
         if i not in lower
     ]
-    trainable = {name for name, p in learner.model.named_parameters() if p.requires_grad}
+    trainable = {name for name, p in attached.model.named_parameters() if p.requires_grad}
     return all(
         set(parameters_behind(tensors, names)) >= set(segment.parameters) & trainable
         for tensors, segment in [*segments, (ends, plan.head)]

@@ -7,11 +7,12 @@ source lies below that site, the whole pass is repeated.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from feedbackward.engine.attached import Attached
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError
@@ -29,30 +30,33 @@ from feedbackward.schedules.passes import (
 from feedbackward.schedules.preparation import prepared
 from feedbackward.schedules.segmentwise import replay_kept
 
-if TYPE_CHECKING:
-    from feedbackward.learner import Learner
 
-
-def replay(learner: Learner, inputs: Any, loss_fn: LossFn, keep_inputs: bool = False) -> Tensor:
+def replay(
+    attached: Attached,
+    inputs: Any,
+    loss_fn: LossFn,
+    target: Target | None,
+    keep_inputs: bool = False,
+) -> Tensor:
     """Forward and backward of a batch; returns the loss."""
-    _refuse_replay(learner)
-    refuse_overlaps(learner, "replay")
-    preparation = prepared(learner, inputs)
-    target = learner.begin_pass(inputs)
+    _refuse_replay(attached)
+    refuse_overlaps(attached, "replay")
+    preparation = prepared(attached, inputs)
+    attached.begin_pass(inputs, target)
     if keep_inputs:
-        return replay_kept(learner, inputs, loss_fn, target, preparation)
+        return replay_kept(attached, inputs, loss_fn, target, preparation)
     if preparation.hold is None:
-        return _repeat_all(learner, inputs, loss_fn, target)
-    return _repeat_below(learner, inputs, loss_fn, target, preparation.hold)
+        return _repeat_all(attached, inputs, loss_fn, target)
+    return _repeat_below(attached, inputs, loss_fn, target, preparation.hold)
 
 
 def _repeat_below(
-    learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
+    attached: Attached, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
 ) -> Tensor:
     """Run a pass that trains the part above the site `hold`, and then a second pass up to that site."""
-    cuts, model = learner.cuts, learner.model
+    cuts, model = attached.cuts, attached.model
     before = PassState(model)
-    loss, errors, expected = _train_above(learner, inputs, loss_fn, target, hold)
+    loss, errors, expected = _train_above(attached, inputs, loss_fn, target, hold)
     after = PassState(model)
     before.restore()
     visitor = Deliver(cuts, target, errors, (cuts.sites[hold].name, expected), until=hold)
@@ -63,46 +67,46 @@ def _repeat_below(
 
 
 def _train_above(
-    learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
+    attached: Attached, inputs: Any, loss_fn: LossFn, target: Target | None, hold: int
 ) -> tuple[Tensor, dict[str, Tensor], Fingerprint]:
     """The loss, the errors of the sources, and the fingerprint of the activity at the site `hold`."""
-    with torch.no_grad(), learner.cuts.recording(target, hold=hold) as tape:
-        output = run(learner.model, copied(inputs))
+    with torch.no_grad(), attached.cuts.recording(target, hold=hold) as tape:
+        output = run(attached.model, copied(inputs))
     torch.clear_autocast_cache()  # of weights that were cast without gradients
     assert tape.held is not None
     expected, tape.held = Fingerprint.of(tape.held), None
     return finish(loss_fn(output)), tape.errors, expected
 
 
-def _repeat_all(learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None) -> Tensor:
-    errors, expected = _find_errors(learner, inputs, loss_fn, target)
-    visitor = Deliver(learner.cuts, target, errors, expected)
-    with learner.cuts.visiting(visitor, target):
-        output = run(learner.model, copied(inputs))
+def _repeat_all(attached: Attached, inputs: Any, loss_fn: LossFn, target: Target | None) -> Tensor:
+    errors, expected = _find_errors(attached, inputs, loss_fn, target)
+    visitor = Deliver(attached.cuts, target, errors, expected)
+    with attached.cuts.visiting(visitor, target):
+        output = run(attached.model, copied(inputs))
     return finish(loss_fn(output))
 
 
 def _find_errors(
-    learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None
+    attached: Attached, inputs: Any, loss_fn: LossFn, target: Target | None
 ) -> tuple[dict[str, Tensor], tuple[str, Fingerprint]]:
     """The error of every source, beginning with the last one, and the last source's fingerprint.
 
     A pass runs without gradients up to the source, and with gradients from there on. A source that is also a site needs
     no pass, because its error is the signal that it gets.
     """
-    cuts, errors = learner.cuts, dict[str, Tensor]()
+    cuts, errors = attached.cuts, dict[str, Tensor]()
     order = {source.name: source for source in cuts.sources}
     expected: tuple[str, Fingerprint] | None = None
     stand_ins: dict[int, Tensor] = {}
-    for name in reversed(learner.plan.sources):
+    for name in reversed(attached.plan.sources):
         relay = cuts.site_of(order[name])
         if relay is not None and expected is not None:
             errors[name] = _sent(cuts, relay, stand_ins[relay], errors, target)
             continue
         seek = Seek(cuts, name, target, errors, stand_ins)
-        with preserved(learner.model), torch.no_grad():
+        with preserved(attached.model), torch.no_grad():
             with cuts.visiting(seek, target):
-                output = run(learner.model, copied(inputs))
+                output = run(attached.model, copied(inputs))
             seek.add(loss_fn(output), None)
         # it has weights that were cast without gradients
         torch.clear_autocast_cache()
@@ -183,27 +187,27 @@ class Seek:
         return self.sum
 
 
-def _refuse_replay(learner: Learner) -> None:
-    rule = learner.rule
+def _refuse_replay(attached: Attached) -> None:
+    rule = attached.rule
     if issubclass(rule.feeds, LayerInput):
         raise AttachError(
             f"{rule.label} is a chain: each layer waits for the error of the one above, so its segments cannot be replayed one by "
             'one. Use schedule="joint", or a rule with direct feedback (DFA, DKP).'
         )
-    if learner.graph.upward:
+    if attached.graph.upward:
         raise AttachError(
             f"{rule.label}'s signals go up from segment to segment while the whole forward pass is kept, so its segments cannot be "
             'replayed one by one. Use schedule="joint", or a rule with direct feedback (DFA, DKP).'
         )
-    if rule.sends_activity:
+    if any(each.sends_activity for each in attached.rules):
         raise AttachError(
             f'{rule.label} sends the source\'s activity along with its target, which replay does not keep: use schedule="joint".'
         )
-    if not rule.needs_error:
+    if not attached.needs_error:
         raise AttachError(
             f'{rule.label} needs no error, so nothing must be replayed: use schedule="eager".'
         )
-    if not learner.graph.edges:
+    if not attached.graph.edges:
         raise AttachError(
             f"{rule.label} cuts nothing, so there are no segments to replay: torch.utils.checkpoint saves memory with backprop."
         )

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from feedbackward.engine.attached import Attached
 from feedbackward.engine.hooks import Director, PassOverError
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.engine.target import Target
@@ -27,9 +28,6 @@ from feedbackward.model.state import RandomState, preserved
 from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Deliver, LossFn, finish
 from feedbackward.schedules.preparation import Preparation
-
-if TYPE_CHECKING:
-    from feedbackward.learner import Learner
 
 
 @dataclass
@@ -62,7 +60,7 @@ class _Kept:
 
 
 def replay_kept(
-    learner: Learner, inputs: Any, loss_fn: LossFn, target: Target | None, prepared: Preparation
+    attached: Attached, inputs: Any, loss_fn: LossFn, target: Target | None, prepared: Preparation
 ) -> Tensor:
     """Forward and backward of a batch; returns the loss."""
     if prepared.changed:
@@ -70,35 +68,35 @@ def replay_kept(
             f"the forward pass changes {prepared.changed!r} of the model, so a step whose segments run "
             "one by one would change it more than once. Use keep_inputs=False."
         )
-    director = Director(learner.graph.sites, learner.graph.sources)
-    order = [index for index in learner.plan.order if isinstance(index, int)]
-    deliver = Deliver(learner.cuts, target, {})
+    director = Director(attached.graph.sites, attached.graph.sources)
+    order = [index for index in attached.plan.order if isinstance(index, int)]
+    deliver = Deliver(attached.cuts, target, {})
     with ExitStack() as stack:
-        for handle in director.install(learner.model):
+        for handle in director.install(attached.model):
             stack.callback(handle.remove)
-        kept = _keep(learner, inputs, director)
+        kept = _keep(attached, inputs, director)
         check = not prepared.separable
-        loss, after = _head(learner, inputs, loss_fn, director, kept, order, deliver, check)
+        loss, after = _head(attached, inputs, loss_fn, director, kept, order, deliver, check)
         for place in reversed(range(len(order))):
-            _segment(learner, inputs, director, kept, order, place, deliver, check)
+            _segment(attached, inputs, director, kept, order, place, deliver, check)
     after.restore()
     prepared.separable = True
     return loss
 
 
-def _keep(learner: Learner, inputs: Any, director: Director) -> _Kept:
-    kept, clock = _Kept(RandomState(learner.model)), iter(range(1 << 62))
+def _keep(attached: Attached, inputs: Any, director: Director) -> _Kept:
+    kept, clock = _Kept(RandomState(attached.model)), iter(range(1 << 62))
 
     def at_site(index: int, h: Tensor) -> Tensor:
         kept.clock[index] = next(clock)
         kept.activities[index] = h
-        kept.random[index] = RandomState(learner.model)
+        kept.random[index] = RandomState(attached.model)
         return h
 
-    recorded = _calls(learner.model, kept, clock)
+    recorded = _calls(attached.model, kept, clock)
     directed = director.directing(at_site, lambda source, tensor: tensor)
-    with preserved(learner.model), torch.no_grad(), recorded, directed:
-        run(learner.model, copied(inputs))
+    with preserved(attached.model), torch.no_grad(), recorded, directed:
+        run(attached.model, copied(inputs))
     torch.clear_autocast_cache()  # of weights that were cast without gradients
     return kept
 
@@ -142,7 +140,7 @@ def _skeleton(t: Tensor, kept: _Kept) -> Any:
 
 
 def _head(
-    learner: Learner,
+    attached: Attached,
     inputs: Any,
     loss_fn: LossFn,
     director: Director,
@@ -151,16 +149,16 @@ def _head(
     deliver: Deliver,
     check: bool,
 ) -> tuple[Tensor, RandomState]:
-    with _from(learner, director, kept, order, len(order), deliver):
-        output = run(learner.model, copied(inputs))
+    with _from(attached, director, kept, order, len(order), deliver):
+        output = run(attached.model, copied(inputs))
     if check:
-        _refuse_interleaved(learner, tensors_in(output), learner.plan.head)
+        _refuse_interleaved(attached, tensors_in(output), attached.plan.head)
     loss = finish(loss_fn(output))
-    return loss, RandomState(learner.model)
+    return loss, RandomState(attached.model)
 
 
 def _segment(
-    learner: Learner,
+    attached: Attached,
     inputs: Any,
     director: Director,
     kept: _Kept,
@@ -170,15 +168,15 @@ def _segment(
     check: bool,
 ) -> None:
     index, found = order[place], list[Tensor]()
-    with _from(learner, director, kept, order, place, deliver, found.append):
-        run(learner.model, copied(inputs))
+    with _from(attached, director, kept, order, place, deliver, found.append):
+        run(attached.model, copied(inputs))
     (h,) = found
     found.clear()
     if check:
-        _refuse_interleaved(learner, [h], learner.plan.segments[index])
+        _refuse_interleaved(attached, [h], attached.plan.segments[index])
     if not torch.allclose(h.detach(), kept.activities[index], rtol=1e-3, atol=1e-4, equal_nan=True):
         raise SiteError(
-            f"the repeated segment gave another {learner.graph.sites[index].name!r} than the first pass, so the gradients of this "
+            f"the repeated segment gave another {attached.graph.sites[index].name!r} than the first pass, so the gradients of this "
             "step mix two networks: zero them. Randomness must come from torch's generators, and what crosses the cuts must be sites; "
             "or use keep_inputs=False."
         )
@@ -187,7 +185,7 @@ def _segment(
 
 @contextmanager
 def _from(
-    learner: Learner,
+    attached: Attached,
     director: Director,
     kept: _Kept,
     order: Sequence[int],
@@ -222,7 +220,7 @@ def _from(
 
     if start is None:
         kept.beginning.restore()
-    left_out = _left_out(learner, kept, start)
+    left_out = _left_out(attached, kept, start)
     with (
         torch.set_grad_enabled(start is None),
         left_out,
@@ -232,7 +230,7 @@ def _from(
 
 
 @contextmanager
-def _left_out(learner: Learner, kept: _Kept, start: int | None) -> Iterator[None]:
+def _left_out(attached: Attached, kept: _Kept, start: int | None) -> Iterator[None]:
     """Skip the modules whose only call had ended when the first pass reached the site `start`.
 
     They return the kept activity if they returned one, and zeros otherwise, which only other skipped modules read.
@@ -240,7 +238,7 @@ def _left_out(learner: Learner, kept: _Kept, start: int | None) -> Iterator[None
     if start is None:
         yield
         return
-    model, now = learner.model, kept.clock[start]
+    model, now = attached.model, kept.clock[start]
     counts = Counter(call.name for call in kept.calls)
     chosen = list[_Call]()
     for call in kept.calls:
@@ -279,11 +277,11 @@ def _stand_in(skeleton: Any, kept: _Kept, device: torch.device) -> Callable[...,
     return lambda *args, **kwargs: tree_map(fill, skeleton)
 
 
-def _refuse_interleaved(learner: Learner, ends: Sequence[Any], segment: Any) -> None:
+def _refuse_interleaved(attached: Attached, ends: Sequence[Any], segment: Any) -> None:
     """Refuse a segment that does not train all the parameters that the plan says."""
-    names = {id(p): name for name, p in learner.model.named_parameters()}
+    names = {id(p): name for name, p in attached.model.named_parameters()}
     tensors = [t for t in ends if isinstance(t, Tensor) and t.requires_grad]
-    trainable = {name for name, p in learner.model.named_parameters() if p.requires_grad}
+    trainable = {name for name, p in attached.model.named_parameters() if p.requires_grad}
     missing = (set(segment.parameters) & trainable) - set(parameters_behind(tensors, names))
     if missing:
         raise AttachError(

@@ -19,6 +19,7 @@ from feedbackward.experiment.training.checkpointed import add_checkpoints, group
 from feedbackward.learner import Learner, attach
 from feedbackward.rules import Rule
 from feedbackward.schedules.delayed import Delayed
+from feedbackward.schedules.dsp import DSP
 
 # small: on random images a larger one may diverge, and a step's cost does not depend on it
 LEARNING_RATE = 1e-3
@@ -104,12 +105,12 @@ class Factory:
         optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=0.9)
         forward: Any = torch.compile(net) if compiled else net
         learner = net if isinstance(net, Learner) else None
-        delays = learner.rule.delays(len(learner.plan.stages)) if learner is not None else ()
-        stale = Delayed(learner, delays) if learner is not None and any(delays) else None
+        late = learner is not None and isinstance(learner.rule, DSP)
+        stale = Delayed(learner) if late and learner is not None else None
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            if learner is not None and learner.rule.needs == "target":
+            if learner is not None and learner.attached.needs_target:
                 learner.target(self.y)
             if learner is None or schedule == "joint":
                 with self.precision():
@@ -118,7 +119,7 @@ class Factory:
             else:
                 with self.precision():
                     learner.backward(self.x, self.loss, way, keep_inputs=bool(keep))  # type: ignore[arg-type]
-            if learner is not None and learner.rule.in_phase:
+            if learner is not None and learner.attached.in_phase:
                 with self.precision():
                     learner.feedback_step(self.x, self.loss)
             if stale is not None:
@@ -126,7 +127,7 @@ class Factory:
             optimizer.step()
 
         for _ in range(
-            max(delays, default=0)
+            max(stale.delays) if stale is not None else 0
         ):  # until all gradients have arrived, and the optimizer's state is there
             step()
         feedback = learner.feedback_bytes if learner is not None else 0

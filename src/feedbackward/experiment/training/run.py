@@ -28,6 +28,7 @@ from feedbackward.experiment.training.randomness import (
 )
 from feedbackward.measure.probe import Probe, probe
 from feedbackward.schedules.delayed import Delayed
+from feedbackward.schedules.dsp import DSP
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -144,7 +145,7 @@ class Run:
             self.tell_target(labels)
             output, loss = self._backward(images, labels)
         rule = self.learner.rule
-        if rule.in_phase and not (
+        if self.learner.attached.in_phase and not (
             self.calibrates
             if rule.revises
             else self.feedback_is_frozen or not self._every(self.config.feedback_every)
@@ -181,7 +182,7 @@ class Run:
 
     def tell_target(self, labels: Tensor) -> None:
         """Give the labels of the next pass to a rule that needs them."""
-        if self.learner.rule.needs == "target":
+        if self.learner.attached.needs_target:
             self.learner.target(labels)
 
     def _joint(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,10 +291,9 @@ class Run:
 
     def _staleness(self) -> Delayed | None:
         """What delays the gradients, if anything does."""
-        delays = [
-            delay + self.config.staleness
-            for delay in self.learner.rule.delays(len(self.learner.plan.stages))
-        ]
+        rule, parts = self.learner.rule, len(self.learner.plan.stages)
+        own = rule.delays(parts) if isinstance(rule, DSP) else (0,) * parts
+        delays = [delay + self.config.staleness for delay in own]
         steps = self.config.backward_steps
         if not any(delays) and not steps:
             return None

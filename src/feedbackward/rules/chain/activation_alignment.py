@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.rule import Properties
 from feedbackward.rules.chain.layer_alignment import ActivityAlignment, Primitive, amp, sparse
 
 
@@ -53,16 +52,8 @@ class ActivationAlignment(ActivityAlignment):
     name = "activation_alignment"
     label = "Activation alignment"
     paper = "Kunin et al. 2020"
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport="non-local",
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="W + opt.",
-        extra_compute="4 forward passes",
-    )
+    transport = "non-local"
+    learned = True
 
     @property
     def terms(self) -> Sequence[tuple[float, Primitive]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import FreshSigned
@@ -40,7 +40,6 @@ class BRSF(SignConcordant):
 
     name = "brsf"
     label = "brSF"
-    properties = replace(SignConcordant.properties, extra_compute="hash of W")
 
     def signed(self, layer: LayerShaped) -> FreshSigned:
         return FreshSigned(layer, self.follow_norm)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import Signed
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import chain
 
 
@@ -23,16 +23,7 @@ class SignConcordant(Rule):
 
     paper = "Moskovitz et al. 2019"
     feeds = LayerInput
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport="signs",
-        learned_feedback=False,
-        backward_steps="L - 1",
-        extra_memory="0",
-        extra_compute="0",
-    )
+    transport = "signs"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import chain
 
 
@@ -47,16 +47,6 @@ class FA(Rule):
     label = "FA"
     paper = "Lillicrap et al. 2016"
     feeds = LayerInput
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=False,
-        backward_steps="L - 1",
-        extra_memory="W",
-        extra_compute="0",
-    )
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

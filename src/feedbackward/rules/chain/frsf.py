@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import FixedSigned
@@ -40,7 +40,6 @@ class FRSF(SignConcordant):
 
     name = "frsf"
     label = "frSF"
-    properties = replace(SignConcordant.properties, extra_memory="W")
 
     def signed(self, layer: LayerShaped) -> FixedSigned:
         return FixedSigned(layer, self.follow_norm)

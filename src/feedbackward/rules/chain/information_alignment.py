@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.rule import Properties
 from feedbackward.rules.chain.layer_alignment import ActivityAlignment, Primitive, amp, decay, null
 
 
@@ -54,16 +53,7 @@ class InformationAlignment(ActivityAlignment):
     name = "information_alignment"
     label = "Information alignment"
     paper = "Kunin et al. 2020"
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="W + opt.",
-        extra_compute="4 forward passes",
-    )
+    learned = True
 
     @property
     def terms(self) -> Sequence[tuple[float, Primitive]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import chain
 
 
@@ -48,16 +48,7 @@ class KolenPollack(Rule):
     label = "KP"
     paper = "Kolen & Pollack 1994; Akrout et al. 2019"
     feeds = LayerInput
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="W + opt.",
-        extra_compute="0",
-    )
+    learned = True
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return chain(

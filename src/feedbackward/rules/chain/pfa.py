@@ -9,7 +9,7 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.product import PRODUCT_KINDS, Product
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import chain
 
 
@@ -59,16 +59,7 @@ class PFA(Rule):
     label = "PFA"
     paper = "Li & Benna 2024"
     feeds = LayerInput
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="2 expand W + opt.",
-        extra_compute="expand D",
-    )
+    learned = True
 
     def __post_init__(self) -> None:
         if self.expand < 1 or self.kind not in PRODUCT_KINDS:

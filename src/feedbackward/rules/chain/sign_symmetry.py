@@ -10,7 +10,7 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import FixedSigned, Signed, UniformSigned
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import chain
 
 _MAGNITUDES: dict[str, type[Signed]] = {"uniform": UniformSigned, "random": FixedSigned}
@@ -62,16 +62,7 @@ class SignSymmetry(Rule):
     label = "Sign-symmetry"
     paper = "Liao et al. 2016; Xiao et al. 2019"
     feeds = LayerInput
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport="signs",
-        learned_feedback=False,
-        backward_steps="L - 1",
-        extra_memory="0",
-        extra_compute="0",
-    )
+    transport = "signs"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.rule import Properties
 from feedbackward.rules.chain.layer_alignment import LayerAlignment, Primitive, decay, self_product
 
 
@@ -47,16 +46,8 @@ class SymmetricAlignment(LayerAlignment):
     name = "symmetric_alignment"
     label = "Symmetric alignment"
     paper = "Kunin et al. 2020"
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport="non-local",
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="W + opt.",
-        extra_compute="0",
-    )
+    transport = "non-local"
+    learned = True
 
     @property
     def terms(self) -> Sequence[tuple[float, Primitive]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import chain
 
 if TYPE_CHECKING:
@@ -68,16 +68,7 @@ class WeightMirror(Rule):
     paper = "Akrout et al. 2019"
     feeds = LayerInput
     in_phase = True
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="W + opt.",
-        extra_compute="2 forward passes",
-    )
+    learned = True
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.decay < 0:

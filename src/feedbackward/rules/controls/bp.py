@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feedbackward.graph import Graph, Site, Source
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,7 @@ class BP(Rule):
     name = "bp"
     label = "BP"
     paper = "Rumelhart et al. 1986"
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=True,
-        learned_feedback=False,
-        backward_steps="L - 1",
-        extra_memory="0",
-        extra_compute="0",
-    )
+    transport = True
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return Graph()

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from dataclasses import dataclass, field, replace
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
-from feedbackward.operators.base import Weights
+from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.rule import Rule
 from feedbackward.rules.direct.dkp import DKP
-
-if TYPE_CHECKING:
-    from feedbackward.engine.phase import Phase
 
 
 @dataclass(frozen=True)
@@ -50,58 +43,21 @@ class Flipped(Rule):
 
     name = "flipped"
     paper = "control"
-    receives = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
             raise AttachError(
                 f"Flipped needs an instance of a Rule, for example fb.DKP(), not {self.rule!r}."
             )
-        for key in (
-            "feeds",
-            "sends_activity",
-            "in_phase",
-            "revises",
-            "needs",
-            "linear",
-            "properties",
-        ):
+        for key in ("feeds", "transport", "learned"):
             object.__setattr__(self, key, getattr(self.rule, key))
         object.__setattr__(self, "label", f"{self.rule.label} flipped")
 
-    @property
-    def needs_error(self) -> bool:
-        return self.rule.needs_error
-
-    @property
-    def least_batch(self) -> int:
-        return self.rule.least_batch
-
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        graph = self.rule.graph(sites, source)
+        graph = self.rule.connect(sites, source)
         if issubclass(self.feeds, LayerInput) or {edge.source for edge in graph.edges} != {source}:
             raise AttachError(
                 f"{self.rule.label} cannot be flipped: a sign is reversed once for every site, so each must be fed straight from "
                 f"the source {source.name!r}. Flip a direct rule (DKP, DFA, FDFA)."
             )
-        return graph
-
-    def learns(self, edge: Edge) -> bool:
-        return self.rule.learns(edge)
-
-    def learns_in_pass(self, edge: Edge) -> bool:
-        return self.rule.learns_in_pass(edge)
-
-    def message(
-        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
-    ) -> Tensor:
-        return self.rule.message(edge, d, target, activity)
-
-    def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
-        return -self.rule.receive(edge, sent, h)
-
-    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        return self.rule.feedback_grad(edge, weights, d, h)
-
-    def feedback_step(self, phase: Phase) -> None:
-        self.rule.feedback_step(phase)
+        return replace(graph, edges=tuple(replace(e, factor=-e.factor) for e in graph.edges))

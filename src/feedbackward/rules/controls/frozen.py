@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feedbackward.graph import Graph, Site, Source
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,7 @@ class Frozen(Rule):
     label = "Frozen"
     paper = "control"
     needs = "nothing"
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=True,
-        forward_unlocked=True,
-        weight_transport=False,
-        learned_feedback=False,
-        backward_steps="0",
-        extra_memory="0",
-        extra_compute="0",
-    )
+    unlocked = "forward"
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return Graph(tuple(sites))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Binary
 from feedbackward.rule import Rule, refuse_zeros
-from feedbackward.rules.direct.dfa import DFA
 from feedbackward.topologies import star
 
 
@@ -42,9 +41,7 @@ class BinaryDFA(Rule):
     name = "binary_dfa"
     label = "BDFA"
     paper = "Han & Yoo 2019"
-    properties = replace(
-        DFA.properties, extra_memory="C n bits", extra_compute="N C n additions - D"
-    )
+    unlocked = "backward"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star
 
 
@@ -43,16 +43,7 @@ class DFA(Rule):
     name = "dfa"
     label = "DFA"
     paper = "Nokland 2016"
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=False,
-        backward_steps="1",
-        extra_memory="C n",
-        extra_compute="N C n - D",
-    )
+    unlocked = "backward"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self.operator)

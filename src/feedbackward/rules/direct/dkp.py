@@ -13,7 +13,7 @@ from torch import Tensor
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Weights
 from feedbackward.operators.dense import rows
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import star
 
 
@@ -73,16 +73,8 @@ class DKP(Rule):
     name = "dkp"
     label = "DKP"
     paper = "Webster et al. 2020"
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="1",
-        extra_memory="C n + opt.",
-        extra_compute="2 N C n - D",
-    )
+    unlocked = "backward"
+    learned = True
 
     @classmethod
     def published(cls, **changes: Any) -> DKP:

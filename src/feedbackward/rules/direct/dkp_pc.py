@@ -12,7 +12,7 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.rules.targets.decoding import learning, rows
 from feedbackward.topologies import star
 
@@ -75,16 +75,9 @@ class DKPPC(Rule):
     in_phase = True
     revises = True
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=True,
-        learned_feedback=True,
-        backward_steps="1 + 1",
-        extra_memory="2 W + 3 N n + C n + opt.",
-        extra_compute="4 forward passes + 2 N C n",
-    )
+    unlocked = "backward"
+    transport = True
+    learned = True
 
     def __post_init__(self) -> None:
         if not (self.rate > 0 and self.gamma > 0 and self.ratio > 0 and self.steps >= 1):

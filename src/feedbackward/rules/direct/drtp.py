@@ -9,7 +9,7 @@ from torch import Tensor
 
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star
 
 
@@ -52,16 +52,7 @@ class DRTP(Rule):
     paper = "Frenkel et al. 2021"
     needs = "target"
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=True,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=False,
-        backward_steps="0",
-        extra_memory="C n",
-        extra_compute="N n - D",
-    )
+    unlocked = "update"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self.operator)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Weights
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import star
 
 
@@ -57,16 +57,8 @@ class EBD(Rule):
     label = "EBD"
     paper = "Erdogan et al. 2025"
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="1",
-        extra_memory="C n + opt.",
-        extra_compute="2 N C n - D",
-    )
+    unlocked = "backward"
+    learned = True
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return star(sites, source, self.operator)

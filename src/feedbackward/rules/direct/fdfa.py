@@ -10,7 +10,7 @@ import torch
 
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import star
 
 if TYPE_CHECKING:
@@ -59,16 +59,8 @@ class FDFA(Rule):
     label = "FDFA"
     paper = "Bacho & Chu 2024"
     in_phase = True
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="1",
-        extra_memory="C n + opt.",
-        extra_compute="2 forward passes + 2 N C n - D",
-    )
+    unlocked = "backward"
+    learned = True
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return star(sites, source, self.operator)

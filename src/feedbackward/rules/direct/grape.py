@@ -11,7 +11,7 @@ from torch import Tensor
 
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Shape, Weights
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star
 
 if TYPE_CHECKING:
@@ -63,16 +63,8 @@ class GrAPE(Rule):
     label = "GrAPE"
     paper = "Caillon et al. 2026"
     in_phase = True
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="1",
-        extra_memory="C n + opt.",
-        extra_compute="2 forward passes + 2 N C n - D",
-    )
+    unlocked = "backward"
+    learned = True
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

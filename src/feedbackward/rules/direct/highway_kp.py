@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from feedbackward.errors import AttachError
 from feedbackward.graph import Branches, Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import chain
 
 
@@ -66,16 +66,7 @@ class HighwayKP(Rule):
     label = "Highway KP"
     paper = "ours"
     feeds = LayerInput
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="2 + 2 branches",
-        extra_memory="W + opt.",
-        extra_compute="branches x D",
-    )
+    learned = True
 
     def __post_init__(self) -> None:
         if self.branches < 0:

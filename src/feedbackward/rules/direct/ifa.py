@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from feedbackward.graph import Edge, Graph, Site, Source, UpwardEdge
 from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,6 @@ class IFA(Rule):
     name = "ifa"
     label = "IFA"
     paper = "Nokland 2016"
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=False,
-        backward_steps="L - 1",
-        extra_memory="C n_1",
-        extra_compute="about 1 backward pass",
-    )
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self.operator)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.operators import Dense, LayerKernel, Operator
 from feedbackward.rule import Rule, refuse_zeros
-from feedbackward.rules.direct.dfa import DFA
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class KernelDFA(Rule):
     label = "Kernel DFA"
     paper = "Sanfiz & Akrout 2021"
     feeds = LayerInput
-    properties = replace(DFA.properties, extra_memory="W C/c", extra_compute="D C/c - D")
+    unlocked = "backward"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

@@ -12,7 +12,7 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.operators.layer import LayerForm, LayerShaped
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import relays
 
 if TYPE_CHECKING:
@@ -84,16 +84,7 @@ class RelayedKP(Rule):
     paper = "ours"
     feeds = LayerInput
     in_phase = True
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="steps",
-        extra_memory="W (size / 3)^2 + opt.",
-        extra_compute="2 forward passes x samples / N",
-    )
+    learned = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "size", "samples"):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Shared
 from feedbackward.rule import Rule, refuse_zeros
-from feedbackward.rules.direct.dfa import DFA
 from feedbackward.topologies import star
 
 
@@ -47,7 +46,7 @@ class SharedDFA(Rule):
     name = "shared_dfa"
     label = "Shared DFA"
     paper = "Launay et al. 2019, 2020"
-    properties = replace(DFA.properties, extra_memory="C max n", extra_compute="N C n - D")
+    unlocked = "backward"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

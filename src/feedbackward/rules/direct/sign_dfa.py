@@ -9,7 +9,7 @@ from torch import Tensor
 
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Properties, Rule, refuse_zeros
+from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star
 
 
@@ -50,16 +50,7 @@ class SignDFA(Rule):
     label = "sDFA"
     paper = "Frenkel et al. 2021"
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=False,
-        backward_steps="1",
-        extra_memory="C n",
-        extra_compute="N C n - D",
-    )
+    unlocked = "backward"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self.operator)

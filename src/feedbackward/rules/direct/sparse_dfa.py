@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Sparse
 from feedbackward.rule import Rule, refuse_zeros
-from feedbackward.rules.direct.dfa import DFA
 from feedbackward.topologies import star
 
 
@@ -48,7 +47,7 @@ class SparseDFA(Rule):
     name = "sparse_dfa"
     label = "Sparse DFA"
     paper = "Crafton et al. 2019"
-    properties = replace(DFA.properties, extra_memory="s n", extra_compute="N s n - D")
+    unlocked = "backward"
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self)

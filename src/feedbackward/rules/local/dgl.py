@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.rules.local.heads import count_classes, is_map, local_losses, per_token
 
 
@@ -56,16 +56,8 @@ class DGL(Rule):
     paper = "Belilovsky et al. 2020"
     needs = "target"
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=True,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="0",
-        extra_memory="auxiliary nets + opt.",
-        extra_compute="auxiliary nets - D",
-    )
+    unlocked = "update"
+    learned = True
 
     def __post_init__(self) -> None:
         if self.hidden < 0 or self.convs < 0:
@@ -74,7 +66,7 @@ class DGL(Rule):
             )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return local_losses(sites, source)
+        return local_losses(self, sites, source)
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         classes = count_classes(self.label, site, source)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,9 +14,23 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Local, Site, Source
 
 
-def local_losses(sites: Sequence[Site], source: Source) -> Graph:
+class LocalRule(Protocol):
+    """A rule that gives every site a network and a loss of its own."""
+
+    def auxiliary(self, site: Site, source: Source) -> nn.Module:
+        """The auxiliary network of a site."""
+
+    def local_loss(self, output: Any, target: Tensor) -> Tensor:
+        """The loss of the network's output. `target` is what `learner.target` got."""
+
+
+def local_losses(rule: LocalRule, sites: Sequence[Site], source: Source) -> Graph:
     """The graph in which every site has a loss of its own."""
-    return Graph(tuple(sites), local=tuple(Local(source, site) for site in sites))
+    local = (
+        Local(source, site, partial(rule.auxiliary, site, source), rule.local_loss)
+        for site in sites
+    )
+    return Graph(tuple(sites), local=tuple(local))
 
 
 def per_token(site: Site, source: Source) -> bool:

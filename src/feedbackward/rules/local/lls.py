@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.rules.local.heads import Reader, count_classes, is_map, local_losses
 
 
@@ -62,16 +62,7 @@ class LLS(Rule):
     paper = "Apolinario et al. 2025"
     needs = "target"
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=True,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=False,
-        backward_steps="0",
-        extra_memory="C n",
-        extra_compute="2 N C n - D",
-    )
+    unlocked = "update"
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.temperature <= 0:
@@ -82,11 +73,11 @@ class LLS(Rule):
             )
 
     @property
-    def learned(self) -> bool:
+    def learned(self) -> bool:  # type: ignore[override]
         return self.modulation != "none"
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return local_losses(sites, source)
+        return local_losses(self, sites, source)
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         classes = count_classes(self.label, site, source)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.rules.local.heads import (
     Reader,
     count_classes,
@@ -74,16 +74,8 @@ class PredSim(Rule):
     paper = "Nokland & Eidnes 2019"
     needs = "target"
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=True,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="0",
-        extra_memory="auxiliary nets + opt.",
-        extra_compute="auxiliary nets - D",
-    )
+    unlocked = "update"
+    learned = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.similarity <= 1 or self.features < 1 or self.targets < 1:
@@ -92,14 +84,14 @@ class PredSim(Rule):
             )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return local_losses(sites, source)
+        return local_losses(self, sites, source)
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         classes = count_classes(self.label, site, source)
         space = pooled_space(site.shape, self.features) if is_map(site) else ()
         return _Head(Reader(site, source, space), classes, self.targets if self.bio else 0)
 
-    def local_loss(self, output: _Views, target: Tensor) -> Tensor:  # type: ignore[override]
+    def local_loss(self, output: _Views, target: Tensor) -> Tensor:
         y = target.flatten()
         classes = (
             len(output.projection) if output.projection is not None else output.scores.shape[1]

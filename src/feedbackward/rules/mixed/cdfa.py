@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Rule, refuse_zeros
-from feedbackward.rules.direct.dfa import DFA
 from feedbackward.topologies import star
 
 
@@ -50,14 +49,7 @@ class CDFA(Rule):
     name = "cdfa"
     label = "CDFA"
     paper = "Han & Yoo 2019"
-    properties = replace(
-        DFA.properties,
-        backward_unlocked=False,
-        weight_transport=True,
-        backward_steps="convs",
-        extra_memory="C n of fc",
-        extra_compute="(N C n - D) of fc",
-    )
+    transport = True
 
     def __post_init__(self) -> None:
         refuse_zeros(self.label, self.operator)

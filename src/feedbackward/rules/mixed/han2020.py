@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Kernel, Operator, PerShape
 from feedbackward.rule import Rule
-from feedbackward.rules.direct.dfa import DFA
 from feedbackward.topologies import modules
 
 
@@ -58,14 +57,7 @@ class Han2020(Rule):
     name = "han2020"
     label = "Han 2020"
     paper = "Han et al. 2020"
-    properties = replace(
-        DFA.properties,
-        backward_unlocked=False,
-        weight_transport="between modules",
-        backward_steps="modules",
-        extra_memory="W/groups + C n of fc",
-        extra_compute="D/groups - D",
-    )
+    transport = "between modules"
 
     def __post_init__(self) -> None:
         if self.most < 0:

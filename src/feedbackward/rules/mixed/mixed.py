@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
-
-from torch import Tensor, nn
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Local, Site, Source, UpwardEdge
-from feedbackward.operators.base import Weights
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.rules.controls.bp import BP
-
-if TYPE_CHECKING:
-    from feedbackward.engine.phase import Phase
+from feedbackward.schedules.dsp import DSP
 
 Pattern = str | Callable[[Site], bool]
-
-
-@dataclass(frozen=True)
-class Routed(Edge):
-    """An edge of one of the mixed rules."""
-
-    rule: Rule = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ class Mixed(Rule):
                     f"the rule for {_words(pattern)} must be an instance of a Rule that is not Mixed itself, for example "
                     f"fb.DFA(), not {rule!r}."
                 )
-            if any(rule.delays(2)):
+            if isinstance(rule, DSP):
                 raise AttachError(
                     f"{rule.label} is a schedule of the whole network, which has no part in a mixture: mix the rules, and delay their "
                     "gradients with fb.Delayed."
@@ -85,27 +72,18 @@ class Mixed(Rule):
             )
         cutting = [rule for rule in parts if not isinstance(rule, BP)] or parts
         self._refuse_kinds(cutting)
-        needed = {rule.needs for rule in cutting}
-        of_all = {  # what other rules say in their class depends here on the rules that are mixed
+        transports = [rule.transport for rule in parts if rule.transport]
+        # what other rules say in their class depends here on the rules that are mixed
+        of_all = {
             "label": " + ".join(dict.fromkeys(rule.label for rule in parts)),
             "feeds": cutting[0].feeds,
-            "sends_activity": any(rule.sends_activity for rule in parts),
-            "receives": any(rule.receives for rule in parts),
-            "in_phase": any(rule.in_phase for rule in parts),
-            "linear": all(rule.linear for rule in parts),
-            "needs": next(need for need in ("target", "error", "nothing") if need in needed),
-            "properties": _together([rule.properties for rule in parts]),
+            "learned": any(rule.learned for rule in parts),
+            "transport": True in transports
+            or " + ".join(dict.fromkeys(map(str, transports)))
+            or False,
         }
         for key, value in of_all.items():
             object.__setattr__(self, key, value)
-
-    @property
-    def needs_error(self) -> bool:
-        return any(rule.needs_error for rule in self.rules.values() if not isinstance(rule, BP))
-
-    @property
-    def least_batch(self) -> int:
-        return max(rule.least_batch for rule in self.rules.values())
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         places: dict[Pattern, list[Site]] = {pattern: [] for pattern in self.rules}
@@ -123,45 +101,14 @@ class Mixed(Rule):
                 raise AttachError(
                     f"{self.label}: no site is left for {_words(pattern)}. The sites are {names}; the first pattern that fits counts."
                 )
-            part = rule.graph(places[pattern], source)
+            part = rule.connect(places[pattern], source)
             cut.update(part.sites)
-            edges += [_routed(edge, rule) for edge in part.edges]
+            edges += part.edges
             local += part.local
             upward += part.upward
         self._refuse_shared(edges)
         return Graph(
             tuple(site for site in sites if site in cut), tuple(edges), tuple(local), tuple(upward)
-        )
-
-    def learns(self, edge: Edge) -> bool:
-        return _rule_of(edge).learns(edge)
-
-    def learns_in_pass(self, edge: Edge) -> bool:
-        return _rule_of(edge).learns_in_pass(edge)
-
-    def message(
-        self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
-    ) -> Tensor:
-        return _rule_of(edge).message(edge, d, target, activity)
-
-    def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
-        return _rule_of(edge).receive(edge, sent, h)
-
-    def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        return _rule_of(edge).feedback_grad(edge, weights, d, h)
-
-    def feedback_step(self, phase: Phase) -> None:
-        for rule in {
-            id(rule): rule for rule in map(_rule_of, phase.edges) if rule.in_phase
-        }.values():
-            rule.feedback_step(phase.part([edge for edge in phase.edges if _rule_of(edge) is rule]))
-
-    def auxiliary(self, site: Site, source: Source) -> nn.Module:
-        return self.rules[self._pattern(site)].auxiliary(site, source)
-
-    def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return next(rule for rule in self.rules.values() if _has_local(rule)).local_loss(
-            output, target
         )
 
     def _pattern(self, site: Site) -> Pattern:
@@ -186,57 +133,17 @@ class Mixed(Rule):
                 f"{first.label} and {other.label} cannot be mixed: one feeds activities, the other inputs of layers, "
                 "and skip paths would carry an error round the cuts. Mix direct rules (DFA, DKP) or chains (FA, KP); BP fits both."
             )
-        losses = {type(rule).local_loss: rule.label for rule in cutting if _has_local(rule)}
-        if len(losses) > 1:
-            raise AttachError(
-                f"{' and '.join(losses.values())} cannot be mixed: each has local losses of its own kind. Use one of them."
-            )
 
     def _refuse_shared(self, edges: Sequence[Edge]) -> None:
         """Weights that are common to several edges belong to one rule."""
         owners: dict[str, Rule] = {}
         for edge in edges:
-            rule = _rule_of(edge)
-            if owners.setdefault(edge.key, rule) != rule:
+            if owners.setdefault(edge.key, edge.rule) != edge.rule:
                 raise AttachError(
-                    f"site {edge.site.name!r}: {rule.label} and {owners[edge.key].label} would use the same feedback weights "
+                    f"site {edge.site.name!r}: {edge.rule.label} and {owners[edge.key].label} would use the same feedback weights "
                     f"({edge.key}). Give one of them another operator."
                 )
 
 
-def _rule_of(edge: Edge) -> Rule:
-    assert isinstance(edge, Routed)
-    return edge.rule
-
-
-def _routed(edge: Edge, rule: Rule) -> Routed:
-    return Routed(**{f.name: getattr(edge, f.name) for f in fields(Edge)}, rule=rule)
-
-
-def _has_local(rule: Rule) -> bool:
-    return type(rule).local_loss is not Rule.local_loss
-
-
 def _words(pattern: Pattern) -> str:
     return getattr(pattern, "__name__", "a predicate") if callable(pattern) else repr(pattern)
-
-
-def _together(properties: Sequence[Properties]) -> Properties:
-    """A mixture is as unlocked as the most locked of its parts, and its costs are theirs, each for its part."""
-
-    def listed(name: str) -> str:
-        return " + ".join(dict.fromkeys(getattr(p, name) for p in properties))
-
-    words = [p.weight_transport for p in properties if isinstance(p.weight_transport, str)]
-    return Properties(
-        backward_unlocked=all(p.backward_unlocked for p in properties),
-        update_unlocked=all(p.update_unlocked for p in properties),
-        forward_unlocked=all(p.forward_unlocked for p in properties),
-        weight_transport=any(p.weight_transport is True for p in properties)
-        or " + ".join(dict.fromkeys(words))
-        or False,
-        learned_feedback=any(p.learned_feedback for p in properties),
-        backward_steps=listed("backward_steps"),
-        extra_memory=listed("extra_memory"),
-        extra_compute=listed("extra_compute"),
-    )

@@ -12,7 +12,7 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators.decoder import Decoder, Decoding, RandomHiddenDecoder, pair
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.rules.targets.decoding import decoder, descend, learning, refuse_noise, rows
 from feedbackward.topologies import star
 
@@ -79,16 +79,8 @@ class DDTP(Rule):
     sends_activity = True
     in_phase = True
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="1",
-        extra_memory="C n + opt.",
-        extra_compute="L + 1 forward passes + 6 N C n - D",
-    )
+    unlocked = "backward"
+    learned = True
 
     def __post_init__(self) -> None:
         refuse_noise(self.label, self.sigma)

@@ -14,7 +14,7 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators.decoder import Decoder, Decoding
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import ladder
 
 if TYPE_CHECKING:
@@ -31,16 +31,7 @@ class Laddered(Rule):
     sends_activity = True
     in_phase = True
     linear = False
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="decoders + opt.",
-        extra_compute="2 forward passes + 4 N decoders - D",
-    )
+    learned = True
 
     def __post_init__(self) -> None:
         refuse_noise(self.label, self.sigma)

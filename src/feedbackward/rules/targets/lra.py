@@ -11,7 +11,7 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, LayerInput, PreActivation, Site, Source
 from feedbackward.operators.layer import LayerShaped
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,7 @@ class LRA(Rule):
     feeds = LayerInput
     receives = True
     linear = False
-    properties = Properties(
-        backward_unlocked=False,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="L - 1",
-        extra_memory="W + opt.",
-        extra_compute="0",
-    )
+    learned = True
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Weights
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
 from feedbackward.topologies import star
 
 # (f(a) - f(a - d)) / f'(a), from h = f(a): what f' makes of it is LRA's difference of activations
@@ -64,16 +64,8 @@ class RecLRA(Rule):
     paper = "Ororbia et al. 2023"
     receives = True
     linear = False
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=False,
-        forward_unlocked=False,
-        weight_transport=False,
-        learned_feedback=True,
-        backward_steps="1",
-        extra_memory="C n + opt.",
-        extra_compute="2 N C n - D",
-    )
+    unlocked = "backward"
+    learned = True
 
     def __post_init__(self) -> None:
         if self.activation not in _CHANGES:

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
-from feedbackward.errors import AttachError
+from torch import nn
+
+from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Graph, Site, Source
-from feedbackward.rule import Properties, Rule
+from feedbackward.rule import Rule
+
+# who delays the gradients of a learner; an object that is gone delays nothing
+DELAYED: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
+
+
+def check_delayed(learner: nn.Module, label: str) -> None:
+    """A rule that is a schedule as well is plain backprop without its `Delayed`.
+
+    Raises FeedbackError where none was made, and warns where the one that was made is gone.
+    """
+    if DELAYED.get(learner):
+        return
+    fix = (
+        "make `delayed = fb.Delayed(learner)`, keep it, and call `delayed.exchange()` before every "
+        "optimizer step."
+    )
+    if learner not in DELAYED:
+        raise FeedbackError(
+            f"{label} is a schedule as well, without which it would be plain backprop: {fix}"
+        )
+    warnings.warn(
+        f"the fb.Delayed of this learner is gone, so {label} trains by plain backprop now: {fix}",
+        stacklevel=4,
+    )
 
 
 @dataclass(frozen=True)
@@ -50,16 +79,8 @@ class DSP(Rule):
     name = "dsp"
     label = "DSP"
     paper = "Xu et al. 2020"
-    properties = Properties(
-        backward_unlocked=True,
-        update_unlocked=True,
-        forward_unlocked=True,
-        weight_transport=True,
-        learned_feedback=False,
-        backward_steps="L / K",
-        extra_memory="sum of delays x W",
-        extra_compute="0",
-    )
+    unlocked = "forward"
+    transport = True
 
     def __post_init__(self) -> None:
         if self.blocks < 1 or self.spacing < 0:
@@ -71,5 +92,6 @@ class DSP(Rule):
         return Graph()
 
     def delays(self, parts: int) -> tuple[int, ...]:
+        """How many steps late the gradients of each part arrive, the lowest part first and the head last."""
         blocks = min(self.blocks, parts)
         return tuple(self.spacing * (blocks - 1 - i * blocks // parts) for i in range(parts))

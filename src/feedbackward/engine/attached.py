@@ -1,0 +1,140 @@
+"""`Attached`: a model and what a rule made for it. Every part of the engine works on this record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from feedbackward.engine.cuts import Cuts
+from feedbackward.engine.plan import Plan
+from feedbackward.engine.rows import Rows
+from feedbackward.engine.structure import Structure
+from feedbackward.engine.target import Target
+from feedbackward.engine.weights import count_bytes, weights_of
+from feedbackward.errors import AttachError, FeedbackError
+from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.model.example import Given
+from feedbackward.operators.base import Weights
+from feedbackward.rule import Rule
+
+
+@dataclass(eq=False)
+class Attached:
+    """A model under a rule.
+
+    Attributes:
+        model: the user's model, on which the hooks of `cuts` sit.
+        rule, sites, source: as `attach` got or found them; `rule` is the whole network's, the edges carry their own.
+        graph: what is cut, and what is sent where.
+        feedback: the module that holds the feedback weights and auxiliary networks.
+        cuts: the hooks of a pass.
+        whole_plan: which parameters each segment holds, whether they train now or not.
+        rows, structure: whether the rows of the batch and the parts of the model are those that feedback stands for.
+    """
+
+    model: nn.Module
+    rule: Rule
+    sites: tuple[Site, ...]
+    source: Source
+    graph: Graph
+    feedback: nn.Module
+    cuts: Cuts
+    whole_plan: Plan = field(init=False)
+    rows: Rows = field(init=False)
+    structure: Structure = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = Rows(self.graph)
+        self.structure = Structure(self.model, self.rule, self.graph)
+
+    @property
+    def plan(self) -> Plan:
+        """Which parameters each segment trains, of those that train now."""
+        trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return self.whole_plan.among(trainable)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of the edges and local losses; of a graph without any, the rule itself."""
+        return self.graph.rules or (self.rule,)
+
+    @property
+    def needs_error(self) -> bool:
+        """Whether some signal is made from the output or its error."""
+        return any(rule.needs_error for rule in self.rules)
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether some signal is made from targets."""
+        return any(rule.needs == "target" for rule in self.rules)
+
+    @property
+    def in_phase(self) -> tuple[Rule, ...]:
+        """The rules whose feedback learns in a phase of its own."""
+        return tuple(rule for rule in self.rules if rule.in_phase)
+
+    def weights_of(self, edge: Edge) -> Weights:
+        """All tensors of an edge, in the order of its operator's `parts`; none for seeded feedback."""
+        return weights_of(self.feedback, edge)
+
+    @property
+    def feedback_bytes(self) -> int:
+        """Bytes of all feedback weights."""
+        return count_bytes((*self.feedback.parameters(), *self.feedback.buffers()))
+
+    def begin_pass(self, inputs: Any, target: Target | None) -> None:
+        """Check what a pass under cuts is given, and renew the feedback that is drawn anew for every pass."""
+        refuse_input_gradients(inputs)
+        if target is None and self.needs_target:
+            raise FeedbackError(
+                f"{self.rule.label} needs the targets before the forward pass: call `learner.target(y)` before `learner(x)`."
+            )
+        if not all(rule.linear for rule in self.rules):
+            self.refuse_fp16("signals or feedback gradients do not scale with the loss")
+        self.follow_changes()
+        self.rows.see_again(self.model, inputs)
+        self.cuts.recompute = True
+        self.cuts.renew()
+
+    def follow_changes(self) -> None:
+        """Take note of modules that were changed since the last pass, or refuse them."""
+        if not self.structure.unchanged():
+            self.structure.judge(self.model)
+            self.whole_plan = self.whole_plan.renamed(self.model)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | None) -> Any:
+        """A forward pass under cuts; returns the model's output."""
+        self.begin_pass(Given(args, kwargs), target)
+        with self.cuts.recording(target):
+            tied = self.cuts.tied()
+            if tied:
+                return functional_call(self.model, tied, args, kwargs)
+            return self.model(*args, **kwargs)
+
+    def refuse_fp16(self, why: str) -> None:
+        """Refuse a pass under fp16 autocast, whose loss scale does not reach all that the rule sends."""
+        for kind in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+                raise FeedbackError(
+                    f"{self.rule.label}'s {why}, so a GradScaler would shrink them: use bf16, which needs none, or float32."
+                )
+
+
+class AttachedModule(nn.Module):
+    """A module that holds an attached model: what schedules ask of a `Learner`."""
+
+    attached: Attached
+
+
+def refuse_input_gradients(inputs: Any) -> None:
+    """Under cuts the gradient of an input is not the true one."""
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(inputs)):
+        raise AttachError(
+            "an input requires a gradient, but under cuts its gradient is not the true one. Use `with learner.exact():` "
+            "for input gradients, or detach the input."
+        )

@@ -1,0 +1,79 @@
+"""What a learner will train, and how: the table that `print(learner)` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from feedbackward.engine.attached import Attached
+from feedbackward.engine.weights import count_bytes
+from feedbackward.graph import LayerInput
+
+# operators whose weights' shape says what they are
+_SELF_EVIDENT = ("Dense", "LayerShaped")
+
+
+def describe(attached: Attached) -> str:
+    """The plan as text: a row per site, then the head, then whatever is irregular."""
+    plan = attached.plan
+    edges = {edge.site: edge for edge in attached.graph.edges}
+    local = {end.site: end for end in attached.graph.local}
+    lifted = {upward_edge.above: upward_edge.below.name for upward_edge in attached.graph.upward}
+    rows = [("site", "activity", "feedback", "bytes", "trains")]
+    for site, segment in zip(attached.graph.sites, plan.segments, strict=True):
+        edge = edges.get(site)
+        form, held = "none: frozen", tuple[Tensor, ...]()
+        if edge:
+            held = attached.weights_of(edge)
+            form = (
+                " + ".join(_size(w.shape) for w in held)
+                or f"made from {edge.forward_weight or 'the seed'}:"
+            )
+            kind = type(edge.operator).__name__
+            form += "" if kind in _SELF_EVIDENT else f" {kind}"
+        elif site in local:
+            auxiliary = attached.feedback.get_submodule(local[site].key)
+            form, held = "a loss of its own", (*auxiliary.parameters(), *auxiliary.buffers())
+        elif site in lifted:
+            form = f"up from {lifted[site]}"
+        size = in_bytes(count_bytes(held)) if edge or site in local else ""
+        rows.append((site.name, _size(site.shape), form, size, _list(segment.parameters)))
+    rows.append((plan.head.site, "", "true gradient", "", _list(plan.head.parameters)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in rows
+    ]
+    title = (
+        f"{attached.rule} on {type(attached.model).__name__}: {len(attached.graph.sites)} sites, "
+        f"error of {attached.source.name!r}, feedback {in_bytes(attached.feedback_bytes)}"
+    )
+    shared = (
+        {} if issubclass(attached.rule.feeds, LayerInput) else plan.shared
+    )  # of layer_inputs it is the rule: skip paths stay whole
+    notes = [
+        f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in shared.items()
+    ]
+    notes += [f"not trained, no segment reaches it: {name}" for name in plan.unreached]
+    return "\n".join([title, *("  " + line for line in lines), *("  " + note for note in notes)])
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _list(names: Sequence[str]) -> str:
+    return (
+        ", ".join(names)
+        if len(names) <= 4
+        else f"{', '.join(names[:3])}, ... ({len(names)} tensors)"
+    )
+
+
+def in_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,114 @@
+"""The one walker of autograd's graphs. Their edges lead from a tensor down to the tensors that it was made from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+Node = Any
+# a node and the number of its output
+Output = tuple[Node, int]
+
+# how the nodes of matrix products and convolutions begin
+PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
+# views and casts of a single tensor
+_PASSING = frozenset(
+    [
+        "T",
+        "View",
+        "UnsafeView",
+        "Transpose",
+        "Permute",
+        "Expand",
+        "ToCopy",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Clone",
+    ]
+)
+
+
+def below(node: Node) -> list[Node]:
+    """The nodes that made the node's operands; leaves are among them."""
+    return [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def below_without_leaves(node: Node) -> list[Node]:
+    """The nodes that made the node's operands, but for the parameters themselves."""
+    return [parent for parent in below(node) if parent.next_functions]
+
+
+def walk(roots: Iterable[Any], onward: Callable[[Any], Iterable[Any]] = below) -> list[Any]:
+    """The roots and all that they lead to, once each, and each before those that it leads to. None is no root."""
+    done: dict[Any, None] = {}
+    entered: set[Any] = set()
+    stack = [(root, False) for root in roots if root is not None]
+    while stack:
+        node, left = stack.pop()
+        if left:
+            done[node] = None
+        elif node not in entered:
+            entered.add(node)
+            stack.append((node, True))
+            # the first operand is walked first: a weight comes right before the product that uses it
+            stack += [(other, False) for other in reversed(list(onward(node)))]
+    return list(reversed(done))
+
+
+def leaves(tensor: Tensor) -> list[Tensor]:
+    """The parameters and inputs with gradients that a tensor was made from."""
+    return [node.variable for node in walk([tensor.grad_fn]) if is_leaf(node)]
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether the node gathers the gradient of a leaf, its `variable`."""
+    return hasattr(node, "variable")
+
+
+def is_product(node: Node) -> bool:
+    """Whether the node is of a matrix product or a convolution."""
+    return bool(node.name().startswith(PRODUCTS))
+
+
+def not_through_products(node: Node) -> list[Node]:
+    """A way onward that ends at matrix products and convolutions."""
+    return [] if is_product(node) else below(node)
+
+
+def outputs_behind(tensor: Tensor) -> set[Output]:
+    """Every node that leads to the tensor, its own included, with the number of its output that does."""
+    if tensor.grad_fn is None:
+        return set()
+
+    def onward(output: Output) -> list[Output]:
+        return [edge for edge in output[0].next_functions if edge[0] is not None]
+
+    return set(walk([(tensor.grad_fn, tensor.output_nr)], onward))
+
+
+def parameter_behind(node: Node) -> Tensor | None:
+    """The leaf behind an operand, if nothing but views and casts lie between."""
+    while node is not None and not is_leaf(node):
+        name = node.name().removesuffix("Backward0").removesuffix("Backward1")
+        if name not in _PASSING or len(node.next_functions) != 1:
+            return None
+        node = node.next_functions[0][0]
+    return None if node is None else node.variable
+
+
+def dominators(tensor: Tensor) -> set[Node]:
+    """The nodes through which all that was made before them reaches the tensor: no other path leads round them."""
+    nodes = walk([tensor.grad_fn], below_without_leaves)
+    order = {node: place for place, node in enumerate(reversed(nodes))}
+    # how many edges begin to lead round a place, less those that end there
+    rounds = [0] * (len(order) + 1)
+    for node, place in order.items():
+        for other in below_without_leaves(node):
+            rounds[order[other] + 1] += 1
+            rounds[place] -= 1
+    passing = list(itertools.accumulate(rounds))
+    return {node for node, place in order.items() if not passing[place]}
