@@ -290,7 +290,7 @@ MUTATIONS = (
     ("engine/rows.py", "if _coded(plain, along, self.code, dim=0):", "if False:", ROWS),
     ("engine/rows.py", "if 2 * len(wrong) > len(probes):", "if wrong:", ROWS),
     ("engine/rows.py", "if len(end) < 2 or end.is_meta:", "if False:", ROWS),
-    (LEARNER, "self._rows.see_again(self.model, inputs)", "pass", ROWS),
+    ("engine/attached.py", "self.rows.see_again(self.model, inputs)", "pass", ROWS),
     ("model/trace.py", "as_in_training(model, batch_norms=False)", "as_in_training(model)", ROWS),
     ("engine/structure.py", "if parts or self._chain or _lost(module, new):", "if parts:", CHANGED),
     ("engine/structure.py", "if parts or self._chain or _lost(module, new):", "if self._chain:", CHANGED),
