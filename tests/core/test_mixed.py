@@ -203,6 +203,19 @@ class Common(fb.Dense):
     common = True
 
 
+class Residual(nn.Module):
+    """One skip path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.branch = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h + self.branch(h))
+
+
 REFUSED: Sequence[tuple[Callable[[], object], str]] = (
     (lambda: fb.Mixed({}), "at least one pattern"),
     (lambda: fb.Mixed({"a": fb.DFA}), "the rule for 'a' must be an instance of a Rule"),  # type: ignore[dict-item]
@@ -214,6 +227,12 @@ REFUSED: Sequence[tuple[Callable[[], object], str]] = (
     (
         lambda: fb.Mixed({"a": fb.DFA(), "b": fb.FA()}),
         "DFA and FA cannot be mixed: one feeds activities",
+    ),
+    (
+        lambda: fb.attach(
+            Residual(), fb.Mixed({"*": fb.rules.HighwayKP()}), example=torch.randn(4, 3)
+        ),
+        "Highway KP follows the skip paths of the whole network",
     ),
     (lambda: fb.Mixed({"a": fb.Frozen(), "b": fb.FA()}), "Frozen and FA cannot be mixed"),
     (

@@ -8,20 +8,18 @@ import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import zoo
 from pairs import F64, PAIRS, Pair, assert_close, loss_fn
+from steps import repeating_all
 from torch import Tensor, nn
 from torch.nn import functional as F
 from wired import Net, X, two_layers
 
 import feedbackward as fb
 from feedbackward.graph import HookPoint
-from feedbackward.schedules import preparation
 from feedbackward.schedules import segmentwise as segments
 
 # --- the same gradients ------------------------------------------------------------------------------------------
@@ -35,11 +33,6 @@ def dropped(pair: Pair) -> nn.Sequential:
         if name in pair.cuts[:2]:
             layers.append((f"{name}_drop", nn.Dropout(0.4)))
     return nn.Sequential(OrderedDict(layers))
-
-
-def _repeating_all() -> contextlib.AbstractContextManager[object]:
-    """Replay repeats the pass as a whole, wherever it could hold a part of it."""
-    return mock.patch.object(preparation, "_hold", return_value=None)
 
 
 def outcome(
@@ -58,7 +51,7 @@ def outcome(
     torch.manual_seed(3)
     if rule.needs == "target":
         learner.target(y)
-    with _repeating_all() if whole else contextlib.nullcontext():
+    with repeating_all() if whole else contextlib.nullcontext():
         loss = learner.backward(x, loss_fn(y), schedule, schedule == "replay" and hold == "inputs")  # type: ignore[arg-type]
     grads = {name: p.grad for name, p in learner.named_parameters()}
     return grads, learner.state_dict(), torch.get_rng_state(), loss
@@ -348,57 +341,6 @@ def test_a_backward_without_gradients_is_refused() -> None:
     x, y = PAIRS[0].batch()
     with torch.no_grad(), pytest.raises(fb.AttachError, match=r"outside torch.no_grad"):
         learner.backward(x, loss_fn(y), schedule="replay")
-
-
-ELSEWHERE = np.random.default_rng(0)
-
-
-class Noisy(nn.Module):
-    """Noise that torch's random state does not hold."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.generator, self.count = kind, np.random.default_rng(0), 0
-        self.a, self.b, self.act, self.out = (
-            nn.Linear(4, 6),
-            nn.Linear(6, 6),
-            nn.Tanh(),
-            nn.Linear(6, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        if self.kind == "elsewhere":
-            h = h + torch.from_numpy(ELSEWHERE.normal(size=h.shape)).to(h)
-        if self.kind == "numpy":
-            h = h + torch.from_numpy(self.generator.normal(size=h.shape)).to(h)
-        if self.kind == "python":
-            h = h + random.random()
-        if self.kind == "counter":
-            self.count += 1
-            h = h * self.count
-        return self.out(torch.tanh(self.b(self.act(h))))
-
-
-def test_forward_passes_that_cannot_be_repeated_are_refused() -> None:
-    x = torch.randn(5, 4)
-    learner = fb.attach(Noisy("elsewhere"), fb.DFA(), example=x)
-    with pytest.raises(fb.AttachError, match=r"differ at '.*': some randomness does not come from"):
-        learner.backward(x, lambda out: out.square().mean(), schedule="replay")
-    assert all(p.grad is None for p in learner.model.parameters())
-
-
-@pytest.mark.parametrize("hold", [True, False], ids=["held", "all"])
-def test_a_pass_that_changes_later_is_noticed(hold: bool | str) -> None:
-    """It was repeatable when it was rehearsed."""
-    x = torch.randn(5, 4)
-    model = Noisy("none")
-    learner = fb.attach(model, fb.DFA(), example=x)
-    with contextlib.nullcontext() if hold else _repeating_all():
-        learner.backward(x, lambda out: out.square().mean(), schedule="replay")
-    model.kind = "elsewhere"
-    with pytest.raises(fb.SiteError, match=r"gave another '.*' than the first.*zero them"):
-        learner.backward(x, lambda out: out.square().mean(), schedule="replay")
 
 
 def test_targets_are_asked_for_and_checked() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import feedbackward as fb
+from feedbackward.schedules import preparation
 
 
 def give_gradients(
@@ -52,3 +55,8 @@ def train(
     return {
         n: None if p.grad is None else p.grad.clone() for n, p in learner.model.named_parameters()
     }
+
+
+def repeating_all() -> contextlib.AbstractContextManager[object]:
+    """Replay repeats the pass as a whole, wherever it could hold a part of it."""
+    return mock.patch.object(preparation, "_hold", return_value=None)

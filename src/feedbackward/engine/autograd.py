@@ -141,32 +141,6 @@ class Sweep(torch.autograd.Function):
         return d, None, None
 
 
-class Fork(torch.autograd.Function):
-    """Identity on `h`; its backward gives the same gradient to `h` and to `other`, a tensor of the same shape."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, other: Tensor) -> Tensor:
-        return h.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad
-
-
-class Blank(torch.autograd.Function):
-    """Zeros of the shape of `h`; their gradient goes to `h`."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        return torch.zeros_like(h)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 class Share(torch.autograd.Function):
     """Identity on `W`; its backward gives `W` its gradient, and `B` what the operator makes of that gradient.
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedbackward.engine.autograd import Blank, Broadcast, Defer, Fork, Join, Share, Sweep
+from feedbackward.engine.autograd import Broadcast, Defer, Join, Share, Sweep
 from feedbackward.engine.hooks import Hooked, PassOverError, SegmentVisitor, Tape
 from feedbackward.engine.target import Target
-from feedbackward.engine.upward import response
+from feedbackward.engine.upward import Upward
 from feedbackward.engine.weights import weights_of
 from feedbackward.errors import SiteError
 from feedbackward.graph import Edge, Graph, Local, Site, Source
@@ -35,8 +35,7 @@ class Cuts(Hooked):
         ]
         self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
         self.local = {place[end.site]: end for end in graph.local}
-        self.upward = {place[upward_edge.below]: upward_edge for upward_edge in graph.upward}
-        self._place = place
+        self.upward = Upward(graph)
         self._sites_by_points = {site.points: place[site] for site in graph.sites}
         # whether the latest forward pass was cut: a checkpoint may repeat a part of it
         self.recompute = False
@@ -210,7 +209,7 @@ class Cuts(Hooked):
             # a segment with nothing to train gets no signal, unless it passes the signal on
             if h is not None and (h.requires_grad or place in self.upward):
                 edges.append(edge)
-                activities.append(self._upward(place, tape))
+                activities.append(self.upward.hang(place, tape, self._check_met))
         if edges:
             tensor = self.broadcast(tensor, edges, activities, tape.target)
         return tensor if tape.hold is None else self._watched(tensor, source, tape)
@@ -230,21 +229,6 @@ class Cuts(Hooked):
         if tape is None or self.branches is None or not tape.deferred:
             return tensor
         return Sweep.apply(tensor, self.branches.sweeps, tuple(tape.deferred))
-
-    def _upward(self, place: int, tape: Tape) -> Tensor:
-        """The activity of a site; if an upward edge begins there, its signal also goes on to the site above."""
-        h, cut, upward_edge = tape.h[place], tape.cut[place], self.upward.get(place)
-        assert h is not None
-        if upward_edge is None:
-            return h
-        upper = self._place[upward_edge.above]
-        above = tape.h[upper]
-        self._check_met(upward_edge.above, above, tape.versions[upper])
-        assert above is not None
-        assert cut is not None
-        return Fork.apply(
-            h, response(upward_edge, h, cut, above, Blank.apply(self._upward(upper, tape)))
-        )
 
     def _watched(self, tensor: Tensor, source: Source, tape: Tape) -> Tensor:
         """The source, with a hook that records its error in the backward pass."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
+from feedbackward.engine.hooks import Tape
 from feedbackward.errors import AttachError
-from feedbackward.graph import UpwardEdge
+from feedbackward.graph import Graph, Site, UpwardEdge
 from feedbackward.model.autograd_graph import (
     is_leaf,
     is_product,
@@ -20,6 +24,63 @@ from feedbackward.model.autograd_graph import (
 
 # autograd's nodes that move elements to other positions
 _MOVES = ("Permute", "Transpose", "TBackward", "Flip", "Roll")
+
+
+class Fork(torch.autograd.Function):
+    """Identity on `h`; its backward gives the same gradient to `h` and to `other`, a tensor of the same shape."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, other: Tensor) -> Tensor:
+        return h.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
+class Blank(torch.autograd.Function):
+    """Zeros of the shape of `h`; their gradient goes to `h`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return torch.zeros_like(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Upward:
+    """The upward edges of a graph, as its cuts follow them; a number is the place of a site in the graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._place = {site: place for place, site in enumerate(graph.sites)}
+        self._edges = {self._place[edge.below]: edge for edge in graph.upward}
+
+    def __contains__(self, place: int) -> bool:
+        return place in self._edges
+
+    def hang(
+        self, place: int, tape: Tape, check: Callable[[Site, Tensor | None, int], None]
+    ) -> Any:
+        """The activity of a site; if an upward edge begins there, its signal also goes on to the site above.
+
+        `check` refuses a site that the pass did not reach.
+        """
+        h, cut, edge = tape.h[place], tape.cut[place], self._edges.get(place)
+        if edge is None:
+            return h
+        upper = self._place[edge.above]
+        above = tape.h[upper]
+        check(edge.above, above, tape.versions[upper])
+        assert h is not None
+        assert cut is not None
+        assert above is not None
+        return Fork.apply(
+            h, response(edge, h, cut, above, Blank.apply(self.hang(upper, tape, check)))
+        )
 
 
 def response(edge: UpwardEdge, h: Tensor, cut: Tensor, above: Tensor, blank: Tensor) -> Tensor:

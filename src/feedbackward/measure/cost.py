@@ -214,17 +214,18 @@ class _Count:
     def _watched(self, products: Products, saved: Saved) -> Iterator[None]:
         """Follow what the cuts do within a pass as well: this learner is a copy, whose methods may be replaced."""
         cuts: Any = self.learner.attached.cuts
-        methods = {
-            "broadcast": saved.within(cuts.broadcast),
-            "local_loss": saved.within(cuts.local_loss),
-            "_upward": products.as_feedback(cuts._upward),
-        }
-        vars(cuts).update(methods)
+        methods = (
+            (cuts, "broadcast", saved.within(cuts.broadcast)),
+            (cuts, "local_loss", saved.within(cuts.local_loss)),
+            (cuts.upward, "hang", products.as_feedback(cuts.upward.hang)),
+        )
+        for owner, name, method in methods:
+            vars(owner)[name] = method
         try:
             yield
         finally:
-            for name in methods:
-                delattr(cuts, name)
+            for owner, name, _ in methods:
+                delattr(owner, name)
 
     def _if_allowed(self, schedule: Schedule) -> tuple[Products, int] | None:
         try:

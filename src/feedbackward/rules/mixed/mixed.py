@@ -102,6 +102,11 @@ class Mixed(Rule):
                     f"{self.label}: no site is left for {_words(pattern)}. The sites are {names}; the first pattern that fits counts."
                 )
             part = rule.connect(places[pattern], source)
+            if part.branches:
+                raise AttachError(
+                    f"{rule.label} follows the skip paths of the whole network, which has no part in a mixture: use KolenPollack "
+                    "in its place."
+                )
             cut.update(part.sites)
             edges += part.edges
             local += part.local
