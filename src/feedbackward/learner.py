@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedbackward.engine.attached import Attached, AttachedModule, refuse_input_gradients
+from feedbackward.engine.attached import (
+    Attached,
+    AttachedModule,
+    refuse_input_gradients,
+    refuse_wrapped,
+)
 from feedbackward.engine.checks import check_graph
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.description import describe, in_bytes
+from feedbackward.engine.in_place import InPlace
 from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, make_plan
 from feedbackward.engine.target import Target
@@ -42,6 +48,7 @@ def attach(
     output: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
     feedback_dtype: torch.dtype | None = None,
+    in_place: bool = False,
 ) -> Learner:
     """Train `model` with `rule`: find the sites, make the feedback weights, and return the Learner.
 
@@ -64,6 +71,8 @@ def attach(
         seed: feedback weights depend on it and on the site's name only, so they are the same on every rank and device.
         feedback_dtype: the dtype of stored feedback weights: float32 by default, float64 for a float64 model.
             `torch.bfloat16` halves their bytes, but learning loses updates smaller than 1/256 of a weight.
+        in_place: whether the model itself trains by the rule, whoever calls it, until `learner.detach()`. It is for tools that
+            want the model and not a wrapper; `fb.param_groups(learner)` has the parameters for their optimizer.
 
     Raises:
         AttachError: the model, the example and the sites do not fit together.
@@ -85,7 +94,7 @@ def attach(
         raise AttachError(
             f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}."
         )
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     refuse_input_gradients(example)
     recorded = trace(model, example)
     refuse_unrecorded(recorded)
@@ -101,7 +110,10 @@ def attach(
     learner = Learner(model, rule, tuple(found), source, seed, feedback_dtype)
     learner._see_rows(recorded)
     del recorded
-    return learner._with_plan(example)
+    learner = learner._with_plan(example)
+    if in_place:
+        learner._hook_root()
+    return learner
 
 
 class Learner(AttachedModule):
@@ -182,19 +194,28 @@ class Learner(AttachedModule):
         Raises SiteError if the pass differs from the example's, and AttachError for inputs that require gradients.
         """
         self._refuse_detached()
+        given = self._begin()
+        if given is None:
+            with self.attached.own_pass():
+                return self.model(*args, **kwargs)
+        eager = self.graph.upward or self.graph.branches
+        way = self._uncompiled if eager else self.attached.run
+        return way(args, kwargs, *given)
+
+    def _begin(self) -> tuple[Target | None] | None:
+        """The targets of a pass that begins now; None if it is a plain one."""
         # targets are of the next pass, whatever pass that is
         target, self._target = self._target, None
-        attached, grad = self.attached, torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
         cut = not self._exact and grad and bool(self.graph.sites)
         if grad:
-            attached.cuts.recompute = cut
+            self.attached.cuts.recompute = cut
             if not self._exact and isinstance(self.rule, DSP):
                 check_delayed(self, self.rule.label)
-        if not cut:
-            return self.model(*args, **kwargs)
-        eager = self.graph.upward or self.graph.branches
-        way = self._uncompiled if eager else attached.run
-        return way(args, kwargs, target)
+        return (target,) if cut else None
+
+    def _hook_root(self) -> None:
+        self._handles += InPlace(self.attached, self._begin).install()
 
     def _uncompiled(self, *given: Any) -> Any:
         """Run a pass uncompiled: its backward pass runs others (signals that go up, highways), which no compiler supports."""
@@ -241,7 +262,8 @@ class Learner(AttachedModule):
                 f'within learner.exact() there are no segments to {schedule}: use schedule="joint".'
             )
         target, self._target = self._target, None
-        return backward(self.attached, inputs, loss_fn, target, schedule, keep_inputs)
+        with self.attached.own_pass():
+            return backward(self.attached, inputs, loss_fn, target, schedule, keep_inputs)
 
     def feedback_step(self, inputs: Any, loss_fn: LossFn | None = None) -> None:
         """Run the phase in which feedback learns, for rules that have one (weight mirror, decoders).
@@ -263,7 +285,8 @@ class Learner(AttachedModule):
         alone = len(self.attached.rules) == 1
         for rule in rules:
             own = [edge for edge in phase.edges if edge.rule is rule]
-            rule.feedback_step(phase if alone else phase.part(own))
+            with self.attached.own_pass():
+                rule.feedback_step(phase if alone else phase.part(own))
 
     def _learned_in_phase(self) -> list[str]:
         """The names of feedback weights that only `feedback_step` gives gradients."""
@@ -363,33 +386,4 @@ class Learner(AttachedModule):
                 f"the feedback weights take {in_bytes(feedback)}, the model's own parameters {in_bytes(own)}. Smaller feedback: "
                 "operator=fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense()), fb.Sparse(1) or fb.LowRank(r).",
                 stacklevel=4,
-            )
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Hooks must sit on plain modules: a compiled or scripted part would not see them, a Learner has its own."""
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"the model must be a torch.nn.Module, not {type(model).__name__}.")
-    if not any(p.is_floating_point() for p in model.parameters()):
-        raise AttachError(
-            f"{type(model).__name__} has no floating-point parameters, so there is nothing to train."
-        )
-    for name, module in model.named_modules():
-        where = f"its part {name!r}" if name else "the model"
-        if isinstance(module, Learner):
-            raise AttachError(
-                f"{where} is a Learner already: attach to the plain model that `learner.detach()` gives back."
-            )
-        if hasattr(module, "_orig_mod"):  # what torch.compile returns
-            raise AttachError(
-                f"{where} is compiled: attach to the plain model, then `torch.compile(learner)`."
-            )
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise AttachError(
-                f"{where} is a {type(module).__name__}, which would not keep the feedback in step: attach to the plain "
-                "model, then wrap the learner in DistributedDataParallel."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise AttachError(
-                f"{where} is a TorchScript module, whose inside cannot be cut: attach to the Python model."
             )

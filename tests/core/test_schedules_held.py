@@ -30,7 +30,7 @@ def test_what_is_held_weighs_no_more_than_the_largest_segment(
     learner = fb.attach(
         nn.Sequential(*layers, nn.Linear(widths[-1], 2)), fb.DFA(), example=torch.randn(3, 8)
     )
-    assert prepared(learner, torch.randn(64, 8)).hold in places
+    assert prepared(learner.attached, torch.randn(64, 8)).hold in places
 
 
 def test_stand_ins_of_relays_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_flipped_negates_hidden_gradients_and_nothing_else(rule: fb.Rule) -> Non
     for used in (rule, fb.rules.Flipped(rule)):
         learner = MLP.attach(used)
         torch.manual_seed(5)
-        if used.needs == "target":
+        if learner.attached.needs_target:
             learner.target(y)
         step(learner, x, y)
         found.append((grads(learner.model), grads(learner.feedback)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +49,8 @@ class Attached:
     whole_plan: Plan = field(init=False)
     rows: Rows = field(init=False)
     structure: Structure = field(init=False)
+    # how many passes run that nobody may cut but those who run them
+    own_passes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.rows = Rows(self.graph)
@@ -78,6 +82,15 @@ class Attached:
         """The rules whose feedback learns in a phase of its own."""
         return tuple(rule for rule in self.rules if rule.in_phase)
 
+    @contextmanager
+    def own_pass(self) -> Iterator[None]:
+        """Passes of the model within this context are ours: a model that trains in place does not cut them."""
+        self.own_passes += 1
+        try:
+            yield
+        finally:
+            self.own_passes -= 1
+
     def weights_of(self, edge: Edge) -> Weights:
         """All tensors of an edge, in the order of its operator's `parts`; none for seeded feedback."""
         return weights_of(self.feedback, edge)
@@ -97,7 +110,8 @@ class Attached:
         if not all(rule.linear for rule in self.rules):
             self.refuse_fp16("signals or feedback gradients do not scale with the loss")
         self.follow_changes()
-        self.rows.see_again(self.model, inputs)
+        with self.own_pass():
+            self.rows.see_again(self.model, inputs)
         self.cuts.recompute = True
         self.cuts.renew()
 
@@ -110,7 +124,7 @@ class Attached:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | None) -> Any:
         """A forward pass under cuts; returns the model's output."""
         self.begin_pass(Given(args, kwargs), target)
-        with self.cuts.recording(target):
+        with self.own_pass(), self.cuts.recording(target):
             tied = self.cuts.tied()
             if tied:
                 return functional_call(self.model, tied, args, kwargs)
@@ -138,3 +152,32 @@ def refuse_input_gradients(inputs: Any) -> None:
             "an input requires a gradient, but under cuts its gradient is not the true one. Use `with learner.exact():` "
             "for input gradients, or detach the input."
         )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Hooks must sit on plain modules: a compiled or scripted part would not see them, a Learner has its own."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"the model must be a torch.nn.Module, not {type(model).__name__}.")
+    if not any(p.is_floating_point() for p in model.parameters()):
+        raise AttachError(
+            f"{type(model).__name__} has no floating-point parameters, so there is nothing to train."
+        )
+    for name, module in model.named_modules():
+        where = f"its part {name!r}" if name else "the model"
+        if isinstance(module, AttachedModule):
+            raise AttachError(
+                f"{where} is a Learner already: attach to the plain model that `learner.detach()` gives back."
+            )
+        if hasattr(module, "_orig_mod"):  # what torch.compile returns
+            raise AttachError(
+                f"{where} is compiled: attach to the plain model, then `torch.compile(learner)`."
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise AttachError(
+                f"{where} is a {type(module).__name__}, which would not keep the feedback in step: attach to the plain "
+                "model, then wrap the learner in DistributedDataParallel."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AttachError(
+                f"{where} is a TorchScript module, whose inside cannot be cut: attach to the Python model."
+            )

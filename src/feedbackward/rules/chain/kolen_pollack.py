@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from feedbackward.graph import Graph, LayerInput, Site, Source
 from feedbackward.operators.layer import LayerShaped
@@ -21,7 +22,9 @@ class KolenPollack(Rule):
     With the same optimizer, rate and weight decay for both, :math:`W_l - B_l` shrinks as :math:`(1 - \eta\lambda)^t` under
     plain SGD, whatever the data are. The product :math:`\delta a_l^\top h_{l-1}` is computed once, for both.
 
-    init, scale: of the feedback weights, see :class:`LayerShaped`. With `"mirrored"` they begin near the forward weights.
+    init, scale: of the feedback weights, see :class:`LayerShaped`. `"mirrored"` lets them begin near the forward weights, as
+        far as noise at each layer's input shows these. :meth:`published` begins at random, from which alignment takes many
+        steps or strong decay: attach to a model that has the weights it will be trained from.
 
     Kolen & Pollack, "Backpropagation without weight transport", ICNN 1994; Akrout, Wilson, Humphreys, Lillicrap & Tweed,
     "Deep Learning without Weight Transport", NeurIPS 2019 (arXiv:1904.05391). The authors' code has no weight decay by
@@ -41,7 +44,7 @@ class KolenPollack(Rule):
         True
     """
 
-    init: str = "xavier_uniform"
+    init: str = "mirrored"
     scale: float = 1.0
 
     name = "kp"
@@ -49,6 +52,11 @@ class KolenPollack(Rule):
     paper = "Kolen & Pollack 1994; Akrout et al. 2019"
     feeds = LayerInput
     learned = True
+
+    @classmethod
+    def published(cls, **changes: Any) -> KolenPollack:
+        """The authors' form, in which `B` begins at random."""
+        return replace(cls(init="xavier_uniform"), **changes)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return chain(

@@ -1,0 +1,68 @@
+"""A model that trains by its rule whoever calls it: hooks on its root begin and end every pass under cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils.hooks import RemovableHandle
+
+from feedbackward.engine.attached import Attached
+from feedbackward.engine.target import Target
+from feedbackward.errors import FeedbackError
+from feedbackward.model.example import Given
+
+
+class InPlace:
+    """The hooks on the root of an attached model.
+
+    `begin()` says what a pass is: None for a plain one, else a tuple of the targets that it was given (or None). A class,
+    so that a deep copy of the learner has hooks of its own.
+    """
+
+    def __init__(
+        self, attached: Attached, begin: Callable[[], tuple[Target | None] | None]
+    ) -> None:
+        self.attached, self.begin = attached, begin
+        self._open: ExitStack | None = None
+
+    def install(self) -> list[RemovableHandle]:
+        """Put the hooks on the model, the first and the last of all."""
+        model = self.attached.model
+        return [
+            model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin a pass under cuts, unless the pass is one of ours or a plain one."""
+        if self.attached.own_passes:
+            return
+        given = self.begin()
+        if given is None:
+            return
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise FeedbackError(
+                "a model that trains in place does not reduce the gradients of its feedback over processes: attach without "
+                "in_place=True, and wrap the learner in DistributedDataParallel."
+            )
+        self.attached.begin_pass(Given(args, kwargs), given[0])
+        self._open = ExitStack()
+        self._open.enter_context(self.attached.own_pass())
+        tape = self._open.enter_context(self.attached.cuts.recording(given[0]))
+        tied = self.attached.cuts.tied()
+        if tied:
+            self._open.enter_context(_reparametrize_module(model, tied))
+        self._tape = tape
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """End the pass. `output` is None where the model's forward raised."""
+        if self._open is None:
+            return
+        opened, self._open = self._open, None
+        self._tape.over = self._tape.over or output is None
+        opened.close()

@@ -1,0 +1,104 @@
+"""A model that was attached in place trains by its rule whoever calls it, exactly as the learner does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from pairs import PAIRS, Pair, assert_close, loss_fn
+from steps import give_gradients
+from torch import nn
+
+import feedbackward as fb
+
+RULES = (
+    fb.DKP(),
+    fb.DFA(),
+    fb.DRTP(),
+    fb.DGL(hidden=4),
+    fb.KolenPollack.published(),
+    fb.rules.FDFA(),
+)
+
+
+def grads(learner: fb.Learner) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in learner.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "pair", [p for p in PAIRS if p.sites == "layers" and p.error_at is None], ids=str
+)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_the_model_gets_the_gradients_of_the_learner(rule: fb.Rule, pair: Pair) -> None:
+    x, y = pair.batch()
+    model = pair.model()
+    learner = fb.attach(copy.deepcopy(model), rule, example=x)
+    placed = fb.attach(model, rule, example=x, in_place=True)
+    for one, call in ((learner, learner), (placed, model)):
+        torch.manual_seed(0)
+        give_gradients(one, x, y, lambda out, y: loss_fn(y)(out), call=call)
+    expected = grads(learner)
+    for name, gradient in grads(placed).items():
+        assert (gradient is None) == (expected[name] is None), name
+        if gradient is not None:
+            assert_close(gradient, expected[name], name, tolerance=1e-12)
+
+
+def test_plain_passes_stay_plain() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(5, 4)
+    truth = torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
+    learner = fb.attach(model, fb.DFA(), example=x, in_place=True)
+    with learner.exact():
+        exact = torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
+    assert torch.equal(exact, truth)
+    cut = torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
+    assert not torch.allclose(cut, truth)
+    with torch.no_grad():
+        assert torch.equal(model(x), learner(x))
+    probe = fb.probe(learner, lambda out: out.square().sum(), x)
+    assert probe.parameters["2.weight"].angle == pytest.approx(0, abs=0.1)
+    assert learner.detach() is model
+    after = torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
+    assert torch.equal(after, truth)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_a_pass_that_raises_leaves_the_next_one_alone() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.act, self.two = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+            self.fails = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.act(self.one(x))
+            if self.fails:
+                raise ValueError("not today")
+            return self.two(h)
+
+    x = torch.randn(5, 4)
+    model = Sometimes()
+    fb.attach(model, fb.KolenPollack.published(), example=x, in_place=True)
+    model.fails = True
+    with pytest.raises(ValueError, match="not today"):
+        model(x)
+    model.fails = False
+    model(x).square().sum().backward()
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    assert model.one.weight.grad is not None
+
+
+@pytest.mark.parametrize("schedule", ["joint", "replay"])
+def test_schedules_of_a_model_in_place(schedule: str) -> None:
+    pair = PAIRS[0]
+    x, y = pair.batch()
+    found = []
+    for in_place in (False, True):
+        learner = fb.attach(pair.model(), fb.DFA(), example=x, sites=pair.sites, in_place=in_place)
+        learner.backward(x, loss_fn(y), schedule=schedule)
+        found.append(grads(learner))
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, name, tolerance=1e-12)
