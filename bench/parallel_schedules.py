@@ -96,7 +96,9 @@ def vgg16(batch: int, cut: list[str]) -> Subject:
 def sleeping(times: list[Times], batch: int, features: int) -> Subject:
     """Stages that sleep, with activities of so many features."""
     names = [str(i) for i in range(len(times) - 1)]
-    x, y = torch.randn(batch, features), torch.randint(CLASSES, (batch,))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, features, generator=generator)
+    y = torch.randint(CLASSES, (batch,), generator=generator)
     # the lowest stage gets no gradient from its input, so its own part is put with the weights'
     first = (times[0][0], 0.0, times[0][2] + times[0][1])
     return Subject(lambda: sleepers([first, *times[1:]]), x, y, names, names, times)

@@ -53,6 +53,10 @@ def run_cost(config: CostConfig) -> int:
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # now rather than when all is done
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.stages:
+        from feedbackward.experiment.benchmark.pipelines import simulate_stages
+
+        return simulate_stages(config)
     return _measure(config) if config.measure else _count(config)
 
 

@@ -45,6 +45,16 @@ def resolved(config: CostConfig) -> CostConfig:
             raise ConfigError(f"{what} must name at least one, and none twice: got {given}")
     for model in config.models:
         nets.default_sites(model)
+    if any(count < 1 for count in config.stages) or config.micro_batches < 1:
+        raise ConfigError("stages and micro_batches must be at least 1")
+    if config.micro_batches > config.batch // 2:
+        raise ConfigError(
+            f"micro_batches is {config.micro_batches}: a batch of {config.batch} has at most {config.batch // 2} parts of 2"
+        )
+    if config.stages and config.measure:
+        raise ConfigError("stages and measure are two commands: give one of them")
+    if (config.link is not None and config.link <= 0) or config.latency < 0:
+        raise ConfigError("link must be above 0, and latency at least 0")
     least = {"rounds": 1, "batch": 1, "size": 1, "channels": 1, "classes": 2, "threads": 1}
     for name, smallest in least.items():
         value = getattr(config, name)

@@ -32,6 +32,10 @@ class CostConfig:
         channels_last: use the channels-last memory format for images and convolutions.
         compile: compile with torch.compile; joint schedules only.
         device: auto takes a CUDA device if there is one.
+        stages: simulate the net divided over so many processes, from times that are measured here.
+        micro_batches: parts of a batch, which follow each other through the stages.
+        link: speed of the network between two processes, in Mbit/s; by default without bounds.
+        latency: milliseconds that a message is under way, besides.
         json: write all numbers to this file.
         plot: write a figure to this file: .png, .svg or .pdf.
     """
@@ -56,5 +60,9 @@ class CostConfig:
     channels_last: bool = False
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    stages: list[int] = field(default_factory=list)
+    micro_batches: int = 4
+    link: float | None = None
+    latency: float = 0.0
     json: str | None = None
     plot: str | None = None

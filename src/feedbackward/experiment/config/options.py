@@ -32,6 +32,7 @@ HEADINGS = {
     "Results": "out overwrite resume report_only dry_run title probe_every tensorboard json plot",
     "Images": "classes channels size batch",
     "Measurement": "measure schedules rounds",
+    "Pipeline of processes": "stages micro_batches link latency",
     "Machine": "device precision threads workers compile channels_last",
     "Several processes": "parallel.",
     "Advanced: schedules and feedback": "",
@@ -46,7 +47,7 @@ ABOUT = {
     "`sections` describes a grid of comparisons. A finished run is skipped and a stopped one is "
     "continued, so the same command goes on after Ctrl-C or a crash.",
     "cost": "Count the multiply-adds, bytes and steps in sequence of a training step, by rule and operator, "
-    "beside backprop. With --measure, also measure its time and memory.",
+    "beside backprop. With --measure, also measure its time and memory. With --stages, simulate the net divided over processes.",
 }
 EXAMPLES = {
     "train": """\
@@ -62,6 +63,7 @@ EXAMPLES = {
     "cost": """\
   feedbackward cost vgg16 --batch 100
   feedbackward cost vgg16 --rules dfa,dkp --operators dense,sparse
+  feedbackward cost vgg16 --stages 2,4,8 --micro-batches 8 --link 1000
   feedbackward cost vgg16 resnet20 --measure --rules dkp --schedules joint,replay""",
 }
 # what stands for a value in --help
@@ -116,7 +118,7 @@ class Option:
             return "{" + ",".join(map(str, typing.get_args(literal))) + "}"
         if self.field in ("out", "data.root"):
             return "FOLDER"
-        if self.field in ("json", "plot"):
+        if self.field in ("json", "plot", "parallel.trace"):
             return "FILE"
         if self.is_mapping:
             return "OPTIONS"

@@ -15,6 +15,7 @@ class Parallel:
         data: so many pipelines, each with its part of every batch.
         micro_batches: parts of a batch, which follow each other through a pipeline.
         cut: names of modules after whose outputs the network is divided; auto balances measured times.
+        trace: write what every process did in three steps as a Chrome trace, .json, and a picture beside it.
         timeout: seconds after which a wait for another process is an error.
     """
 
@@ -22,4 +23,5 @@ class Parallel:
     data: int = 1
     micro_batches: int = 4
     cut: str | list[str] = "auto"
+    trace: str | None = None
     timeout: float = 60.0

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from feedbackward.errors import ConfigError, DivergenceError, FeedbackError
+from feedbackward.experiment.benchmark.pipeline_plots import plot_timeline
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.data.dataset import Data
 from feedbackward.experiment.training import checkpoint
@@ -201,6 +202,7 @@ class PipedRun(Run):
         self._data_rank = dist.get_rank() // parallel.pipeline if dist.is_initialized() else 0
         self._sums = torch.zeros(2, dtype=torch.float64)
         self._loss: Loss | None = None
+        self._steps = 0
 
     def _part(self, part: str) -> Any:
         return getattr(self.learner, part).named_parameters()
@@ -219,6 +221,7 @@ class PipedRun(Run):
             self._sums += torch.stack([loss.detach().double() * len(target), hits])
             return loss * factor
 
+        self._trace()
         with self.precision():
             loss = self.pipe.backward(self.prepared(own), loss_fn, mine)
         for weights in self.weights.values():
@@ -228,6 +231,17 @@ class PipedRun(Run):
         position.seen += len(labels)
         position.batch += 1
         return before.item() if before else math.nan
+
+    def _trace(self) -> None:
+        """After a first step for the caches, write what happens in three."""
+        path = self.config.parallel.trace
+        self._steps += 1
+        if path and self._steps == 2:
+            self.pipe.start_trace()
+        if path and self._steps == 5:
+            found = self.pipe.write_trace(path)
+            if found and self.leads:
+                plot_timeline(Path(path).with_suffix(".png"), found)
 
     def add_sums(self) -> None:
         """Put the losses and hits, which the last stages have counted, into every rank's position."""

@@ -34,7 +34,7 @@ OWN = (
 )
 # may change when a run is resumed: they say where and how fast it runs, not what it computes
 FREE = {"out", "device", "threads", "tensorboard", "compile", "channels_last"}
-FREE |= {"parallel.pipeline", "parallel.cut", "parallel.timeout"}
+FREE |= {"parallel.pipeline", "parallel.cut", "parallel.timeout", "parallel.trace"}
 
 
 class RunFolder:
