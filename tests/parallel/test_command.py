@@ -115,3 +115,23 @@ def test_what_cannot_be_divided(
     assert main(["train", *COMMON, *flags, "--out", "refused"]) == 2
     assert words in capsys.readouterr().err
     assert not Path("refused").exists()
+
+
+def test_example_on_three_processes(tmp_path: Path) -> None:
+    """`python examples/pipeline.py` and three processes print the same losses."""
+    script = Path(__file__).parents[2] / "examples" / "pipeline.py"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    printed = []
+    for before in ([], launcher):
+        done = subprocess.run(
+            [sys.executable, *before, str(script)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append([line for line in done.stdout.splitlines() if line.startswith("epoch")])
+    assert printed[0] == printed[1]
+    assert len(printed[0]) == 10

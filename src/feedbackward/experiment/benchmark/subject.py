@@ -45,16 +45,7 @@ def resolved(config: CostConfig) -> CostConfig:
             raise ConfigError(f"{what} must name at least one, and none twice: got {given}")
     for model in config.models:
         nets.default_sites(model)
-    if any(count < 1 for count in config.stages) or config.micro_batches < 1:
-        raise ConfigError("stages and micro_batches must be at least 1")
-    if config.micro_batches > config.batch // 2:
-        raise ConfigError(
-            f"micro_batches is {config.micro_batches}: a batch of {config.batch} has at most {config.batch // 2} parts of 2"
-        )
-    if config.stages and config.measure:
-        raise ConfigError("stages and measure are two commands: give one of them")
-    if (config.link is not None and config.link <= 0) or config.latency < 0:
-        raise ConfigError("link must be above 0, and latency at least 0")
+    _check_stages(config)
     least = {"rounds": 1, "batch": 1, "size": 1, "channels": 1, "classes": 2, "threads": 1}
     for name, smallest in least.items():
         value = getattr(config, name)
@@ -72,6 +63,22 @@ def resolved(config: CostConfig) -> CostConfig:
         with contextlib.suppress(AttachError):
             make_operator(spec)
     return replace(config, rules=[entry for entry in entries if entry.rule != "bp"])
+
+
+def _check_stages(config: CostConfig) -> None:
+    if not config.stages:
+        return
+    if any(count < 1 for count in config.stages) or config.micro_batches < 1:
+        raise ConfigError("stages and micro_batches must be at least 1")
+    most = config.batch // 2
+    if config.micro_batches > most:
+        raise ConfigError(
+            f"micro_batches is {config.micro_batches}: a batch of {config.batch} has at most {most} parts of 2"
+        )
+    if config.measure:
+        raise ConfigError("stages and measure are two commands: give one of them")
+    if (config.link is not None and config.link <= 0) or config.latency < 0:
+        raise ConfigError("link must be above 0, and latency at least 0")
 
 
 def parse_cost(arguments: Sequence[str]) -> CostConfig:
