@@ -181,6 +181,7 @@ def refusals(rank: int) -> Any:
         "few": lambda: pipe(Case("plain", RULES["dkp"], sites=["1"]).learner()),
         "names": lambda: pipe(Case("plain", RULES["dkp"]).learner(), cut=["1"]),
         "phase": lambda: pipe(Case("plain", fb.rules.WeightMirror()).learner()),
+        "highway": lambda: pipe(Case("residual", fb.rules.HighwayKP()).learner()),
         "unknown": lambda: pipe(Case("plain", RULES["dkp"]).learner(), cut=["nine", "1"]),
     }
 
@@ -203,6 +204,7 @@ def test_divisions_that_cannot_be(tmp_path: Path) -> None:
         "few": ("3 ranks need 2 places", "fewer ranks"),
         "names": ("3 ranks need 2 names",),
         "phase": ("Weight mirror", "phase of its own"),
+        "highway": ("Highway KP", "skip paths"),
         "unknown": ("nine",),
     }
     for found in run_ranks(refusals, 3, tmp_path):

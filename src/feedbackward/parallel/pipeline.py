@@ -121,6 +121,8 @@ def _division(learner: Learner, example: Any, named: list[str], groups: Groups) 
         if groups.rank == 0:
             times[0] = segment_times(learner, example, places)
         dist.broadcast_object_list(times, group=groups.up, group_src=0)
+        if groups.data is not None:  # all pipelines are divided alike
+            dist.broadcast_object_list(times, group=groups.data, group_src=0)
         boundaries = balanced(times[0], groups.size)
     else:
         boundaries = ()

@@ -79,6 +79,8 @@ def refuse_rule(rule: Rule, graph: Graph) -> None:
         why = "sends activities, which would travel down as well"
     elif graph.upward:
         why = "sends signals upwards, through the layers"
+    elif graph.branches is not None:
+        why = "sends errors along skip paths, through the branches of the whole network"
     elif any(each.in_phase for each in rules):
         why = "learns its feedback in a phase of its own, whose passes run through the whole model"
     elif isinstance(rule, DSP):

@@ -37,7 +37,10 @@ def find_places(
     rules that cut none, an activity that enters a layer. Raises AttachError for a named one round
     which another path leads.
     """
-    recorded = trace(learner.model, example)
+    device = next(learner.model.parameters()).device.type
+    # casts of weights would be nodes that lead round every activity
+    with torch.autocast(device, enabled=False):
+        recorded = trace(learner.model, example)
     sites: Sequence[Site] = [s for s in learner.graph.sites if not isinstance(s, LayerInput)]
     if not sites:
         sites = find_sites(learner.model, recorded, "layers", learner.source)

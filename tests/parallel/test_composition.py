@@ -1,0 +1,150 @@
+"""Pipelines together with what else PyTorch has: replicas, accumulation, bf16, checkpointing,
+compiled blocks, distributed checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from nets import RULES, Case
+from ranks import needs_gloo, run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import feedbackward as fb
+
+pytestmark = needs_gloo
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], within: float = 1e-12) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        worst = (found[key].double() - value.double()).abs().max().item()
+        assert worst <= within * max(1.0, value.double().abs().max().item()), (key, worst)
+
+
+def replicated(rank: int, rule: str) -> Any:
+    """Two pipelines of two ranks, each with half of every batch."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipeline"))
+    case = Case("plain", RULES[rule], rows=(16,), micro_batches=2)
+    x, y = case.batch(0)
+    pipe = fb.parallel.pipeline(case.learner(), x, micro_batches=2, mesh=mesh, timeout=120)
+    optimizer = case.optimizer(pipe)
+    half = slice(8 * (rank // 2), 8 * (rank // 2) + 8)
+    for _ in range(3):
+        pipe.backward(x[half], F.cross_entropy, y[half])
+        optimizer.step()
+        optimizer.zero_grad()
+    return pipe.gather_state()
+
+
+def test_pipelines_side_by_side(tmp_path: Path) -> None:
+    """Four micro-batches of four rows: two in each pipeline, or four in one process."""
+    for number, rule in enumerate(("dfa", "dkp", "bp")):
+        found = run_ranks(replicated, 4, tmp_path / str(number), rule)
+        expected = Case("plain", RULES[rule], rows=(16,), micro_batches=4).naive_repeated(3)
+        close(found[0], expected)
+        close(found[2], expected)
+
+
+class Checkpointed(nn.Module):
+    """A block that is run again in the backward pass, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + checkpoint(self.body, x, use_reentrant=False)
+
+
+def several(rank: int, ranks: int) -> dict[str, Any]:
+    """The whole states of nets trained in several ways."""
+    return {
+        "checkpointed": blocks(lambda block: block),
+        "accumulated": accumulated(),
+        "bf16": blocks(lambda block: block, torch.bfloat16),
+    }
+
+
+def blocks(change: Any, autocast: torch.dtype | None = None) -> Any:
+    torch.manual_seed(0)
+    inner = [change(Checkpointed()) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(6, 9), *inner, nn.Linear(9, 3))
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(16, 6, generator=generator), torch.arange(16) % 3
+    if autocast is None:
+        model, x = model.double(), x.double()
+    learner = fb.attach(model, fb.DKP(), example=x, sites=["1", "2", "3"])
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        pipe = fb.parallel.pipeline(learner, x, timeout=120)
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=0.05)
+        for _ in range(4):
+            pipe.backward(x, F.cross_entropy, y)
+            optimizer.step()
+            optimizer.zero_grad()
+    return pipe.gather_state()
+
+
+def accumulated() -> Any:
+    """Two calls of backward for one step: gradients add up."""
+    case = Case("plain", RULES["dkp"], rows=(8,))
+    x, y = case.batch(0)
+    pipe = fb.parallel.pipeline(case.learner(), x, micro_batches=2, timeout=120)
+    optimizer = case.optimizer(pipe)
+    for _ in range(2):
+        for half in (slice(0, 4), slice(4, 8)):
+            pipe.backward(x[half], lambda out, t: F.cross_entropy(out, t) / 2, y[half])
+        optimizer.step()
+        optimizer.zero_grad()
+    return pipe.gather_state()
+
+
+def test_ways_of_training(tmp_path: Path) -> None:
+    alone = several(0, 1)
+    found = run_ranks(several, 3, tmp_path, 3)[0]
+    for way in alone:
+        # the same operations in the same order, in bf16 too
+        close(found[way], alone[way], within=1e-12)
+    expected = Case("plain", RULES["dkp"], rows=(8,), micro_batches=4).naive_repeated(2)
+    close(alone["accumulated"], expected)
+
+
+def saved(rank: int, folder: str, load: bool) -> Any:
+    """Two steps; then save, or before load what others saved. The state after them."""
+    case = Case("mlp", RULES["dkp"])
+    x, y = case.batch(0)
+    pipe = fb.parallel.pipeline(case.learner(), x, timeout=120)
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.05)
+    if load:
+        state = pipe.state_dict()
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        pipe.load_state_dict(state)
+        pipe.step = 2
+    for _ in range(2):
+        pipe.backward(x, F.cross_entropy, y)
+        optimizer.step()
+        optimizer.zero_grad()
+    if not load:
+        dcp.save(pipe.state_dict(), checkpoint_id=folder)
+    return pipe.gather_state()
+
+
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    """Saved by three ranks, gone on with by two, and by one."""
+    folder = str(tmp_path / "saved")
+    run_ranks(saved, 3, tmp_path / "three", folder, False)
+    by_two = run_ranks(saved, 2, tmp_path / "two", folder, True)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        by_one = saved(0, folder, True)
+    case = Case("mlp", RULES["dkp"], momentum=0.0)
+    expected = case.naive_repeated(4)
+    close(by_two, expected)
+    close(by_one, expected)
