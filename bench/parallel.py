@@ -2,6 +2,7 @@
 
 python bench/parallel.py actions            # CPU seconds of every forward and backward of VGG-16
 python bench/parallel.py sleeping           # the real engines and messages, in stages that sleep for these
+python bench/parallel.py equal              # the same, where forward and both gradients take as long
 python bench/parallel.py wall --rounds 7    # wall clock of the real net; needs idle cores
 python bench/parallel.py report             # bench/results/parallel.md from bench/results/parallel.json
 
@@ -45,7 +46,7 @@ FEATURES = 16384
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["actions", "sleeping", "wall", "report"])
+    parser.add_argument("what", choices=["actions", "sleeping", "equal", "wall", "report"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -57,7 +58,9 @@ def main() -> None:
 
         print(write_report(json.loads(RESULTS.read_text()), RESULTS.with_suffix(".md")))
         return
-    work = {"actions": actions, "sleeping": sleep_all, "wall": wall}[options.what]
+    work = {"actions": actions, "sleeping": sleep_all, "equal": sleep_all, "wall": wall}[
+        options.what
+    ]
     for name, value in work(options).items():
         save(name, {"machine": machine(), **value})
 
@@ -151,8 +154,11 @@ class Staged:
         return list(zip(forwards, backwards, strict=True))
 
 
-def split_times(ranks: int) -> list[Times]:
-    """Of the saved actions: forward, gradients of inputs (what backprop does more), of weights."""
+def split_times(what: str, ranks: int) -> list[Times]:
+    """Of the saved actions: forward, gradients of inputs (what backprop does more), of weights. Or 0.1
+    seconds of each, which is what the multiply-adds of a convolution suggest."""
+    if what == "equal":
+        return [(0.1, 0.1, 0.1)] * ranks
     found = json.loads(RESULTS.read_text())[f"actions {ranks}"]["seconds"]
     return [
         (min(bp[0], dkp[0]), max(0.0, bp[1] - dkp[1]), dkp[1])
@@ -165,7 +171,7 @@ def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
     for ranks in options.ranks:
         for parts in (MICRO_BATCHES, 1) if ranks == 2 else (MICRO_BATCHES,):
             factor = MICRO_BATCHES / parts
-            times = [tuple(factor * t for t in stage) for stage in split_times(ranks)]
+            times = [tuple(factor * t for t in stage) for stage in split_times(options.what, ranks)]
             rounds = options.rounds if ranks == 2 else 3
             timed = launch("sleeping", ranks, parts, rounds, options, times)
             costs = [StageCost(*t, sends=FEATURES * BATCH // parts * 4) for t in times]
@@ -176,7 +182,7 @@ def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
             }
             simulated = {name: [s.isolated, s.steady] for name, s in sums.items()}
             one = parts * sum(map(sum, times))
-            found[f"sleeping {ranks} {parts}"] = {
+            found[f"{options.what} {ranks} {parts}"] = {
                 "rounds": rounds, "steps": options.steps, "times": times, "seconds": timed,
                 "simulated": simulated, "one process": one,
             }  # fmt: skip

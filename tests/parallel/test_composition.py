@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -148,3 +149,38 @@ def test_distributed_checkpoints(tmp_path: Path) -> None:
     expected = case.naive_repeated(4)
     close(by_two, expected)
     close(by_one, expected)
+
+
+def late(rank: int, rule: str, delay: int) -> Any:
+    """Some steps whose gradients arrive late, with batches of several sizes."""
+    pipe, losses = Case("mlp", RULES[rule]).piped(6, delay=delay, timeout=120)
+    return [pipe.gather_state(), losses]
+
+
+def late_alone(rule: str, delay: int) -> dict[str, Tensor]:
+    """The same by `fb.Delayed` in one process: the definition of a delay."""
+    case = Case("mlp", RULES[rule])
+    learner = case.learner()
+    optimizer = case.optimizer(learner)
+    delayed = fb.Delayed(learner, delay)
+    for step in range(6):
+        x, y = case.batch(step)
+        parts = min(case.micro_batches, len(x) // 2)
+        for xs, ys in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+            (F.cross_entropy(learner(xs), ys) * (len(xs) / len(x))).backward()
+        delayed.exchange()
+        optimizer.step()
+        optimizer.zero_grad()
+    return learner.state_dict()
+
+
+def test_late_gradients(tmp_path: Path) -> None:
+    for rule, delay in (("dfa", 1), ("dkp", 1), ("dkp", 2), ("bp", 1)):
+        found = run_ranks(late, 2, tmp_path / f"{rule}{delay}", rule, delay)
+        close(found[0][0], late_alone(rule, delay))
+
+
+def test_delays_that_cannot_be() -> None:
+    for rule, delay, words in (("kp", 1, "delay=0"), ("dkp", 5, "from 0 to 4")):
+        with pytest.raises(fb.AttachError, match=words):
+            Case("plain", RULES[rule]).piped(1, delay=delay)

@@ -43,6 +43,7 @@ def pipeline(
     cut: str | Sequence[str] = "auto",
     mesh: DeviceMesh | None = None,
     in_flight: InFlight = "all",
+    delay: int = 0,
     timeout: float = 60.0,
 ) -> Pipeline:
     """Divide a learner over the ranks of `torch.distributed`, so that all run their backward at
@@ -67,6 +68,9 @@ def pipeline(
             direct feedback and holds the activities of all micro-batches. `"few"`: one forward and
             one backward in turn, which holds as many as there are later ranks. Chains and backprop
             always use `"few"`.
+        delay: gradients arrive so many steps late, as with :class:`feedbackward.Delayed`, so that a
+            step's forward passes need not wait for the updates of the last steps. Each holds a copy of
+            this rank's weights. 0 is exact.
         timeout: seconds after which a wait for another rank is an error.
 
     Raises:
@@ -90,16 +94,30 @@ def pipeline(
     """
     if micro_batches < 1 or micro_batches > 1000:
         raise AttachError(f"micro_batches must be from 1 to 1000, got {micro_batches}.")
+    _check_delay(learner, delay)
     groups = make_groups(mesh, timeout)
     named = [] if cut == "auto" else [cut] if isinstance(cut, str) else list(cut)
     if groups.size > 1:
         refuse_rule(learner.rule, learner.graph)
-    options = f"micro_batches={micro_batches}, cut={cut}, in_flight={in_flight}"
+    options = f"micro_batches={micro_batches}, cut={cut}, in_flight={in_flight}, delay={delay}"
     rule = f"{learner.rule} with seed {learner.seed}"
     agree(groups.up, facts(learner.model, learner.feedback, rule=rule, options=options))
     agree(groups.data, facts(learner.model, learner.feedback, rule=rule, options=options))
     division = _division(learner, example, named, groups)
-    return Pipeline(learner, division, groups, micro_batches, in_flight, timeout)
+    pipe = Pipeline(learner, division, groups, micro_batches, in_flight, timeout)
+    pipe._steps.delay = delay
+    return pipe
+
+
+def _check_delay(learner: Learner, delay: int) -> None:
+    if not 0 <= delay <= 4:
+        raise AttachError(f"delay must be from 0 to 4 steps, got {delay}.")
+    tied = [edge for edge in learner.graph.edges if edge.shares or edge.forward_weight]
+    if delay and tied:
+        raise AttachError(
+            f"{learner.rule.label} uses the weights of the forward pass for its feedback, of which a delayed step has "
+            "copies: use delay=0, or direct feedback (DFA, DKP)."
+        )
 
 
 def _division(learner: Learner, example: Any, named: list[str], groups: Groups) -> Division:
@@ -228,9 +246,9 @@ class Pipeline(nn.Module):
         if self._stage is not None:
             from feedbackward.parallel.stage import run_step
 
-            run_step(self._stage, self._schedules, len(batch.sizes), self._order)
+            run_step(self._stage, self._schedules, self._steps.parts, self._order)
         else:
-            self._in_turn(len(batch.sizes))
+            self._in_turn(self._steps.parts)
         self._steps.end()
         self._average()
         self._check_last()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from feedbackward.engine.target import Target
@@ -107,6 +108,8 @@ class Steps:
         self._batch = batch
         self._batches[batch.number] = batch
         self._bad = ""
+        if self.delay:
+            self.call = self._frozen_call()
         for index, rows in enumerate(batch.sizes):
             if self.stage:
                 self._expect(
@@ -123,6 +126,19 @@ class Steps:
         if not self.last:
             message = self._message("loss", batch.number, 0, self.division.stages - 1)
             self.mail.expect(message, (), torch.float64, self.device)
+
+    @property
+    def parts(self) -> int:
+        """How many micro-batches the step goes through, forward or backward."""
+        late = self._batches.get(self._batch.number - self.delay, self._batch)
+        return max(len(self._batch.sizes), len(late.sizes))
+
+    def _frozen_call(self) -> Callable[..., Forward]:
+        """The stage with the weights and feedback of this moment, which the optimizer will change
+        before the backward pass; gradients go to the parameters."""
+        own = self.module.named_parameters()
+        now = {name: p.clone() for name, p in own if p.requires_grad and not p.is_meta}
+        return lambda *args: functional_call(self.module, now, args)
 
     def _kind(self, place: int) -> tuple[tuple[int, ...], torch.dtype]:
         return self.division.recording.kinds[place]
@@ -148,6 +164,8 @@ class Steps:
     def forward(self, index: int) -> Any:
         """The forward pass of a micro-batch; of the last stage, its part of the loss."""
         batch, received = self._batch, None
+        if index >= len(batch.sizes):  # the late batch has more parts
+            return torch.zeros(())
         if self.stage:
             message = self._message("activation", batch.number, index, self.stage - 1)
             received = self._timed("wait", index, lambda: self.mail.receive(message))
@@ -291,12 +309,13 @@ class Steps:
         """Send the gradient of what was received, where the boundary is not cut."""
         number = self._batch.number - self.delay
         self._event("backward", index, getattr(self, "_started", time.perf_counter()))
-        if not self.gives_gradient or number not in self._batches:
+        late = self._batches.get(number)
+        if not self.gives_gradient or late is None or index >= len(late.sizes):
             return
         grad = grads[0] if grads else None
         shape, dtype = self._kind(self.division.cut[self.stage - 1])
         if grad is None:
-            rows = self._batches[number].sizes[index]
+            rows = late.sizes[index]
             grad = torch.zeros((rows, *shape), dtype=dtype, device=self.device)
         self.mail.send(self._message("gradient", number, index, self.stage - 1), grad)
 
