@@ -123,4 +123,7 @@ def _summary(found: dict[str, Any]) -> str:
                     measured = statistics.median(seconds[name][kind])
                     worst = max(worst, abs(measured / made - 1))
     text = "; ".join(parts)
-    return f"Summary: how many times as fast DKP is, one step / several. {text}. Simulated and measured differ by at most {100 * worst:.0f} %."
+    return (
+        f"Summary: how many times as fast DKP is, one step / several. {text}. Simulated and measured differ by at "
+        f"most {100 * worst:.0f} %."
+    )
