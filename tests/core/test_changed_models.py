@@ -204,3 +204,11 @@ def test_a_chain_that_shares_weights_says_that_they_are_re_parametrised() -> Non
         learner(torch.randn(5, 4))
     with pytest.raises(fb.AttachError, match=r"changed after it was attached"):
         learner.backward(torch.randn(5, 4), lambda out: out.sum())
+
+
+def test_weights_that_are_tied_later_are_noticed() -> None:
+    model = Net()
+    learner = fb.attach(model, fb.KolenPollack(), example=torch.randn(5, 4))
+    CHANGES["tied"](model)
+    with pytest.raises(fb.AttachError, match=r"changed after it was attached.*which is tied"):
+        learner(torch.randn(5, 4))

@@ -99,6 +99,14 @@ def test_feedback_reaches_the_rows_that_made_the_error(
     assert ("does not keep the rows in place" in refused) == (not kept_apart), refused
 
 
+def hub() -> Tensor:
+    """The weights of a graph whose first node listens to all others more than to itself."""
+    weights = torch.eye(N) / 2
+    weights[0] = 0.3
+    weights[0, 0] = 0.05
+    return weights
+
+
 def mixed(kind: str) -> tuple[nn.Module, Tensor]:
     """Models whose rows depend on each other, each row most on itself, and what only looks like that."""
     torch.manual_seed(0)
@@ -120,6 +128,7 @@ def mixed(kind: str) -> tuple[nn.Module, Tensor]:
         return nn.Sequential(*body), torch.randn(N, 5)
     between = {
         "attention over the batch": lambda h: h + F.softmax(h @ h.t(), -1) @ h,
+        "graph with a hub": lambda h: hub() @ h,
         "graph": lambda h: (torch.eye(N) / 2 + torch.ones(N, N).tril(-1).triu(-2) / 4) @ h,
         "minibatch deviation": lambda h: torch.cat([h[:, :5], h.std(0).mean().expand(N, 1)], 1),
         "normalised over the batch": lambda h: h - h.mean(0),
@@ -145,6 +154,7 @@ KINDS = (
     "dead units",
     "attention over the batch",
     "graph",
+    "graph with a hub",
     "minibatch deviation",
     "normalised over the batch",
     "moved and moved back",
@@ -173,9 +183,15 @@ class Reversed(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, track_running_stats=False)])
-def test_batch_norm_hides_no_reordering(norm: nn.Module) -> None:
+@pytest.mark.parametrize("rows", [N, 4])
+def test_batch_norm_hides_no_reordering(norm: nn.Module, rows: int) -> None:
     with pytest.raises(fb.AttachError, match="does not keep the rows in place"):
-        fb.attach(Reversed(norm), fb.DFA(), example=torch.randn(N, 5))
+        fb.attach(Reversed(norm), fb.DFA(), example=torch.randn(rows, 5))
+
+
+def test_of_two_rows_batch_norm_leaves_no_gradient_to_see_in_training() -> None:
+    with pytest.raises(fb.AttachError, match="does not keep the rows in place"):
+        fb.attach(Reversed(nn.BatchNorm1d(6)), fb.DFA(), example=torch.randn(2, 5))
 
 
 def test_what_the_example_cannot_show_is_seen_in_training() -> None:
