@@ -21,8 +21,9 @@ from feedbackward.model.trace import Trace, trace
 
 # a gradient is a row's own if it differs from the expected one by no more than this part: codes differ by a factor of two
 _ROOM = 0.05
-# the rows whose errors are sent alone where rows are mixed, and by how much another row may be ahead of the own one
-_PROBES, _AHEAD = 4, 2.0
+# the rows whose errors are sent alone where rows are mixed; another row may be ahead of the own one by the first factor in
+# half of them (the hubs of a graph) but not by the second in all
+_PROBES, _AHEAD, _ALWAYS = 4, 2.0, 1.25
 # how many training passes are looked at before a network in which nothing can be seen is taken as it is
 _TRIES = 8
 # autograd's nodes of what picks rows by number
@@ -162,15 +163,16 @@ class _Look:
         """Rows are mixed (attention over the batch, nodes of a graph): the own one must be among the first."""
         count = len(self.code)
         probes = range(0, count, max(1, count // _PROBES))
-        wrong = []
+        ahead = []
         for row in probes:
             alone = torch.zeros_like(self.code)
             alone[row] = 1
             norms = self._gradients(alone, 0, only=i)[0].flatten(1).double().norm(dim=1)
-            if norms.max() > _AHEAD * norms[row]:
-                wrong.append((int(norms.argmax()), row))
-        if 2 * len(wrong) > len(probes):
-            other, row = wrong[0]
+            own = max(norms[row].item(), 1e-300)
+            ahead.append((norms.max().item() / own, int(norms.argmax()), row))
+        far = sum(factor > _AHEAD for factor, _, _ in ahead)
+        if 2 * far > len(ahead) or min(ahead)[0] > _ALWAYS:
+            _, other, row = max(ahead)
             why = f"rows are mixed, and row {row} of the source depends on row {other} of the site most"
             raise _refused(source, site, why)
 
