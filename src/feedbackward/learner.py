@@ -22,6 +22,7 @@ from feedbackward.engine.description import describe, in_bytes
 from feedbackward.engine.in_place import InPlace
 from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, make_plan
+from feedbackward.engine.rows import Activities
 from feedbackward.engine.target import Target
 from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names
 from feedbackward.errors import AttachError, FeedbackError
@@ -29,7 +30,7 @@ from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
 from feedbackward.model.example import run
 from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
-from feedbackward.model.trace import Trace, trace
+from feedbackward.model.trace import trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
@@ -108,8 +109,11 @@ def attach(
             'use sites="blocks" or name the sites; or choose a later error_at.'
         )
     learner = Learner(model, rule, tuple(found), source, seed, feedback_dtype)
-    learner._see_rows(recorded)
+    tensors = learner.attached.rows.tensors(recorded)
+    # the graph of the pass is kept by these alone
     del recorded
+    learner._see_rows(tensors)
+    del tensors
     learner = learner._with_plan(example)
     if in_place:
         learner._hook_root()
@@ -346,9 +350,9 @@ class Learner(AttachedModule):
     def __str__(self) -> str:
         return describe(self.attached)
 
-    def _see_rows(self, recorded: Trace) -> None:
+    def _see_rows(self, tensors: Activities) -> None:
         try:
-            self.attached.rows.see(recorded)
+            self.attached.rows.see(tensors)
         except Exception:
             self.detach()
             raise

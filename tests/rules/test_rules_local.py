@@ -160,3 +160,10 @@ def test_what_dgl_cannot_classify_is_refused() -> None:
     with pytest.raises(fb.AttachError, match="hidden >= 0"):
         fb.DGL(hidden=-1)
     VIT.attach(fb.DGL())  # tokens below, one class per sample: flattened
+
+
+def test_an_activity_that_is_changed_in_place_after_its_cut_is_refused() -> None:
+    layers = [torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6)]
+    model = torch.nn.Sequential(*layers, torch.nn.ReLU(inplace=True), torch.nn.Linear(6, 3))
+    with pytest.raises(fb.SiteError, match=r"'2' was changed in place after the cut"):
+        fb.attach(model, fb.DGL(), example=torch.randn(5, 4), sites=["1", "2"])

@@ -297,6 +297,7 @@ MUTATIONS = (
     ("engine/structure.py", "if parts or self._chain or _lost(module, new):", "if self._chain:", CHANGED),
     ("engine/structure.py", "and self._count() == self._tensors", "", CHANGED),
     ("engine/plan.py", "heirs.get(n, set()) & there", "False", CHANGED),
+    ("engine/cuts.py", "self._check_met(local.site, tape.h[place], tape.versions[place])", "pass", "rules/test_rules_local.py"),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

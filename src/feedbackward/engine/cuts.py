@@ -197,6 +197,9 @@ class Cuts(Hooked):
             tape.sources[source.name] = None
             return tape.visitor.at_source(source, tensor)
         tape.sources[source.name] = tensor
+        for place, local in self.local.items():
+            if local.source == source:
+                self._check_met(local.site, tape.h[place], tape.versions[place])
         if source.name in tape.losses:
             tensor = Join.apply(tensor, *tape.losses[source.name])
         edges, activities = [], []

@@ -7,7 +7,7 @@ the second gradient of a site's row is then the first one times the code of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, LayerInput, Local, Site, Source
+from feedbackward.graph import Activity, Edge, Graph, LayerInput, Local, Site, Source
 from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.trace import Trace, trace
+
+Activities = Mapping[Activity, Tensor]
 
 # a gradient is a row's own if it differs from the expected one by no more than this part: codes differ by a factor of two
 _ROOM = 0.05
@@ -45,10 +47,15 @@ class Rows:
             self._fed.setdefault(end.source, []).append(end.site)
         self._tries = _TRIES if ends else 0
 
-    def see(self, recorded: Trace, again: bool = False) -> None:
-        """Look at a recorded pass. Raises AttachError where rows do not belong together."""
-        seen = [self._see(recorded, source, sites) for source, sites in self._fed.items()]
-        if all(seen) and (again or not any(_picks(recorded, source) for source in self._fed)):
+    def tensors(self, recorded: Trace) -> Activities:
+        """Of a recorded pass what the check needs: the rest need not be kept for it."""
+        ends = [*self._fed, *(site for sites in self._fed.values() for site in sites)]
+        return {end: recorded.tensor_at(end.points[0]) for end in ends}
+
+    def see(self, tensors: Activities, again: bool = False) -> None:
+        """Look at a pass. Raises AttachError where rows do not belong together."""
+        seen = [self._see(tensors, source, sites) for source, sites in self._fed.items()]
+        if all(seen) and (again or not any(_picks(tensors[source]) for source in self._fed)):
             self._tries = 0
 
     def see_again(self, model: nn.Module, inputs: Any) -> None:
@@ -57,16 +64,16 @@ class Rows:
             return
         self._tries -= 1
         try:
-            recorded = trace(model, inputs)
+            tensors = self.tensors(trace(model, inputs))
         except AttachError:
             # inputs that can be read once only, or that the model refuses: its own error will say so
             return
-        self.see(recorded, again=True)
+        self.see(tensors, again=True)
 
-    def _see(self, recorded: Trace, source: Source, sites: Sequence[Site]) -> bool:
+    def _see(self, tensors: Activities, source: Source, sites: Sequence[Site]) -> bool:
         """Whether the pass shows that the rows of the source are those of these sites."""
-        end = recorded.tensor_at(source.points[0])
-        pairs = [(site, recorded.tensor_at(site.points[0])) for site in dict.fromkeys(sites)]
+        end = tensors[source]
+        pairs = [(site, tensors[site]) for site in dict.fromkeys(sites)]
         pairs = [(site, h) for site, h in pairs if h.requires_grad and len(h) == len(end)]
         if not end.requires_grad or not pairs:
             return True
@@ -87,10 +94,9 @@ def _has_values(inputs: Any) -> bool:
     return all(t.untyped_storage().device.type != "meta" for t in tensors)
 
 
-def _picks(recorded: Trace, source: Source) -> bool:
+def _picks(end: Tensor) -> bool:
     """Whether rows may be picked by number on the way to the source."""
-    edges = outputs_behind(recorded.tensor_at(source.points[0]))
-    return any(node.name().startswith(_PICKING) for node, _ in edges)
+    return any(node.name().startswith(_PICKING) for node, _ in outputs_behind(end))
 
 
 class _Look:
@@ -141,11 +147,10 @@ class _Look:
         """Of the sites, for the random error times these factors along a dimension of the source."""
         shape = [1] * self.end.dim()
         shape[dim] = len(factors)
-        error = (self.error * factors.view(shape)).expand_as(self.end)
         wanted = self.activities if only is None else [self.activities[only]]
-        return list(
-            torch.autograd.grad(self.end, wanted, error, retain_graph=True, materialize_grads=True)
-        )
+        # of a number: for other outputs autograd imports a library that takes more than a second
+        total = (self.end * (self.error * factors.view(shape))).sum()
+        return list(torch.autograd.grad(total, wanted, retain_graph=True, materialize_grads=True))
 
     def _permuted(self, plain: Tensor, coded: Tensor, told: Tensor) -> int | None:
         """A row of the site that leads to another row of the source; None where some lead to several."""

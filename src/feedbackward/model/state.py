@@ -102,6 +102,7 @@ def unchanged_parameters(model: nn.Module) -> Iterator[None]:
     """Parameters that a module changes in its own forward (an initialisation by the first batch) get back their values.
 
     Each module's own are copied while it runs, so that no more memory is needed than for those of one layer at a time.
+    PyTorch's layers leave theirs alone, but for embeddings that renormalise.
     """
     copies: list[list[tuple[Tensor, Tensor]]] = []
 
@@ -115,6 +116,9 @@ def unchanged_parameters(model: nn.Module) -> Iterator[None]:
     changed: list[tuple[Tensor, Tensor]] = []
     with ExitStack() as stack:
         for module in model.modules():
+            of_torch = type(module).__module__.startswith("torch.nn.")
+            if of_torch and getattr(module, "max_norm", None) is None:
+                continue
             if next(module.parameters(recurse=False), None) is not None:
                 stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(leave).remove)
