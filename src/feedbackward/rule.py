@@ -6,6 +6,7 @@ which edges carry the error to them, through which operator, and what gradient t
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, final
@@ -87,6 +88,11 @@ class Rule(ABC):
     def needs_error(self) -> bool:
         """Whether some signal needs the output or its error, and so the end of the forward pass."""
         return self.needs == "error" or self.sends_activity
+
+    def delays(self, parts: int) -> tuple[int, ...]:
+        """For one release: only :class:`DSP` has delays."""
+        warnings.warn("only fb.rules.DSP has delays", DeprecationWarning, stacklevel=2)
+        return (0,) * parts
 
     def message(
         self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None

@@ -130,7 +130,7 @@ def test_a_meta_model_costs_the_same(example: Example) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in fb.RULES if name not in ("dsp", "highway_kp")])
+@pytest.mark.parametrize("name", [name for name in fb.RULES if name != "dsp"])
 def test_what_a_rule_unlocks_is_counted(name: str) -> None:
     """Products in sequence from the output's error to the last signal, on a plain net of five layers."""
     rule, sizes = fb.RULES[name](), (6, 9, 8, 7, 6, 3)

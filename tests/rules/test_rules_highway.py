@@ -202,10 +202,16 @@ def test_every_branch_is_found(name: str) -> None:
     assert len(learner.graph.branches.inputs) == branches
 
 
-def test_a_plain_net_is_refused() -> None:
+def test_on_a_plain_net_it_is_kolen_pollack_and_says_so() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    with pytest.raises(fb.AttachError, match=r"skip paths.*RelayedKP"):
-        fb.attach(model, HighwayKP(), example=torch.randn(4, 5))
+    x = torch.randn(4, 5)
+    with pytest.warns(UserWarning, match=r"skip paths.*KolenPollack.*RelayedKP"):
+        learner = fb.attach(copy.deepcopy(model), HighwayKP(), example=x)
+    chain = fb.attach(model, fb.KolenPollack(), example=x)
+    for one in (learner, chain):
+        one(x).square().sum().backward()
+    for (name, p), q in zip(learner.named_parameters(), chain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
 
 
 class Functional(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,8 @@ class HighwayKP(Rule):
     A branch is the side of a sum with more products than the other, which has none, or one (a projection; a layer more in the
     sequence). It must begin with a module. Signals are the nearer to backprop's the smaller the branches are beside the skip paths:
     start the scale of each branch's last norm, or its last layer, at zero.
+
+    On a net without branches it is :class:`KolenPollack`, and says so.
 
     branches: k. init: of `B`; another one than "mirrored" leaves it at a distance from W that only decay shrinks.
 
@@ -82,9 +85,11 @@ class HighwayKP(Rule):
                 "Make its first operation a module (nn.LayerNorm for F.layer_norm, nn.ReLU for F.relu)."
             )
         if not starts:
-            raise AttachError(
-                f"{self.label} follows skip paths, and no sum here has a side with fewer products than the other. Use it on a "
-                "residual net or a transformer; for a plain net use RelayedKP or DKP."
+            warnings.warn(
+                f"{self.label} follows skip paths, and no sum here has a side with fewer products than the other: on this net it "
+                "is KolenPollack, whose layers wait for each other. For a plain net use RelayedKP or DKP.",
+                stacklevel=2,
             )
+            return graph
         inputs = tuple(branch for branch in starts if isinstance(branch, Site))
         return replace(graph, branches=Branches(source, inputs, self.branches))
