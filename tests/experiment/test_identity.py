@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from feedbackward.cli import main
 from feedbackward.errors import CheckpointError
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.data import Data, DataConfig, Images, load_data
@@ -192,3 +193,21 @@ def test_a_checkpoint_of_other_insides_is_refused(pets) -> None:
                 run(replace(config, resume=True))
     shutil.copy(pets / "kept", file)
     assert run(replace(config, resume=True))["status"] == "done"
+
+
+def compared(pets: Path, seeds: str) -> int:
+    return main(
+        ["compare", "--model=mlp", f"--data.name={pets}", "--rules=[bp]", f"--seeds={seeds}", "--epochs=1", "--workers=1",
+         "--batch_size=8", "--tensorboard=false", "--timing_steps=0", f"--out={pets.parent / 'both'}"]
+    )  # fmt: skip
+
+
+def test_a_comparison_does_not_mix_data(pets, capsys) -> None:
+    """A seed more is trained beside the finished ones if the images are still those."""
+    assert compared(pets, "[0]") == 0
+    assert compared(pets, "[0,1]") == 0
+    relabel(pets)
+    assert compared(pets, "[0,1,2]") == 1
+    assert "bp-s0 was trained on other data" in capsys.readouterr().out
+    relabel(pets)
+    assert compared(pets, "[0,1,2]") == 0

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 NIGHTLY = bool(os.environ.get("NIGHTLY"))
 
@@ -21,5 +21,7 @@ def examples(ordinary: int, nightly: int) -> Callable[[Any], Any]:
         derandomize=not NIGHTLY,
         deadline=None,
         database=None,
+        # a failing input is printed as it is: to shrink one costs more than the whole test
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )

@@ -87,12 +87,24 @@ def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "the config
     hints = typing.get_type_hints(kind)
     made = {}
     for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            value = from_dict(typing.cast(type, hints[key]), value, where)
+        if dataclasses.is_dataclass(hints[key]):
+            value = _nested(typing.cast(type, hints[key]), key, value, where)
+        elif value is None and type(None) not in typing.get_args(hints[key]):
+            raise ConfigError(f"{where} has no value for '{key}': give one, or leave the key out")
         elif key == "rules" and isinstance(value, list):
             value = [from_dict(RuleEntry, v, where) if isinstance(v, Mapping) else v for v in value]
         made[key] = value
     return kind(**made)
+
+
+def _nested(kind: type, key: str, value: Any, where: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"in {where} '{key}' is {value!r}, which are no keys and values: see {key}.* in --help"
+        )
+    return from_dict(kind, value, where)
 
 
 def check_keys(kind: type, values: Mapping[str, Any], where: str, prefix: str = "") -> None:

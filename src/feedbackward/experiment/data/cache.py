@@ -1,10 +1,13 @@
 """A checked cache of decoded images: one safetensors file per source, with its SHA-256 beside it."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ from feedbackward.errors import DataError
 from feedbackward.experiment.data.decode import Decoded, Images
 from feedbackward.experiment.data.sources import Source
 
+ABANDONED = 3600  # seconds after which an unfinished write belongs to nobody
 VERSION = 2  # of the decoding: raise it whenever the same files would give other tensors
 
 
@@ -147,6 +151,7 @@ def _write(path: Path, decoded: Decoded, made_from: str) -> None:
         "splits": list(decoded.splits),
         "note": decoded.note,
     }
+    _remove_abandoned(path.parent)
     # a folder of its own, so that whatever the write leaves behind on failure goes with it
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         data, digest = Path(folder) / path.name, Path(folder) / "digest"
@@ -155,3 +160,11 @@ def _write(path: Path, decoded: Decoded, made_from: str) -> None:
         digest.write_text(f"{_digest(data)}  {path.name}\n")  # the format of `sha256sum --check`
         os.replace(data, path)
         os.replace(digest, _digest_path(path))
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote; a write takes seconds."""
+    for left in folder.glob(".writing-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left)

@@ -90,7 +90,8 @@ def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
     """
     _reason_file(job).unlink(missing_ok=True)
     try:
-        result = train(job.config, ForwardedProgress(send), interrupts, test=job.test)
+        beside = _finished_beside(job)
+        result = train(job.config, ForwardedProgress(send), interrupts, job.test, beside)
         return Outcome("done", "", result)
     except InterruptedRunError:
         return Outcome("stopped")
@@ -106,6 +107,17 @@ def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
         outcome = Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
     keep_reason(job, outcome)
     return outcome
+
+
+def _finished_beside(job: Job) -> list[RunFolder]:
+    """A finished run of this comparison on the same data, if there is one: a table must not mix two states of them."""
+    for file in sorted(job.folder.path.parent.glob("*/data.json")):
+        other = RunFolder(file.parent)
+        if other.path == job.folder.path or other.result() is None:
+            continue
+        if other.config().data == job.config.data:
+            return [other]  # it was compared with the ones before it
+    return []
 
 
 def keep_reason(job: Job, outcome: Outcome) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,14 +168,13 @@ def write_files(folder: Path, files: Mapping[str, Callable[[], bytes]]) -> dict[
 
 def replace_whole(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    # always of the same name: what a killed process leaves is written over
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep a shared folder's other readers out
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

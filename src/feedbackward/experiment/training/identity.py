@@ -28,9 +28,9 @@ def data_identity(data: Data) -> dict[str, Any]:
         "height": height,
         "width": width,
         "images": {split: len(getattr(data, split)) for split in SPLITS},
+        "digests": dict(data.digests),
         "mean": list(data.mean),
         "std": list(data.std),
-        "digests": dict(data.digests),
         "input": f"(pixel / 255 - ({mean})) / ({std})",
         "note": data.note,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,15 @@ from feedbackward.experiment.training.run import Run
 from feedbackward.experiment.training.runfolder import RunFolder
 
 REPLACE = "replace the run with --overwrite, or choose another --out"
+REPLACE_ALL = "replace the whole comparison with --overwrite"
 
 
 def train(
-    config: TrainConfig, progress: Progress, interrupts: Interrupts, test: bool = True
+    config: TrainConfig,
+    progress: Progress,
+    interrupts: Interrupts,
+    test: bool = True,
+    beside: Sequence[RunFolder] = (),
 ) -> dict[str, Any]:
     """Train as configured, in the run's folder, and return its result (as in result.json).
 
@@ -40,6 +45,7 @@ def train(
         progress: told every step and finished epoch; entered already.
         interrupts: asked after every step; entered already.
         test: evaluate on the test images at the end; a trial that only serves a choice must not.
+        beside: finished runs that this one is compared with: they must have had the same data.
 
     Raises:
         InterruptedRunError: a signal came; the state is saved.
@@ -54,6 +60,8 @@ def train(
         return train_piped(config, progress, interrupts, test)
     folder = RunFolder.claim(config)
     try:
+        for other in beside:
+            check_same_data(other.data(), shared_data(config.data), other.path, REPLACE_ALL)
         result = folder.result()
         if result is None:
             result = _train(config, folder, progress, interrupts, test)
