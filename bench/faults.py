@@ -122,7 +122,7 @@ class Faults:
 
     def disk(self) -> Iterator[Row]:
         """A full disk, at every size from nothing to enough."""
-        yield self._disk("false", 16, "")
+        yield self._disk("false", 32, "")
         yield self._disk("true", 64, ", TensorBoard's file too")
 
     def _disk(self, board: str, step: int, more: str) -> Row:

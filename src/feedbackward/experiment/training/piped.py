@@ -139,12 +139,13 @@ def _train(
     saved = None
     if folder is not None:
         folder.add_environment(environment(device))
-        folder.write_json(folder.data_file, data_identity(run.data))
         saved = checkpoint.load(folder.checkpoint) if folder.checkpoint.exists() else None
     saved = _together(saved)
     if saved is not None:
         run.load(saved, Path(str(config.out)) / "checkpoint.safetensors")
         progress.say(f"resumed {config.out} in epoch {run.position.epoch + 1}")
+    if folder is not None:  # only now: a resumed run has been found to have its own data
+        folder.write_json(folder.data_file, data_identity(run.data))
     done = run.position.epoch * len(run.loader) + run.position.batch
     run.pipe.step = done
     progress.begin_run(run.epochs * len(run.loader), done)
