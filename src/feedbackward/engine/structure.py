@@ -7,7 +7,7 @@ from torch import nn
 
 from feedbackward.engine.checks import check_graph
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput
+from feedbackward.graph import Graph, LayerInput, PreActivation
 from feedbackward.model.trace import PARAMETRIC
 from feedbackward.rule import Rule
 
@@ -23,6 +23,8 @@ class Structure:
         ends = (*graph.sites, *graph.sources)
         self._hooked = {point.module for end in ends for point in end.points}
         self._chain = any(isinstance(site, LayerInput) for site in graph.sites)
+        # their activation is kept apart from the model
+        self._lifted = any(isinstance(site, PreActivation) for site in graph.sites)
         self._note(model)
 
     def unchanged(self) -> bool:
@@ -46,17 +48,26 @@ class Structure:
             if new is module:
                 continue
             parts = {n for n in self._hooked if n == name or n.startswith(f"{name}.")}
-            # within a moved part everything is where it was, and hooks are on the parts themselves
-            if parts or self._chain or _lost(module, new):
+            if parts or self._lifted or _lost(module, new) or self._carries(module, new):
                 raise _changed(name, module, new)
-        added = [name for name in now if name not in self._named]
-        if added and self._chain:
-            raise _changed(added[0], None, now[added[0]])
+        for name in now.keys() - self._named.keys():
+            if self._carries(None, now[name]):
+                raise _changed(name, None, now[name])
         try:
             check_graph(model, self.rule, self.graph)
         except AttachError as error:
             raise AttachError(f"the model was changed after it was attached: {error}") from error
         self._note(model)
+
+    def _carries(self, old: nn.Module | None, new: nn.Module | None) -> bool:
+        """Whether the error of a chain would travel through weights that were not there: a chain feeds every layer."""
+        if (
+            not self._chain
+            or new is None
+            or (isinstance(new, PARAMETRIC) and type(new) is type(old))
+        ):
+            return False
+        return any(p.dim() > 1 for p in new.parameters())
 
     def _note(self, model: nn.Module) -> None:
         self._named = dict(model.named_modules())
