@@ -102,3 +102,17 @@ def test_schedules_of_a_model_in_place(schedule: str) -> None:
         found.append(grads(learner))
     for name, gradient in found[0].items():
         assert_close(found[1][name], gradient, name, tolerance=1e-12)
+
+
+def test_the_models_zero_grad_clears_the_feedback_too() -> None:
+    x = torch.randn(5, 4)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    learner = fb.attach(model, fb.DKP.published(), example=x, in_place=True)
+    (B,) = learner.feedback.parameters()
+    model(x).square().sum().backward()
+    once = B.grad.clone()
+    model(x).square().sum().backward()
+    assert_close(B.grad, 2 * once)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert_close(B.grad, once)

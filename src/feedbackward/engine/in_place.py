@@ -50,6 +50,7 @@ class InPlace:
                 "a model that trains in place does not reduce the gradients of its feedback over processes: attach without "
                 "in_place=True, and wrap the learner in DistributedDataParallel."
             )
+        self._follow_zero_grad()
         self.attached.begin_pass(Given(args, kwargs), given[0])
         self._open = ExitStack()
         self._open.enter_context(self.attached.own_pass())
@@ -58,6 +59,11 @@ class InPlace:
         if tied:
             self._open.enter_context(_reparametrize_module(model, tied))
         self._tape = tape
+
+    def _follow_zero_grad(self) -> None:
+        """Clear the feedback's gradients where the model's are cleared: `model.zero_grad()` knows of no feedback."""
+        if all(p.grad is None for p in self.attached.model.parameters()):
+            self.attached.feedback.zero_grad()
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         """End the pass. `output` is None where the model's forward raised."""

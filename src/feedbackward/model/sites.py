@@ -14,7 +14,7 @@ from feedbackward.graph import HookPoint, Site, Source
 from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.trace import PARAMETRIC, Call, Trace
-from feedbackward.model.values import describe_type, is_opaque
+from feedbackward.model.values import describe_type, is_opaque, tensors_in
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -239,6 +239,10 @@ def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tens
     value = trace.output if output is None else output(trace.output)
     if isinstance(value, Tensor):
         return value
+    # where there is only one, nobody has to choose
+    trained = [t for t in tensors_in(value) if t.requires_grad]
+    if output is None and len(trained) == 1:
+        return trained[0]
     raise AttachError(
         f"the model returns {describe_type(value)}: say which tensor's error is broadcast, for example `output=lambda o: o.logits` or "
         "`output=lambda o: o[0]`, or name its module with `error_at=`."
