@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the times that stages sleep")
     parser.add_argument("--only", nargs="*", help="schedules to time")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -171,19 +172,20 @@ def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
     for ranks in options.ranks:
         for parts in (MICRO_BATCHES, 1) if ranks == 2 else (MICRO_BATCHES,):
             factor = MICRO_BATCHES / parts
-            times = [tuple(factor * t for t in stage) for stage in split_times(options.what, ranks)]
+            times = [
+                tuple(factor * options.scale * t for t in stage)
+                for stage in split_times(options.what, ranks)
+            ]
             rounds = options.rounds if ranks == 2 else 3
             timed = launch("sleeping", ranks, parts, rounds, options, times)
             costs = [StageCost(*t, sends=FEATURES * BATCH // parts * 4) for t in times]
             sums = {
-                name: simulate("star" if name == "dkp" else name, costs, parts)
-                for name in timed
-                if name != "one"
+                name: simulate("star" if name == "dkp" else name, costs, parts) for name in timed
             }
             simulated = {name: [s.isolated, s.steady] for name, s in sums.items()}
             one = parts * sum(map(sum, times))
             found[f"{options.what} {ranks} {parts}"] = {
-                "rounds": rounds, "steps": options.steps, "times": times, "seconds": timed,
+                "rounds": rounds, "scale": options.scale, "steps": options.steps, "times": times, "seconds": timed,
                 "simulated": simulated, "one process": one,
             }  # fmt: skip
     return found
@@ -199,9 +201,8 @@ def launch(
 ) -> dict[str, Any]:
     """Seconds per isolated step and per step of several, by schedule, of every round."""
     with tempfile.TemporaryDirectory() as folder:
-        wanted = options.only or ["1f1b", "gpipe", "zero-bubble", "dkp", "dfa"]
-        if parts < ranks:
-            wanted = [name for name in wanted if name != "1f1b"]
+        # of one micro-batch 1F1B is GPipe
+        wanted = options.only or ["gpipe" if parts < ranks else "1f1b", "zero-bubble", "dkp"]
         plan = {
             "what": what,
             "ranks": ranks,
