@@ -200,8 +200,7 @@ class Learner(AttachedModule):
         self._refuse_detached()
         given = self._begin()
         if given is None:
-            with self.attached.own_pass():
-                return self.model(*args, **kwargs)
+            return self.model(*args, **kwargs)
         eager = self.graph.upward or self.graph.branches
         way = self._uncompiled if eager else self.attached.run
         return way(args, kwargs, *given)

@@ -16,7 +16,7 @@ RULES = {
     rule.label: rule
     for rule in (
         fb.DFA(), fb.DKP(), fb.rules.FA(), fb.rules.DGL(), fb.rules.FDFA(), fb.rules.BinaryDFA(),
-        fb.rules.KolenPollack(), fb.DFA(operator=fb.operators.LowRank(2)),
+        fb.rules.KolenPollack.published(), fb.DFA(operator=fb.operators.LowRank(2)),
     )
 }  # fmt: skip
 OPERATORS = (

@@ -110,8 +110,9 @@ class Attached:
         if not all(rule.linear for rule in self.rules):
             self.refuse_fp16("signals or feedback gradients do not scale with the loss")
         self.follow_changes()
-        with self.own_pass():
-            self.rows.see_again(self.model, inputs)
+        if not torch.compiler.is_compiling():
+            with self.own_pass():
+                self.rows.see_again(self.model, inputs)
         self.cuts.recompute = True
         self.cuts.renew()
 
@@ -124,7 +125,7 @@ class Attached:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | None) -> Any:
         """A forward pass under cuts; returns the model's output."""
         self.begin_pass(Given(args, kwargs), target)
-        with self.own_pass(), self.cuts.recording(target):
+        with self.cuts.recording(target):
             tied = self.cuts.tied()
             if tied:
                 return functional_call(self.model, tied, args, kwargs)

@@ -198,7 +198,8 @@ class Cuts(Hooked):
             return tape.visitor.at_source(source, tensor)
         tape.sources[source.name] = tensor
         for place, local in self.local.items():
-            if local.source == source:
+            below_held = tape.h[place] is None and tape.hold is not None and tape.seen[place]
+            if local.source == source and not below_held:
                 self._check_met(local.site, tape.h[place], tape.versions[place])
         if source.name in tape.losses:
             tensor = Join.apply(tensor, *tape.losses[source.name])

@@ -40,7 +40,7 @@ class InPlace:
 
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a pass under cuts, unless the pass is one of ours or a plain one."""
-        if self.attached.own_passes:
+        if self.attached.own_passes or self.attached.cuts.tape is not None:
             return
         given = self.begin()
         if given is None:
@@ -53,7 +53,6 @@ class InPlace:
         self._follow_zero_grad()
         self.attached.begin_pass(Given(args, kwargs), given[0])
         self._open = ExitStack()
-        self._open.enter_context(self.attached.own_pass())
         tape = self._open.enter_context(self.attached.cuts.recording(given[0]))
         tied = self.attached.cuts.tied()
         if tied:

@@ -68,7 +68,7 @@ def pipeline(
             direct feedback and holds the activities of all micro-batches. `"few"`: one forward and
             one backward in turn, which holds as many as there are later ranks. Chains and backprop
             always use `"few"`.
-        delay: gradients arrive so many steps late, as with :class:`feedbackward.Delayed`, so that a
+        delay: gradients arrive so many steps late, as with :class:`Delayed`, so that a
             step's forward passes need not wait for the updates of the last steps. Each holds a copy of
             this rank's weights. 0 is exact.
         timeout: seconds after which a wait for another rank is an error.

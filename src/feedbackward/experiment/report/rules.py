@@ -40,7 +40,7 @@ def facts() -> dict[str, dict[str, Any]]:
             "tier": tiers.get(name, ""),
             "unlocked": rule.unlocked,
             "transport": rule.transport,
-            "learned": rule.learned,
+            "learned": rule().learned,
             "paper": rule.paper,
         }
         for name, rule in RULES.items()

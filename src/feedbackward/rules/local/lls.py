@@ -63,7 +63,6 @@ class LLS(Rule):
     needs = "target"
     linear = False
     unlocked = "update"
-    learned = True
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.temperature <= 0:
@@ -72,6 +71,10 @@ class LLS(Rule):
             raise AttachError(
                 f'{self.label} has no modulation {self.modulation!r}: use "none", "class" or "mix".'
             )
+
+    @property
+    def learned(self) -> bool:  # type: ignore[override]
+        return self.modulation != "none"
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return local_losses(self, sites, source)
