@@ -149,6 +149,8 @@ def test_short_flags_switches_and_lists():
         (["--precision", "fp8"], "--precision: .*fp8"),
         (["--forward.schedule", "linear"], "--forward.schedule: .*linear"),
         (["vgg6"], "unexpected argument 'vgg6'"),
+        (["--overwrite=maybe"], "--overwrite: expected no value, or true or false, not maybe"),
+        (["--forward.momentum", "x"], "--forward.momentum: expected a number, not x"),
         (["--config", "no.yaml"], "no config file no.yaml: .*demo"),
     ],
 )
@@ -156,6 +158,19 @@ def test_wrong_flags_are_refused_in_one_sentence(arguments, message):
     with pytest.raises(ConfigError, match=message) as caught:
         flags(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_wrong_lists_and_files_of_another_command_are_refused(tmp_path):
+    for text, message in (
+        ("[bp,{rule: dfa, lable: x}]", r"unknown key 'rules.lable': did you mean 'label'"),
+        ("[bp,{rule: dfa", "--rules .*no valid YAML"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            flags("--rules", text, kind=CompareConfig)
+    file = tmp_path / "a.yaml"
+    file.write_text("rules: [bp]")
+    with pytest.raises(ConfigError, match=f"feedbackward compare --config {file}"):
+        flags("--config", str(file))
 
 
 @pytest.mark.parametrize(

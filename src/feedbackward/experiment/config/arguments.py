@@ -18,7 +18,13 @@ from typing import Any, TypeVar
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.config.files import check_keys, from_dict, merged, read_yaml
+from feedbackward.experiment.config.files import (
+    check_keys,
+    from_dict,
+    merged,
+    parse_yaml,
+    read_yaml,
+)
 from feedbackward.experiment.config.options import (
     ABOUT,
     EXAMPLES,
@@ -31,6 +37,9 @@ from feedbackward.experiment.config.options import (
 )
 
 C = TypeVar("C")
+SWITCH = {"true": True, "false": False, "yes": True, "no": False}  # values of a switch, as in 0.1.0
+# by config: the other command, and a key that only its config files have
+OTHER_COMMAND = {"TrainConfig": ("compare", "rules"), "CompareCommand": ("train", "rule")}
 
 
 def parse(kind: type[C], arguments: Sequence[str], command: str) -> C:
@@ -42,6 +51,11 @@ def parse(kind: type[C], arguments: Sequence[str], command: str) -> C:
     files, flags = read(kind, arguments, command)
     values: dict[str, Any] = {}
     for file, given in files:
+        other, mark = OTHER_COMMAND.get(kind.__name__, ("", "-"))
+        if mark in given:
+            raise ConfigError(
+                f"{file} is for another command: feedbackward {other} --config {file}"
+            )
         values = merged(values, _checked(kind, given, f"the config file {file}"))
     return from_dict(kind, merged(values, flags), "the command line")
 
@@ -61,7 +75,7 @@ def read(
     try:
         given = parser.parse_args(flags, defaults=False).as_dict()
     except argparse.ArgumentError as error:
-        raise ConfigError(_sentence(error)) from error
+        raise ConfigError(_sentence(error, kind)) from error
     return files, given
 
 
@@ -79,7 +93,7 @@ def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any
     try:
         given = _parser(kind, "").parse_object(copy.deepcopy(dict(values)), defaults=False)
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{where}: {_sentence(error)}") from error
+        raise ConfigError(f"{where}: {_sentence(error, kind)}") from error
     return dict(given.as_dict())
 
 
@@ -162,18 +176,19 @@ def _normalised(arguments: Sequence[str], kind: type) -> Iterator[str]:
             )
         name, equals, value = token.partition("=")
         name, option, off = _find(name, known)
-        following = rest[0].lower() if rest else ""
         if option is not None and option.is_switch:
-            if not equals and following in ("true", "false"):
+            if not equals and rest and rest[0].lower() in SWITCH:
                 value = rest.pop(0)
-            on = (value.lower() != "false") != off
+            if value and value.lower() not in SWITCH:
+                raise ConfigError(f"{name}: expected no value, or true or false, not {value}")
+            on = SWITCH.get(value.lower(), True) != off
             yield option.flag if on else f"--no-{option.flag[2:]}"
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"{name} needs a value")
             value = rest.pop(0)
-        yield f"{name}={_bracketed(option, value)}"
+        yield f"{name}={_bracketed(option, value, kind)}"
 
 
 def _find(name: str, known: Mapping[str, Option]) -> tuple[str, Option | None, bool]:
@@ -201,9 +216,15 @@ def _find(name: str, known: Mapping[str, Option]) -> tuple[str, Option | None, b
     raise ConfigError(f"unknown option {dashed}: {hint}")
 
 
-def _bracketed(option: Option | None, value: str) -> str:
-    """A list as YAML has it."""
-    if option is None or not option.is_list or value.startswith("["):
+def _bracketed(option: Option | None, value: str, kind: type) -> str:
+    """A list as YAML has it. Raises ConfigError for an unknown key of a mapping in it."""
+    if option is None or not option.is_list:
+        return value
+    if value.startswith("["):
+        try:
+            check_keys(kind, {option.field: parse_yaml(value)}, option.flag)
+        except ConfigError as error:
+            raise ConfigError(f"{option.flag} {value}: {error}") from error
         return value
     return value if option.field == "sites" and "," not in value else f"[{value}]"
 
@@ -213,16 +234,17 @@ def _config_file(name: str) -> Path:
     for file in (Path(name), SHIPPED / f"{name}.yaml"):
         if file.is_file():
             return file
-    known = {file.stem for file in SHIPPED.glob("*.yaml")}
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "give a path"
-    raise ConfigError(f"there is no config file {name}: {hint} Shipped are {shipped()}")
+    near = difflib.get_close_matches(name, [file.stem for file in SHIPPED.glob("*.yaml")], n=1)
+    hint = f"did you mean {near[0]}? Else " if near else ""
+    raise ConfigError(f"there is no config file {name}: {hint}give a path, or one of {shipped()}")
 
 
-def _sentence(error: argparse.ArgumentError) -> str:
-    """jsonargparse's message on one line, with the flag instead of the "parser key"."""
+def _sentence(error: argparse.ArgumentError, kind: type) -> str:
+    """jsonargparse's message on one line: the flag, what it takes and what it was given."""
     text = " ".join(str(error).split())
-    if text.startswith('Parser key "'):
-        key, _, rest = text.removeprefix('Parser key "').partition('":')
-        text = f"--{key.replace('_', '-')}:{rest}"
-    return text.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    key, _, rest = text.removeprefix('Parser key "').partition('":')
+    option = next((option for option in options(kind) if option.field == key), None)
+    if option is None or not text.startswith("Parser key"):
+        return text
+    _, _, value = rest.rpartition(" value: ")
+    return f"{option.flag}: expected {option.expected}, not {value or rest.strip()}"

@@ -17,6 +17,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 SHORT = {
     "data.name": "data",
     "data.root": "data-root",
+    "forward.name": "optimizer",
     "forward.lr": "lr",
     "feedback.lr": "feedback-lr",
     "search.run": "search",
@@ -26,7 +27,7 @@ SHORT = {
 HEADINGS = {
     "Model and rule": "model models rule rule_options rules operators sites norm dropout",
     "Data": "data.",
-    "Training": "recipe epochs batch_size forward.lr feedback.lr seed seeds",
+    "Training": "recipe epochs batch_size forward.name forward.lr feedback.lr seed seeds",
     "Search of rates": "search.",
     "Part of a grid": "only. scale",
     "Results": "out overwrite resume report_only dry_run title probe_every tensorboard json plot",
@@ -108,6 +109,14 @@ class Option:
     @property
     def is_mapping(self) -> bool:
         return typing.get_origin(self.hint) is dict
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.metavar and self.metavar.startswith("{"):
+            return "one of " + self.metavar.strip("{}").replace(",", ", ")
+        words = {"N": "a whole number", "X": "a number", "A,B,...": "a list of such values"}
+        return words.get(self.metavar or "", "yes or no" if self.is_switch else "another value")
 
     @property
     def metavar(self) -> str | None:

@@ -1,7 +1,7 @@
 """What a comparison's numbers say: statistics per rule, and sentences that claim no more than they allow."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -240,16 +240,7 @@ def notes(results: Results) -> list[str]:
         found.append(
             "The Frozen control was not run, so nothing here shows that hidden layers learn."
         )
-    found += [
-        f"{label_of(rule)} was refused: {rule['refused']}"
-        for rule in results["rules"]
-        if rule.get("refused")
-    ]
-    found += conditions(results["rules"])
-    for rule in results["rules"]:
-        found += [
-            f"{label_of(rule)}, seed {run.get('seed')}: {_lost(run)}" for run in lost_runs(rule)
-        ]
+    found += rule_notes(results["rules"])
     for row in filter(has_feedback, summarise(results)):
         label, count = row["label"], row["floor_sites"]
         if verdict(row["frozen"]) in ("level", "behind"):
@@ -262,6 +253,22 @@ def notes(results: Results) -> list[str]:
                 f"{label}: at {sites} BP's gradient norm is below 1e-7 at the last probe; the angle there is "
                 "rounding error, though the mean angle counts it."
             )
+    return found
+
+
+def rule_notes(
+    rules: list[Results], states: Sequence[Any] | None = None, where: str = ""
+) -> list[str]:
+    """Rules that were refused or trained in another way, and runs that were lost (in these states)."""
+    found = [
+        f"{label_of(rule)} was refused: {rule['refused']}" for rule in rules if rule.get("refused")
+    ]
+    found += conditions(rules)
+    for rule in rules:
+        for run in lost_runs(rule):
+            if states is None or run.get("status") in states:
+                name = ", ".join(filter(None, (where, label_of(rule))))
+                found.append(f"{name}, seed {run.get('seed')}: {_lost(run)}")
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from feedbackward.experiment.report import summary as statistics
 from feedbackward.experiment.report.numbers import NONE, fixed, plus_minus, size
-from feedbackward.experiment.report.summary import Results, conditions, done_runs, summarise
+from feedbackward.experiment.report.summary import Results, done_runs, summarise
 
 # what is shown of a cell without an accuracy: the first of these that a run has
 ORDER = ("unfinished", "diverged", "refused", "failed", "not run")
@@ -208,19 +208,9 @@ def _block_notes(block: Results) -> list[str]:
         official = data.get("official")
         share += f" (the official set has {official:,})" if official else ""
         note = f"; {data['note']}" if data.get("note") else ""
-        found.append(
-            f"{share}, {data['validation']:,} held out, {data['test']:,} test images{note}."
-        )
-    found += conditions(block["rules"])
-    for rule in block["rules"]:
-        if rule.get("refused"):
-            found.append(f"{rule['label']} was refused: {rule['refused']}")
-        found += [
-            f"{block['title']}, {rule['label']}, seed {run['seed']}: {run['status']} ({run['message']})"
-            for run in rule["runs"]
-            if run["status"] in ("diverged", "failed")
-        ]
-    return found
+        share += f", {data['validation']:,} held out, {data['test']:,} test images{note}."
+        found.append(share)
+    return found + statistics.rule_notes(block["rules"], ("diverged", "failed"), block["title"])
 
 
 def _rates(results: Results) -> str:
