@@ -32,7 +32,7 @@ from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
 from feedbackward.model.trace import trace
 from feedbackward.operators import OPERATORS
-from feedbackward.operators.base import Weights
+from feedbackward.operators.base import Weights, within
 from feedbackward.rule import Rule
 from feedbackward.schedules.dsp import DSP, check_delayed
 from feedbackward.schedules.joint import Schedule, backward, check_schedule
@@ -380,7 +380,8 @@ class Learner(AttachedModule):
         chosen = {
             e.key: self.weights_of(e)
             for e in self.graph.edges
-            if type(e.operator) in OPERATORS.values() and not isinstance(e.site, LayerInput)
+            if any(type(part) in OPERATORS.values() for part in within(e.operator))
+            and not isinstance(e.site, LayerInput)
         }
         feedback = sum(count_bytes(weights) for weights in chosen.values())
         own = count_bytes(self.model.parameters())

@@ -153,8 +153,11 @@ MUTATIONS = (
     # rules
     ("rules/direct/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, -d, h, self.center)", ORACLES),
     ("rules/direct/dkp.py", "correlate(weights, d, h, self.center)", "correlate(weights, d, h, False)", ORACLES),
-    ("rules/direct/dkp.py", "s.square() + self.gain * s", "s.square() + s", "rules/test_dkp_default.py"),
-    ("rules/direct/dkp.py", "torch.where(s > 0, s, 1.0)", "s", "rules/test_dkp_default.py"),
+    ("rules/direct/dkp.py", "Orthogonal(self.operator, self.strength)", "Orthogonal(self.operator)", "operators/test_orthogonal.py"),
+    ("operators/orthogonal.py", "torch.where(total > 0, total, 1.0)", "total", "operators/test_orthogonal.py"),
+    ("operators/orthogonal.py", "gram = step @ gram @ step", "gram = step @ gram", "operators/test_orthogonal.py"),
+    ("operators/orthogonal.py", "STEPS = 10", "STEPS = 9", "operators/test_orthogonal.py"),
+    ("operators/orthogonal.py", "form if math.prod(source) > LARGEST else", "form if False else", "operators/test_orthogonal.py"),
     ("schedules/segmentwise.py", 'vars(module)["forward"] = own', "pass", "core/test_state.py"),
     ("schedules/preparation.py", "tuple(name for name, p in attached.model.named_parameters() if p.requires_grad),", "(),", "core/test_state.py"),
     ("learner.py", "target, self._target = self._target, None\n        grad", "target = self._target\n        grad", "core/test_state.py"),
@@ -173,7 +176,7 @@ MUTATIONS = (
     ("engine/upward.py", "grad(h, below_layer, error,", "grad(h, below_layer, error * 0 + 1,", LIFTS),
     ("engine/upward.py", "return grad, grad\n", "return grad, -grad\n", LIFTS),
     ("engine/upward.py", "if inputs != {id(cut)}:", "if False:", LIFTS),
-    ("rules/direct/dkp.py", "return 2 if self.center or self.normalise else 1", "return 1", ORACLES),
+    ("rules/direct/dkp.py", "return 2 if self.center else 1", "return 1", ORACLES),
     ("rules/direct/dfa.py", "star(sites, source, self.operator)", "star(sites, source, Dense())", FEEDBACK),
     ("rules/controls/frozen.py", "return Graph(tuple(sites))", "return Graph()", LAWS),
     # targets and late gradients

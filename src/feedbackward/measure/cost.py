@@ -245,7 +245,8 @@ class _Count:
             h = self._zeros(edge, edge.site_shape)
             weights = self._weights(edge)
             message = self._message(edge)
-            declared = edge.operator.macs(edge.source_shape, edge.site_shape) * len(h)
+            ends = edge.source_shape, edge.site_shape
+            declared = edge.operator.macs(*ends) * len(h) + edge.operator.macs_per_pass(*ends)
             sent = self._count(lambda: edge.operator.send(weights, message, edge.site_shape))  # noqa: B023
             signals += declared
             seen += sent

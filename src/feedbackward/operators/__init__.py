@@ -17,6 +17,7 @@ from feedbackward.operators.kernel import Kernel
 from feedbackward.operators.layer import LayerForm, LayerShaped
 from feedbackward.operators.layer_kernel import LayerKernel
 from feedbackward.operators.low_rank import LowRank
+from feedbackward.operators.orthogonal import Orthogonal
 from feedbackward.operators.per_shape import PerShape
 from feedbackward.operators.pooled import Pooled
 from feedbackward.operators.product import Product
@@ -50,6 +51,7 @@ __all__ = [
     "LayerShaped",
     "LowRank",
     "Operator",
+    "Orthogonal",
     "PerShape",
     "Pooled",
     "Product",

@@ -107,6 +107,10 @@ class Operator(ABC):
     def macs(self, source: Shape, site: Shape) -> int:
         """Multiply-adds of `send` for one sample."""
 
+    def macs_per_pass(self, source: Shape, site: Shape) -> int:
+        """Multiply-adds of `send` besides those of the samples."""
+        return 0
+
     @abstractmethod
     def bytes(self, source: Shape, site: Shape) -> int:
         """Bytes of the weights that `create` makes, floating-point ones at four bytes each."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from feedbackward.graph import Edge, Graph, Site, Source
-from feedbackward.operators import Dense, Operator, Weights
-from feedbackward.operators.dense import rows
+from feedbackward.operators import Dense, Operator, Orthogonal, Weights
 from feedbackward.rule import Rule
 from feedbackward.topologies import star
 
@@ -22,26 +19,25 @@ class DKP(Rule):
     r"""Direct Kolen-Pollack: DFA whose feedback is learned from the error and the site's own activity.
 
     .. math::
-        \delta h_l = e\, B_l, \qquad
-        \nabla B_l = g\, \frac{e^\top (h_l - \bar h_l)}{s_l^2 + g\, s_l} \quad [C, n_l], \qquad
-        s_l^2 = \tfrac1N \sum_i \|h_{l,i} - \bar h_l\|^2, \qquad
+        \delta h_l = \mathrm{strength} \cdot e\, (B_l B_l^\top)^{-1/2} B_l, \qquad
+        \nabla B_l = e^\top (h_l - \bar h_l) \quad [C, n_l], \qquad
         B_l \leftarrow B_l - \eta\,(\nabla B_l + \lambda B_l)
 
     with the batch mean :math:`\bar h_l`. `e = dLoss/da_L: [N, C]` carries the 1/N of a mean loss, so the gradient is
-    a batch mean; the signal uses `B` before its update. Where a site has many features, this is the step of
-    normalised least mean squares, which moves :math:`h_l B_l^\top` by as much however many they are; where few features
-    vary little, :math:`s_l < g`, it is :math:`e^\top (h_l - \bar h_l) / s_l`, which stays bounded. So the rate of the
-    forward weights suits `B` too.
+    a batch mean; the signal uses `B` before its update. What a site is sent depends on the directions in `B` alone
+    (:class:`feedbackward.operators.Orthogonal`), so that one rate and one optimizer suit the forward weights and `B`.
 
-    :meth:`published` is the authors' form, :math:`\nabla B_l = e^\top h_l`. There the gradient at the last hidden layer
-    is that of `W_L`, so under equal plain SGD `W_L - B_{L-1}` shrinks as :math:`(1 - \eta\lambda)^t` (Kolen & Pollack
-    1994); below it, `B_l` is a linear readout of `h_l` that shares the network's error. With one rate for `W` and `B`
-    it was no better than DFA where we measured it (bench/results/dkp_default.md).
+    :meth:`published` is the authors' form, :math:`\delta h_l = e\, B_l` and :math:`\nabla B_l = e^\top h_l`. There the
+    gradient at the last hidden layer is that of `W_L`, so under equal plain SGD `W_L - B_{L-1}` shrinks as
+    :math:`(1 - \eta\lambda)^t` (Kolen & Pollack 1994); below it, `B_l` is a linear readout of `h_l` that shares the
+    network's error. With one rate for `W` and `B` it was no better than DFA where we measured it
+    (bench/results/dkp_default.md).
 
     center: subtract the batch mean of each feature. Activities after a ReLU are positive, so their mean dominates
         :math:`e^\top h_l`. Needs a batch of at least 2.
-    normalise: multiply by :math:`g / (s_l^2 + g s_l)`, one number per batch and site.
-    gain: g. Of 1, 10, 30 and 100 for large sites 10 and 30 were best (bench/results/dkp_default.md).
+    orthogonal: send by the orthogonal matrix next to `B`, not by `B`. The readout of one class is much like that of the next,
+        for both follow what varies most in the activities; orthogonal signals tell classes apart.
+    strength: of orthogonal signals.
     operator: the form of the feedback weights and how they start; one that can be learned. From zero, a site gets no
         signal in the first step and no random one later.
 
@@ -66,8 +62,8 @@ class DKP(Rule):
     """
 
     center: bool = True
-    normalise: bool = True
-    gain: float = 30.0
+    orthogonal: bool = True
+    strength: float = 0.5
     operator: Operator = Dense(init="zeros")
 
     name = "dkp"
@@ -79,25 +75,15 @@ class DKP(Rule):
     @classmethod
     def published(cls, **changes: Any) -> DKP:
         """The authors' form: activities as they are, a plain gradient, `B` from `kaiming_uniform`."""
-        return replace(cls(center=False, normalise=False, operator=Dense()), **changes)
+        return replace(cls(center=False, orthogonal=False, operator=Dense()), **changes)
 
     @property
     def least_batch(self) -> int:
-        return 2 if self.center or self.normalise else 1
+        return 2 if self.center else 1
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return star(sites, source, self.operator)
+        form = Orthogonal(self.operator, self.strength) if self.orthogonal else self.operator
+        return star(sites, source, form)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        if self.normalise:
-            s = spread(h)
-            d = d * (self.gain / (s.square() + self.gain * s)).to(d.dtype)
         return edge.operator.correlate(weights, d, h, self.center)
-
-
-def spread(h: Tensor) -> Tensor:
-    """The root of the summed variances of the features; 1 where nothing varies."""
-    wide = rows(h).to(torch.promote_types(h.dtype, torch.float32))
-    # not by `var`, which is slow on a CPU
-    s = torch.linalg.vector_norm(wide - wide.mean(0)) / math.sqrt(len(wide))
-    return torch.where(s > 0, s, 1.0)
