@@ -25,11 +25,11 @@ BY_HAND = {
     "kp": (FORWARD, 0, UP, 0, 4 * (40 + 15), 4 * N * (5 + 3), 4 * N * HIDDEN, 2),
     "symmetric_alignment": (FORWARD, 0, UP, 0, 4 * (40 + 15), 4 * N * (5 + 3), 4 * N * HIDDEN, 2),
     "dfa": (FORWARD, 0, OUT * HIDDEN, 0, 4 * 3 * HIDDEN, 4 * 2 * OUT, 4 * N * HIDDEN, 1),
-    # each site's matrix is made orthogonal: its product with 3 units and with itself, and 30 of 3 x 3 x 3
+    # each site's matrix is made orthogonal: its product with itself, and 30 of 3 x 3
     "dkp": (
         FORWARD,
         0,
-        OUT * HIDDEN + 2 * 9 * HIDDEN + 2 * 30 * 27,
+        OUT * HIDDEN + 9 * HIDDEN + 2 * 30 * 27,
         OUT * HIDDEN,
         4 * 3 * HIDDEN,
         4 * 2 * OUT,

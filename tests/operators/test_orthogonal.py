@@ -66,24 +66,32 @@ def test_of_any_dtype(dtype: torch.dtype) -> None:
     assert (sent.float() @ sent.float().t() - torch.eye(10)).abs().max() < 0.05
 
 
-def test_a_wide_source_is_left_to_the_form() -> None:
-    """The products of a step grow with the third power of the source's units."""
-    assert Orthogonal(fb.Dense()).fit((1025,), (3,), 0) == fb.Dense()
+def test_a_wide_source_keeps_its_directions() -> None:
+    """The products of a step grow with the third power of the source's units: Dense gets the norm alone."""
     assert Orthogonal(fb.Dense()).fit((1024,), (3,), 0) == Orthogonal(fb.Dense())
+    assert Orthogonal(fb.LowRank(2)).fit((1025,), (3,), 0) == fb.LowRank(2)
+    operator = Orthogonal(fb.Dense(), 0.5).fit((1025,), (3,), 0)
+    generator = torch.Generator().manual_seed(0)
+    B, d = torch.randn(1025, 3, generator=generator), torch.randn(2, 1025, generator=generator)
+    expected = 0.5 * d.numpy() @ B.numpy() * math.sqrt(1025) / np.linalg.norm(B.numpy())
+    np.testing.assert_allclose(operator.send((B,), d, (3,)).numpy(), expected, rtol=1e-4)
+    assert not operator.send((0 * B,), d, (3,)).any()
+    assert operator.macs_per_pass((1025,), (3,)) == 0
 
 
 def test_its_cost_is_counted() -> None:
-    operator = Orthogonal(fb.Dense())
-    assert operator.macs((10,), (7,)) == 70
-    assert operator.macs_per_pass((10,), (7,)) == 2 * 100 * 7 + 30 * 1000
+    steps, gram = 30 * 1000, 100 * 7
+    assert Orthogonal(fb.Dense()).macs((10,), (7,)) == 70
+    assert Orthogonal(fb.Dense()).macs_per_pass((10,), (7,)) == gram + steps
+    # to be made dense, the others send the ten units
+    assert Orthogonal(fb.Sparse(2)).macs_per_pass((10,), (7,)) == 10 * 14 + gram + steps
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 10))
     x = torch.randn(8, 5)
     found = [
         fb.count_cost(fb.attach(model, rule, example=x), x).feedback
         for rule in (fb.DKP(), fb.DKP(orthogonal=False))
     ]
-    assert found[1] == 8 * 70
-    assert math.isclose(found[0] - found[1], 2 * 100 * 7 + 30 * 1000)
+    assert found == [8 * 70 + gram + steps, 8 * 70]
 
 
 def test_the_strength_is_an_option_of_the_rule() -> None:

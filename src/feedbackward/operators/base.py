@@ -95,6 +95,13 @@ class Operator(ABC):
         )
         return products / (len(d) * places.clamp_min(1))
 
+    def dense(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
+        """The matrix `B: [C, n]` that the weights stand for, its columns in any order."""
+        like = weights[0]
+        unit = torch.eye(math.prod(source), dtype=like.dtype, device=like.device)
+        sent = self.send(weights, unit.reshape(-1, *source), site)
+        return sent.reshape(len(sent), -1)
+
     def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
         """The gradients of the learnable weights, if the dense `B` that they stand for has the gradient `B`."""
         like = weights[0]

@@ -63,6 +63,10 @@ class Dense(Operator):
         grad = grad.reshape(len(grad), *h.shape[1:])
         return (grad.movedim(-1, 1) if moved else grad,)
 
+    def dense(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
+        (B,) = weights
+        return rows(B.movedim(1, -1) if _channels_last(B) else B)
+
     def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
         return weights
 

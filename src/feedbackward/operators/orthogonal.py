@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.operators.base import Operator, Shape, Weights
-from feedbackward.operators.dense import rows
+from feedbackward.operators.dense import Dense, rows
 from feedbackward.operators.options import check_scale
 
 LARGEST = 1024
@@ -27,8 +27,9 @@ class Orthogonal(Operator):
     ten steps of Newton and Schulz: of the singular values of :math:`B / \lVert B \rVert_F` those above 1/50 come to 1, and
     smaller ones grow by the factor 57.
 
-    Learned, the weights get the gradients that `form` gives them. A pass costs :math:`30 C^3 + 2 C^2 n` multiplications for
-    each site besides the signals; for sources of more than 1,024 units `form` serves by itself.
+    Learned, the weights get the gradients that `form` gives them. A pass costs :math:`30 C^3 + C^2 n` multiplications for
+    each site besides the signals. For sources of more than 1,024 units that is too much: then Dense feedback gets the norm
+    that an orthogonal matrix would have, and no more; other forms serve as they are.
 
     form: of the weights. strength: :math:`\lVert \delta h \rVert / \lVert d \rVert` where all directions are equally strong.
 
@@ -47,6 +48,7 @@ class Orthogonal(Operator):
 
     form: Operator
     strength: float = 0.5
+    steps: int = STEPS
 
     def __post_init__(self) -> None:
         check_scale(self.strength)
@@ -55,7 +57,9 @@ class Orthogonal(Operator):
 
     def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
         form = self.form.fit(source, site, seed)
-        return form if math.prod(source) > LARGEST else Orthogonal(form, self.strength)
+        if math.prod(source) <= LARGEST:
+            return Orthogonal(form, self.strength, self.steps)
+        return Orthogonal(form, self.strength, 0) if isinstance(form, Dense) else form
 
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
         return self.form.create(source, site, generator)
@@ -64,10 +68,12 @@ class Orthogonal(Operator):
         self.form.renew(weights)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
-        count = math.prod(d.shape[1:])
-        units = torch.eye(count, dtype=d.dtype, device=d.device).reshape(-1, *d.shape[1:])
-        root = _inverse_root(rows(self.form.send(weights, units, site)))
-        turned = self.strength * rows(d) @ root.to(d.dtype)
+        B = self.form.dense(weights, tuple(d.shape[1:]), site)
+        wide = B.to(torch.promote_types(B.dtype, torch.float32))
+        if self.steps:
+            turned = rows(d) @ (self.strength * _inverse_root(wide, self.steps)).to(d.dtype)
+        else:
+            turned = rows(d) * (self.strength * _inverse_norm(wide)).to(d.dtype)
         return self.form.send(weights, turned.reshape(d.shape), site)
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
@@ -80,24 +86,31 @@ class Orthogonal(Operator):
         return self.form.macs(source, site)
 
     def macs_per_pass(self, source: Shape, site: Shape) -> int:
+        if not self.steps:
+            return 0
         units, features = math.prod(source), math.prod(site)
-        gram, steps = units**2 * features, 3 * STEPS * units**3
-        return self.form.macs(source, site) * units + gram + steps
+        made = 0 if isinstance(self.form, Dense) else self.form.macs(source, site) * units
+        return made + units**2 * features + 3 * self.steps * units**3
 
     def bytes(self, source: Shape, site: Shape) -> int:
         return self.form.bytes(source, site)
 
 
-def _inverse_root(B: Tensor) -> Tensor:
-    """(B B^T)^(-1/2), `[C, C]`, of `B: [C, n]`, as ten steps leave it; zero for B = 0."""
-    wide = B.to(torch.promote_types(B.dtype, torch.float32))
-    gram = wide @ wide.t()
+def _inverse_norm(B: Tensor) -> Tensor:
+    """What gives `B: [C, n]` the norm of a matrix with C orthogonal rows of norm 1; 1 for B = 0."""
+    norm = torch.linalg.vector_norm(B)
+    return torch.where(norm > 0, math.sqrt(len(B)) / norm, 1.0)
+
+
+def _inverse_root(B: Tensor, steps: int) -> Tensor:
+    """(B B^T)^(-1/2), `[C, C]`, of `B: [C, n]`, as so many steps leave it; zero for B = 0."""
+    gram = B @ B.t()
     total = gram.trace()
     scale = torch.where(total > 0, total, 1.0)
     gram = gram / scale
-    root = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / scale.sqrt()
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(STEPS):
+    root = unit / scale.sqrt()
+    for _ in range(steps):
         step = 1.5 * unit - 0.5 * gram
         root = step @ root
         gram = step @ gram @ step

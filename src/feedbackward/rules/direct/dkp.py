@@ -25,7 +25,7 @@ class DKP(Rule):
 
     with the batch mean :math:`\bar h_l`. `e = dLoss/da_L: [N, C]` carries the 1/N of a mean loss, so the gradient is
     a batch mean; the signal uses `B` before its update. What a site is sent depends on the directions in `B` alone
-    (:class:`feedbackward.operators.Orthogonal`), so that one rate and one optimizer suit the forward weights and `B`.
+    (:class:`Orthogonal`), so that one rate and one optimizer suit the forward weights and `B`.
 
     :meth:`published` is the authors' form, :math:`\delta h_l = e\, B_l` and :math:`\nabla B_l = e^\top h_l`. There the
     gradient at the last hidden layer is that of `W_L`, so under equal plain SGD `W_L - B_{L-1}` shrinks as
