@@ -103,9 +103,11 @@ def test_calibration_goes_with_every_schedule(schedule: str) -> None:
 @pytest.mark.parametrize("after", [0, 1])
 def test_frozen_feedback_stays_and_the_network_trains_on(rule: str, after: int) -> None:
     """Weight decay and momentum included; before, nothing is different."""
-    run = made(rule=rule, freeze_feedback_after=after)
+    # what begins at zero would stay there
+    options = {"operator": "dense"} if rule in ("dkp", "fdfa") else {}
+    run = made(rule=rule, rule_options=options, freeze_feedback_after=after)
     states, length = go(run, epochs=2), len(run.loader)
-    others = go(made(rule=rule), epochs=2)
+    others = go(made(rule=rule, rule_options=options), epochs=2)
     frozen = states[length - 1] if after else None
     for step, (state, other) in enumerate(zip(states, others, strict=True)):
         if step < after * length:
@@ -119,12 +121,17 @@ def test_frozen_feedback_stays_and_the_network_trains_on(rule: str, after: int) 
 
 def test_feedback_that_never_learns_is_dfa() -> None:
     """DKP frozen from the start starts from the same seed as DFA."""
-    random = {"operator": {"name": "dense"}}
+    random = {"orthogonal": False, "operator": {"name": "dense"}}
     frozen, dfa = (
         go(made(rule="dkp", rule_options=random, freeze_feedback_after=0)),
         go(made(rule="dfa")),
     )
     assert equal(dfa[-1], frozen[-1])
+
+
+def test_feedback_that_stays_zero_is_refused() -> None:
+    with pytest.raises(fb.FeedbackError, match=r"are zero and do not require gradients.*fb\.Dense"):
+        go(made(rule="dkp", freeze_feedback_after=0))
 
 
 def test_frozen_feedback_gets_no_late_gradients() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import feedbackward as fb
 
 ETA, GAMMA, RATIO = 0.05, 0.2, 0.5
-RULE = fb.rules.DKPPC(rate=ETA, gamma=GAMMA, ratio=RATIO)
+RULE = fb.rules.DKPPC.published(rate=ETA, gamma=GAMMA, ratio=RATIO)
 LAYERS = ("0", "2", "4", "6")
 NO_F = {"tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2), "linear": (lambda z: z, np.ones_like)}
 
@@ -85,7 +85,7 @@ def test_the_published_recursion(kind: str) -> None:
 @pytest.mark.parametrize("pair", [MLP, CONV], ids=str)
 def test_one_step_is_the_two_updates(pair, steps: int) -> None:  # type: ignore[no-untyped-def]
     """With norms, pools and biases: a twin is moved by DKP for real, then segment by segment by the energies."""
-    learner = pair.attach(fb.rules.DKPPC(rate=ETA, gamma=GAMMA, ratio=RATIO, steps=steps))
+    learner = pair.attach(fb.rules.DKPPC.published(rate=ETA, gamma=GAMMA, ratio=RATIO, steps=steps))
     x, y = pair.batch()
     twin = pair.model()
     names = [name for name, _ in twin.named_children()]
@@ -133,7 +133,7 @@ def test_errors_are_everywhere_at_once() -> None:
     x, y = MLP.batch()
     reached = {}
     for init in ("zeros", "kaiming_uniform"):
-        learner = MLP.attach(fb.rules.DKPPC(operator=fb.Dense(init)))
+        learner = MLP.attach(fb.rules.DKPPC.published(operator=fb.Dense(init)))
         loss_fn(y)(learner(x)).backward()
         before = {name: p.grad.clone() for name, p in learner.model.named_parameters()}
         learner.feedback_step(x, loss_fn(y))
@@ -158,3 +158,22 @@ def test_what_is_refused() -> None:
     for wrong in ({"rate": 0.0}, {"gamma": 0.0}, {"ratio": -1.0}, {"steps": 0}):
         with pytest.raises(fb.AttachError, match="above 0 and one step"):
             fb.rules.DKPPC(**wrong)
+
+
+def test_the_default_learns_its_feedback_as_dkp_does() -> None:
+    """Centred, from zero, sent by an orthogonal matrix: the gradients of B, and the signals, are DKP's."""
+    found = []
+    for rule in (fb.DKP(), fb.rules.DKPPC()):
+        learner = MLP.attach(rule)
+        torch.manual_seed(0)
+        for B in learner.feedback.parameters():
+            nn.init.normal_(B)
+        x, y = MLP.batch()
+        loss_fn(y)(learner(x)).backward()
+        signals = [grad.clone() for grad in grads(learner.model).values() if grad is not None]
+        if rule.in_phase:
+            learner.feedback_step(x, loss_fn(y))
+        found.append(([B.grad for B in learner.feedback.parameters()], signals))
+    for one, other in zip(*found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b)

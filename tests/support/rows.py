@@ -72,7 +72,7 @@ ROWS = (
         least_batch=2,
     ),
     Row("dkp-flipped", Flipped(DKP.published()), oracles.reversed_direct, oracles.outer_product),
-    Row("dkp_pc", DKPPC(), oracles.direct),  # what its phase gives: test_rules_predictive
+    Row("dkp_pc", DKPPC.published(), oracles.direct),  # what its phase gives: test_rules_predictive
     Row("sign_dfa", SignDFA(), oracles.sign_of_error),
     Row("ebd", EBD(), oracles.direct, oracles.towards_correlation),
     Row(

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from feedbackward.errors import AttachError
+from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, LayerInput
 from feedbackward.operators.base import Weights, within
 from feedbackward.operators.layer import LayerShaped
@@ -144,6 +144,25 @@ def weights_of(feedback: nn.Module, edge: Edge) -> Weights:
 def weight_names(edge: Edge) -> list[str]:
     """The names of an edge's tensors: the first is the edge's own."""
     return [f"{edge.key}:{part}" if i else edge.key for i, part in enumerate(edge.operator.parts)]
+
+
+def refuse_frozen_zeros(feedback: nn.Module, graph: Graph, rule: Rule) -> None:
+    """Refuse an edge whose feedback is zero, and whose rule learns it, but which trains no more.
+
+    Weights on the way to learning are not looked at, so that nothing waits for a device.
+    """
+    # a compiler cannot branch on values
+    if torch.compiler.is_compiling():
+        return
+    for edge in graph.edges:
+        if not rule.learns(edge) or not edge.operator.learnable:
+            continue
+        weights = weights_of(feedback, edge)[: edge.operator.learnable]
+        if not any(w.requires_grad or w.is_meta or bool(w.any()) for w in weights):
+            raise FeedbackError(
+                f"the feedback weights of site {edge.site.name!r} are zero and do not require gradients, so the layers below it "
+                f"would never train. Let them learn, or begin at random: {rule.label}(operator=fb.Dense()) or DFA."
+            )
 
 
 def count_bytes(tensors: Iterator[Tensor] | Weights) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
+from feedbackward.operators import Dense, Operator, Orthogonal, Weights
 from feedbackward.rule import Rule
 from feedbackward.rules.targets.decoding import learning, rows
-from feedbackward.topologies import star
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase
@@ -25,10 +25,10 @@ class DKPPC(Rule):
     r"""Direct Kolen-Pollack predictive coding: DKP updates the weights, and predictive coding updates them a second time.
 
     .. math::
-        &\text{1. DKP:} && W' = W - \eta_1\, \nabla_1, \quad \nabla_1\ \text{from}\ \delta h_l = e\, B_l \\
+        &\text{1. DKP:} && W' = W - \eta_1\, \nabla_1, \quad \nabla_1\ \text{and}\ \nabla B_l\ \text{as in DKP} \\
         &\text{2. beliefs:} && z_l \leftarrow h_l - \gamma N\, \partial E / \partial z_l, \quad
             E = \mathrm{loss}(f_L(z_{L-1})) + \tfrac{1}{2N} \textstyle\sum_l \| z_l - f_l(z_{l-1}) \|^2\ \text{under}\ W' \\
-        &\text{3. both:} && \nabla W = \nabla_1 + \rho\, \partial E / \partial W', \qquad \nabla B_l = e^\top h_l
+        &\text{3. both:} && \nabla W = \nabla_1 + \rho\, \partial E / \partial W'
 
     `h_l` and `e` are those of W, :math:`f_l` is the segment below site l, and N counts samples (times output tokens). On linear
     layers, with :math:`\epsilon_l = z_l - z_{l-1} W_l'^\top`, step 2 is :math:`z_l \leftarrow z_l + \gamma (\epsilon_{l+1} W'_{l+1} -
@@ -42,7 +42,7 @@ class DKPPC(Rule):
     rate: :math:`\eta_1`, the rate of the first update.
     gamma, steps: the size and the number of the inference steps.
     ratio: :math:`\rho`, the rate of the second update relative to the first.
-    operator: the form of the feedback weights and how they start; one that can be learned.
+    center, orthogonal, strength, operator: of the first update, as in :class:`DKP`.
 
     Casnici, Lefebvre, Dauwels & Frenkel, "Direct Kolen-Pollack predictive coding", 2026 (arXiv:2602.15571), known to us through
     another implementation, whose beliefs are pre-activations and whose first update has no f': name the layers as `sites` for
@@ -67,7 +67,10 @@ class DKPPC(Rule):
     gamma: float = 0.1
     steps: int = 1
     ratio: float = 0.01
-    operator: Operator = Dense()
+    center: bool = True
+    orthogonal: bool = True
+    strength: float = 0.5
+    operator: Operator = Dense(init="zeros")
 
     name = "dkp_pc"
     label = "DKP-PC"
@@ -79,6 +82,11 @@ class DKPPC(Rule):
     transport = True
     learned = True
 
+    @classmethod
+    def published(cls, **changes: Any) -> DKPPC:
+        """The first update in the form of the authors, like :meth:`DKP.published`."""
+        return replace(cls(center=False, orthogonal=False, operator=Dense()), **changes)
+
     def __post_init__(self) -> None:
         if not (self.rate > 0 and self.gamma > 0 and self.ratio > 0 and self.steps >= 1):
             raise AttachError(
@@ -86,14 +94,18 @@ class DKPPC(Rule):
             )
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return star(sites, source, self.operator)
+        return DKP(self.center, self.orthogonal, self.strength, self.operator).graph(sites, source)
+
+    @property
+    def least_batch(self) -> int:
+        return 2 if self.center else 1
 
     def feedback_step(self, phase: Phase) -> None:
         with learning(phase):
             beliefs, error = _first(phase)
             for edge in phase.edges:
                 sides = rows(edge, error), rows(edge, beliefs[edge.site].detach())
-                phase.give(edge, edge.operator.correlate(phase.weights(edge), *sides, center=False))
+                phase.give(edge, edge.operator.correlate(phase.weights(edge), *sides, self.center))
             moved = phase.moved(self.rate)
             n = error.shape[: 1 + phase.edges[0].source.tokens].numel()
             for _ in range(self.steps):
