@@ -146,7 +146,7 @@ def weight_names(edge: Edge) -> list[str]:
     return [f"{edge.key}:{part}" if i else edge.key for i, part in enumerate(edge.operator.parts)]
 
 
-def refuse_frozen_zeros(feedback: nn.Module, graph: Graph, rule: Rule) -> None:
+def refuse_frozen_zeros(feedback: nn.Module, graph: Graph) -> None:
     """Refuse an edge whose feedback is zero, and whose rule learns it, but which trains no more.
 
     Weights on the way to learning are not looked at, so that nothing waits for a device.
@@ -155,13 +155,13 @@ def refuse_frozen_zeros(feedback: nn.Module, graph: Graph, rule: Rule) -> None:
     if torch.compiler.is_compiling():
         return
     for edge in graph.edges:
-        if not rule.learns(edge) or not edge.operator.learnable:
+        if not edge.rule.learned or not edge.operator.learnable:
             continue
         weights = weights_of(feedback, edge)[: edge.operator.learnable]
         if not any(w.requires_grad or w.is_meta or bool(w.any()) for w in weights):
             raise FeedbackError(
                 f"the feedback weights of site {edge.site.name!r} are zero and do not require gradients, so the layers below it "
-                f"would never train. Let them learn, or begin at random: {rule.label}(operator=fb.Dense()) or DFA."
+                f"would never train. Let them learn, or begin at random: {edge.rule.label} with operator=fb.Dense(), or DFA."
             )
 
 

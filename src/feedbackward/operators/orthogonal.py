@@ -47,7 +47,7 @@ class Orthogonal(Operator):
     """
 
     form: Operator
-    strength: float = 0.5
+    strength: float = 0.2
     steps: int = STEPS
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class DKP(Rule):
 
     center: bool = True
     orthogonal: bool = True
-    strength: float = 0.5
+    strength: float = 0.2
     operator: Operator = Dense(init="zeros")
 
     name = "dkp"

@@ -12,8 +12,8 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
-from feedbackward.operators import Dense, Operator, Orthogonal, Weights
 from feedbackward.rule import Rule
+from feedbackward.rules.direct.dkp import DKP
 from feedbackward.rules.targets.decoding import learning, rows
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class DKPPC(Rule):
     ratio: float = 0.01
     center: bool = True
     orthogonal: bool = True
-    strength: float = 0.5
+    strength: float = 0.2
     operator: Operator = Dense(init="zeros")
 
     name = "dkp_pc"
