@@ -17,7 +17,7 @@ from feedbackward.engine.plan import Plan
 from feedbackward.engine.rows import Rows
 from feedbackward.engine.structure import Structure
 from feedbackward.engine.target import Target
-from feedbackward.engine.weights import count_bytes, weights_of
+from feedbackward.engine.weights import count_bytes, refuse_frozen_zeros, weights_of
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.model.example import Given
@@ -113,6 +113,7 @@ class Attached:
         if not torch.compiler.is_compiling():
             with self.own_pass():
                 self.rows.see_again(self.model, inputs)
+        refuse_frozen_zeros(self.feedback, self.graph)
         self.cuts.recompute = True
         self.cuts.renew()
 
