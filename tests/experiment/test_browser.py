@@ -133,7 +133,7 @@ def test_a_wide_table_scrolls_in_its_own_box(measured):
 
 def test_every_figure_is_drawn_and_its_letters_can_be_read(measured):
     for entry in measured:
-        assert len(entry["figures"]) == 6
+        assert len(entry["figures"]) == 7
         assert all(width >= 280 and height >= 150 for width, height in entry["figures"]), entry
     assert measured[0]["letters"] >= 7  # CSS pixels on a phone: the smallest of all figures
     assert measured[2]["letters"] >= 10

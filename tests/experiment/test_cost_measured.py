@@ -301,7 +301,7 @@ class TestCommand:
                 ["mlp", "--operators", "dens"],
                 "unknown feedback operator 'dens': did you mean 'dense'",
             ),
-            (["mlp", "--schedules", "later"], "--schedules: Expected a"),
+            (["mlp", "--schedules", "later"], "--schedules: expected one of joint, replay"),
             (["mlp", "--rounds", "0"], "rounds is 0: it must be at least 1"),
             (["mlp", "--batch", "0"], "batch is 0: it must be at least 1"),
             (["mlp", "--rules", "dfa,dfa"], "two configurations are called 'dfa, joint, dense'"),
