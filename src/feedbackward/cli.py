@@ -23,7 +23,7 @@ usage: feedbackward COMMAND [options]
   compare  train by several rules and seeds, or a whole grid of settings, and write a report
   probe    measure how near a trained run's gradients are to backprop's
   cost     count what a training step costs, or measure it, beside backprop
-  rules    list the rules, with what each needs and costs
+  rules    list the rules, with what each needs; --cost adds what each costs
 
 feedbackward COMMAND --help lists the options. A first look, in under four minutes:
   feedbackward compare --config demo
@@ -175,12 +175,12 @@ def _cost(arguments: list[str]) -> int:
 def _rules(arguments: list[str]) -> int:
     from feedbackward.experiment.config.parser import Parser
 
-    parser = Parser("rules", "List the rules, with what each needs and costs.")
+    parser = Parser("rules", "List the rules, with what each needs.")
     parser.add_argument(
         "--format", choices=["table", "markdown", "json"], default="table", help="(default: table)"
     )
     parser.add_argument(
-        "--cost", action="store_true", help="count what each rule costs on one network"
+        "--cost", action="store_true", help="also count what each rule costs on vgg6"
     )
     options = parser.parse_args(arguments)
     from feedbackward.experiment.report.rules import print_rules

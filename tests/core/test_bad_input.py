@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         two_outputs("dict"),
         {},
         fb.AttachError,
-        "returns dict with hidden, logits: say which",
+        r"returns dict with hidden, logits: say which.*output=lambda o: o\[\"logits\"\]",
     ),
     "output is not the model's": (
         mlp,

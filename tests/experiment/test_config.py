@@ -130,6 +130,8 @@ def test_short_flags_switches_and_lists():
     assert config.rule_options == {"center": True}
     assert config.batch_size == 7
     assert flags("--sites", "layers").sites == "layers"
+    for numbered in ("3,8", "3, 8", "[3,8]", '["3", 8]'):  # modules of a Sequential
+        assert flags("--sites", numbered).sites == ["3", "8"]
     assert flags("--seeds", "0,1", "--rules", "bp,dkp", kind=CompareConfig).seeds == [0, 1]
     assert flags("--rules", "dkp", kind=CompareConfig).rules == ["dkp"]
     assert flags("--search", "--search.lr", "0.1,0.2", kind=CompareConfig).search == Search(
@@ -177,6 +179,7 @@ def test_wrong_lists_and_files_of_another_command_are_refused(tmp_path):
     ("text", "message"),
     [
         ("epoch: 3", "unknown key 'epoch': did you mean 'epochs'"),
+        ("lr: 0.1", "unknown key 'lr': did you mean 'forward.lr' or 'feedback.lr'"),
         ("data: {nmae: cifar10}", "unknown key 'data.nmae': did you mean 'name'"),
         ("- 1", "must hold 'key: value' lines, not a list"),
         ("a: [", "cannot read the config file"),

@@ -60,7 +60,7 @@ def describe(attached: Attached) -> str:
 
 
 def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
+    return "x".join(map(str, shape)) or "1"
 
 
 def _list(names: Sequence[str]) -> str:

@@ -243,9 +243,11 @@ def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tens
     trained = [t for t in tensors_in(value) if t.requires_grad]
     if output is None and len(trained) == 1:
         return trained[0]
+    plain = isinstance(value, dict) and not hasattr(value, "logits")
+    field = 'o["logits"]' if plain else "o.logits"
     raise AttachError(
-        f"the model returns {describe_type(value)}: say which tensor's error is broadcast, for example `output=lambda o: o.logits` or "
-        "`output=lambda o: o[0]`, or name its module with `error_at=`."
+        f"the model returns {describe_type(value)}: say which tensor's error is broadcast, for example "
+        f"`output=lambda o: {field}` or `output=lambda o: o[0]`, or name its module with `error_at=`."
     )
 
 

@@ -11,6 +11,7 @@ import argparse
 import copy
 import difflib
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +91,8 @@ def validated(kind: type[C], values: Mapping[str, Any], where: str) -> C:
 
 def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_keys(kind, values, where)
+    if "sites" in values:
+        values = {**values, "sites": _names(values["sites"])}
     try:
         given = _parser(kind, "").parse_object(copy.deepcopy(dict(values)), defaults=False)
     except argparse.ArgumentError as error:
@@ -222,11 +225,21 @@ def _bracketed(option: Option | None, value: str, kind: type) -> str:
         return value
     if value.startswith("["):
         try:
-            check_keys(kind, {option.field: parse_yaml(value)}, option.flag)
+            items = parse_yaml(value)
+            check_keys(kind, {option.field: items}, option.flag)
         except ConfigError as error:
             raise ConfigError(f"{option.flag} {value}: {error}") from error
-        return value
-    return value if option.field == "sites" and "," not in value else f"[{value}]"
+        return json.dumps(_names(items)) if option.field == "sites" else value
+    if option.field != "sites":
+        return f"[{value}]"
+    return json.dumps([name.strip() for name in value.split(",")]) if "," in value else value
+
+
+def _names(sites: Any) -> Any:
+    """The modules of an nn.Sequential have numbers for names."""
+    return (
+        [str(s) if isinstance(s, int) else s for s in sites] if isinstance(sites, list) else sites
+    )
 
 
 def _config_file(name: str) -> Path:

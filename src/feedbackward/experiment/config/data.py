@@ -10,7 +10,8 @@ class DataConfig:
     """Which images to train on.
 
     Attributes:
-        name: a data set known by name (see DATASETS), or the path of an image folder.
+        name: fashion-mini (embedded), fashion-mnist, cifar10, cifar100, tiny-imagenet, or the path of an image
+            folder.
         root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
         train_limit: use at most so many training images.
         validation: held-out images taken from train; by default 5,000, or 1/8 of a smaller training set.

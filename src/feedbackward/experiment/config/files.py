@@ -112,15 +112,25 @@ def check_keys(kind: type, values: Mapping[str, Any], where: str, prefix: str = 
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
-            raise ConfigError(
-                f"{where} has an unknown key '{prefix}{key}': {hint(str(key), hints)}"
-            )
+            raise ConfigError(f"{where} has an unknown key '{prefix}{key}': {_meant(key, hints)}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             check_keys(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
         if key == "rules" and isinstance(value, list):
             for entry in value:
                 if isinstance(entry, Mapping):
                     check_keys(RuleEntry, entry, where, "rules.")
+
+
+def _meant(key: Any, hints: Mapping[str, Any]) -> str:
+    """What an unknown key may stand for: the same key inside another one, or a near name."""
+    inner = [
+        f"'{name}.{key}'"
+        for name, kind in hints.items()
+        if dataclasses.is_dataclass(kind) and key in typing.get_type_hints(kind)
+    ]
+    if inner:
+        return f"did you mean {' or '.join(inner)}?"
+    return hint(str(key), hints)
 
 
 def differences(
