@@ -60,7 +60,9 @@ def test_tables_json_and_plot(capsys: Any, tmp_path: Path) -> None:
     names = ["bp -", "dfa dense", "dfa sparse", "dkp dense", "dkp sparse", "fa -"]
     assert list(macs) == list(held) == names
     x = torch.zeros(4, 3, 8, 8)
-    learner = fb.attach(nets.build("small_cnn", (3, 8, 8), 10), fb.DKP(operator=fb.Dense()), example=x)
+    learner = fb.attach(
+        nets.build("small_cnn", (3, 8, 8), 10), fb.DKP(operator=fb.Dense()), example=x
+    )
     expected = fb.count_cost(learner, x)
     results = json.loads(file.read_text())
     (rows,) = (model["rows"] for model in results["models"])
