@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--parts", type=int, nargs="*", default=[MICRO_BATCHES])
     parser.add_argument("--scale", type=float, default=1.0, help="of the times that stages sleep")
     parser.add_argument("--only", nargs="*", help="schedules to time")
     options = parser.parse_args()
@@ -170,7 +171,7 @@ def split_times(what: str, ranks: int) -> list[Times]:
 def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for ranks in options.ranks:
-        for parts in (MICRO_BATCHES, 1) if ranks == 2 else (MICRO_BATCHES,):
+        for parts in options.parts:
             factor = MICRO_BATCHES / parts
             times = [
                 tuple(factor * options.scale * t for t in stage)

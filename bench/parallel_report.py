@@ -63,7 +63,8 @@ def _engine(kind: str, rest: list[str], value: dict[str, Any]) -> list[str]:
     lines = [
         f"## {ranks} processes, {parts} micro-batches: {what}", "",
         f"n = {value['rounds']} interleaved rounds of one step between barriers, and of {value['steps']} steps without; ms per step, "
-        f"mean and standard deviation. {_machine(value)}.",
+        f"mean ± standard deviation (least, median); the last column is the median of the ratios of the same rounds, "
+        f"and the ratio of the least. {_machine(value)}.",
         "", "| | one step | simulated | per step of several | simulated | 1F1B / it |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     seconds = value["seconds"]
@@ -91,7 +92,8 @@ def _spread(values: list[float]) -> str:
     if not values:
         return "-"
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{1000 * statistics.mean(values):.0f} ± {1000 * deviation:.0f}"
+    mean, least, middle = statistics.mean(values), min(values), statistics.median(values)
+    return f"{1000 * mean:.0f} ± {1000 * deviation:.0f} ({1000 * least:.0f}, {1000 * middle:.0f})"
 
 
 def ratio(seconds: dict[str, Any], reference: str, name: str, kind: str) -> float | None:
@@ -102,7 +104,8 @@ def ratio(seconds: dict[str, Any], reference: str, name: str, kind: str) -> floa
 
 def _ratio(seconds: dict[str, Any], reference: str, name: str, kind: str) -> str:
     found = ratio(seconds, reference, name, kind)
-    return "" if found is None else f"{found:.2f}"
+    least = min(seconds[reference][kind]) / min(seconds[name][kind]) if found else 0.0
+    return "" if found is None else f"{found:.2f} ({least:.2f})"
 
 
 def _summary(found: dict[str, Any]) -> str:
