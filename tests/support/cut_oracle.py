@@ -114,7 +114,7 @@ def cut_gradients(
             error = F.one_hot(y, d.shape[-1]).to(d).reshape(error.shape) / len(error)
         if h.requires_grad:
             outputs.append(h)
-            errors.append((error @ B.flatten(1)).reshape(h.shape))
+            errors.append((error @ _sent(learner.rule, B.flatten(1))).reshape(h.shape))
         if isinstance(learner.rule, fb.DKP):
             grad = _dkp(learner.rule, error, flat).reshape(B.shape) if h.requires_grad else None
             feedback[edge.key] = grad
@@ -134,13 +134,18 @@ def cut_gradients(
 
 
 def _dkp(rule: fb.DKP, error: Tensor, h: Tensor) -> Tensor:
-    """g e^T (h - mean) / (s^2 + g s), with s^2 the summed variances."""
-    centred = h - h.mean(0) if rule.center else h
-    if not rule.normalise:
-        return error.t() @ centred
-    s2 = ((h - h.mean(0)) ** 2).sum() / len(h)
-    s = s2.sqrt() if s2 > 0 else torch.ones_like(s2)
-    return rule.gain * (error.t() @ centred) / (s**2 + rule.gain * s)
+    """e^T (h - mean)."""
+    return error.t() @ (h - h.mean(0) if rule.center else h)
+
+
+def _sent(rule: fb.Rule, B: Tensor) -> Tensor:
+    """What an error is multiplied by: `B`, or the orthogonal matrix next to it, which ten steps of X (3 - X^T X) / 2 come to."""
+    if not (isinstance(rule, fb.DKP) and rule.orthogonal):
+        return B
+    X = B / torch.linalg.matrix_norm(B)
+    for _ in range(10):
+        X = 1.5 * X - 0.5 * X @ X.t() @ X
+    return rule.strength * X
 
 
 def chain_gradients(
