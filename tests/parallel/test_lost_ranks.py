@@ -142,7 +142,7 @@ def differ(rank: int, what: str) -> Any:
         torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(),
         torch.nn.Linear(8, 4 if other and what == "model" else 3),
     ).double()  # fmt: skip
-    rule = fb.DKP(gain=20.0 if other and what == "rule" else 30.0)
+    rule = fb.DKP(strength=0.1 if other and what == "rule" else 0.2)
     seed = 1 if other and what == "rule with seed" else 0
     learner = fb.attach(model, rule, example=x, seed=seed)
     if other and what == "feedback":
