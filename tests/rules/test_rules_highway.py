@@ -247,3 +247,24 @@ def test_a_bound_on_products_is_refused() -> None:
     learner = fb.attach(model, HighwayKP(), example=x)
     with pytest.raises(fb.AttachError, match="some branches"):
         fb.Delayed(learner, steps=2)
+
+
+class Beside(nn.Module):
+    """Two branches beside each other: x + f(x) + g(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (
+            nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.f(x) + self.g(x)
+
+
+def test_branches_beside_each_other_are_two() -> None:
+    """The first sum holds a branch as well, but the skip path through it passes none."""
+    model = nn.Sequential(nn.Linear(5, 6), Beside(), Beside(), nn.Linear(6, 3))
+    learner = fb.attach(model, HighwayKP(), example=torch.randn(4, 5))
+    names = [branch.points[0].module for branch in learner.graph.branches.inputs]
+    assert sorted(names) == ["1.f", "1.g", "2.f", "2.g"]
