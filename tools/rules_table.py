@@ -8,19 +8,31 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
-from feedbackward.experiment.report.rules import COST_LEGEND, LEGEND, cells, costs, facts, headings
+from feedbackward.experiment.report.rules import (
+    COST_LEGEND,
+    COUNTED_ON,
+    LEGEND,
+    cells,
+    costs,
+    facts,
+    headings,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "choosing.md"
 MEASURED = ROOT / "bench" / "results" / "all-rules-mlp" / "report.md"
+# links stay whole
+UNBROKEN = {"break_long_words": False, "break_on_hyphens": False}
 PLACE = re.compile(r"(<!-- rules -->\n).*?(<!-- end of rules -->)", re.S)
-MEASURED_LEGEND = """\
-MLP: test accuracy in % on the embedded images, mean and standard deviation over 3 seeds, with rates picked on held-out images
-([report](../bench/results/all-rules-mlp/report.md)); `dkp` and `kp` are their authors' forms
-there. *not above Frozen*: it does not beat the control there by two standard
-errors, so it has not been shown to train hidden layers; [Recipes](recipes.md) has reasons and other settings."""
+MEASURED_LEGEND = {
+    "MLP": "test accuracy in % on the embedded images, mean and standard deviation over 3 seeds, with rates picked on "
+    "held-out images ([report](../bench/results/all-rules-mlp/report.md)); `dkp` and `kp` are their authors' forms there. "
+    "*not above Frozen*: it does not beat the control there by two standard errors, so it has not been shown to train "
+    "hidden layers; [Recipes](recipes.md) has reasons and other settings."
+}
 
 
 def measured() -> dict[str, str]:
@@ -42,8 +54,12 @@ def table() -> str:
         *most, paper = cells(f"`{name}`", row | counted[name], cost=True)
         lines.append([*most, accuracy.get(row["label"], "not run"), paper])
     rows = [f"| {' | '.join(line)} |" for line in lines]
-    legend = " ".join([LEGEND, COST_LEGEND, MEASURED_LEGEND]).replace("\n", " ")
-    return "\n".join([*rows, "", legend, ""])
+    legend = (LEGEND | COST_LEGEND | MEASURED_LEGEND).items()
+    items = [
+        textwrap.fill(f"- **{column}**: {meaning}", 118, subsequent_indent="  ", **UNBROKEN)
+        for column, meaning in legend
+    ]
+    return "\n".join([*rows, "", *items, "", textwrap.fill(COUNTED_ON, 118, **UNBROKEN), ""])
 
 
 def main() -> int:

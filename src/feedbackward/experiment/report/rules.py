@@ -21,14 +21,22 @@ from feedbackward.measure.cost import Cost, count_cost
 from feedbackward.rules import RULES, TIERS
 
 NET, BATCH, SIZE, CLASSES, WEIGHTS = "vgg6", 100, (3, 32, 32), 10, "2.2 MB"
-LEGEND = """\
-Unlocked: what need not wait. backward: no signal waits for another one; update: nor for the output's error; forward: nor
-for the layers above. Transport: whether feedback needs the forward weights. Learned: whether the feedback weights learn."""
-COST_LEGEND = f"""\
-Counted on {NET} (six convolutions and two fully connected layers) with {BATCH} images of {SIZE[1]} x {SIZE[2]} pixels and
-{CLASSES} classes, as `feedbackward cost` counts. Steps: products in sequence from the output's error to the last signal.
-MACs: multiply-adds of a training step relative to backprop's, + those of one phase in which the feedback learns.
-Feedback: bytes of its weights, beside the network's own {WEIGHTS}. "not here": the rule cannot serve this network."""
+COUNTED_ON = (
+    f"Steps, MACs and feedback are counted on {NET} (six convolutions and two fully connected layers) with {BATCH} images of "
+    f"{SIZE[1]} x {SIZE[2]} pixels and {CLASSES} classes, as `feedbackward cost` counts them."
+)
+# what the columns say
+LEGEND = {
+    "Unlocked": "what need not wait. backward: no signal waits for another one; update: nor for the output's error; "
+    "forward: nor for the layers above.",
+    "Transport": "whether feedback needs the forward weights.",
+    "Learned": "whether the feedback weights learn.",
+}
+COST_LEGEND = {
+    "Steps": "products in sequence from the output's error to the last signal. not here: the rule cannot serve this network.",
+    "MACs": "multiply-adds of a training step relative to backprop's, + those of one phase in which the feedback learns.",
+    "Feedback": f"bytes of its weights, beside the network's own {WEIGHTS}.",
+}
 
 
 def facts() -> dict[str, dict[str, Any]]:
@@ -48,21 +56,22 @@ def facts() -> dict[str, dict[str, Any]]:
 
 
 def costs() -> dict[str, dict[str, Any]]:
-    """Steps, multiply-adds relative to backprop's, and feedback relative to the weights, of each rule on one network."""
+    """Steps, multiply-adds relative to backprop's, and bytes of feedback, of each rule on one network."""
     console = Console(stderr=True)
     counted = {name: _cost(name) for name in track(RULES, "counting", console=console)}
-    found: dict[str, dict[str, Any]] = {}
-    for name, cost in counted.items():
-        found[name] = {}
-        if cost is not None and counted["bp"] is not None:
-            whole = counted["bp"].total
-            found[name] = {
-                "steps": cost.steps,
-                "macs": cost.total / whole,
-                "phase_macs": None if cost.phase is None else cost.phase / whole,
-                "feedback_bytes": cost.feedback_bytes,
-            }
-    return found
+    backprop = counted["bp"]
+    assert backprop is not None
+    return {
+        name: {}
+        if cost is None
+        else {
+            "steps": cost.steps,
+            "macs": cost.total / backprop.total,
+            "phase_macs": None if cost.phase is None else cost.phase / backprop.total,
+            "feedback_bytes": cost.feedback_bytes,
+        }
+        for name, cost in counted.items()
+    }
 
 
 def _cost(name: str) -> Cost | None:
@@ -103,7 +112,10 @@ def print_rules(form: str, cost: bool = False) -> None:
         table.add_row(*cells(name, row, cost))
     console.print(table)
     if live:
-        print("\n".join([LEGEND, *([COST_LEGEND] if cost else [])]))
+        for column, meaning in (LEGEND | COST_LEGEND if cost else LEGEND).items():
+            console.print(f"{column}: {meaning}", highlight=False, markup=False)
+        if cost:
+            console.print(COUNTED_ON, highlight=False, markup=False)
 
 
 def headings(cost: bool) -> list[str]:
