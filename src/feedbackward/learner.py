@@ -207,15 +207,18 @@ class Learner(AttachedModule):
 
     def _begin(self) -> tuple[Target | None] | None:
         """The targets of a pass that begins now; None if it is a plain one."""
-        # targets are of the next pass, whatever pass that is
-        target, self._target = self._target, None
-        grad = torch.is_grad_enabled()
+        target, grad = self._take_target(), torch.is_grad_enabled()
         cut = not self._exact and grad and bool(self.graph.sites)
         if grad:
             self.attached.cuts.recompute = cut
             if not self._exact and isinstance(self.rule, DSP):
                 check_delayed(self, self.rule.label)
         return (target,) if cut else None
+
+    def _take_target(self) -> Target | None:
+        """The targets of the next pass, whatever pass that is."""
+        target, self._target = self._target, None
+        return target
 
     def _hook_root(self) -> None:
         self._handles += InPlace(self.attached, self._begin).install()
@@ -264,7 +267,7 @@ class Learner(AttachedModule):
             raise AttachError(
                 f'within learner.exact() there are no segments to {schedule}: use schedule="joint".'
             )
-        target, self._target = self._target, None
+        target = self._take_target()
         with self.attached.own_pass():
             return backward(self.attached, inputs, loss_fn, target, schedule, keep_inputs)
 

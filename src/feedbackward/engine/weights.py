@@ -26,9 +26,7 @@ def fitted(graph: Graph, seed: int) -> Graph:
     edges = []
     for edge in graph.edges:
         try:
-            operator = edge.operator.fit(
-                edge.source_shape, edge.site_shape, _digest(seed, edge.key)
-            )
+            operator = edge.operator.fit(edge.source_shape, edge.site_shape, digest(seed, edge.key))
         except AttachError as error:
             raise AttachError(f"site {edge.site.name!r}: {error}") from error
         if edge.rule.learned and edge.shares is None and not operator.learnable:
@@ -88,7 +86,7 @@ def _draw(
 ) -> nn.Module:
     """Fill the holder. Without a model there are no layers to measure, so no feedback may begin mirrored."""
     for edge in _distinct(graph):
-        generator = torch.Generator().manual_seed(_digest(seed, edge.key))
+        generator = torch.Generator().manual_seed(digest(seed, edge.key))
         with _drawn_on(device):
             made = edge.operator.create(edge.source_shape, edge.site_shape, generator)
         made = tuple(w.to(device, dtype if w.is_floating_point() else None) for w in made)
@@ -101,7 +99,7 @@ def _draw(
                 holder.register_buffer(name, weight)
     for local in graph.local:
         with torch.random.fork_rng(devices=[]), _drawn_on(device):
-            torch.manual_seed(_digest(seed, local.key))
+            torch.manual_seed(digest(seed, local.key))
             auxiliary = local.network()
         holder.add_module(local.key, auxiliary.to(device, model_dtype))
     return holder
@@ -195,5 +193,7 @@ def _distinct(graph: Graph) -> list[Edge]:
     return list(largest.values())
 
 
-def _digest(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> 1
+def digest(*parts: object) -> int:
+    """A seed that these parts alone decide; neighbouring ones give unrelated numbers."""
+    text = ":".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

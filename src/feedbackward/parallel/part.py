@@ -3,7 +3,6 @@ another. Modules that end before the part are replaced by what they returned in 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from feedbackward.engine.hooks import Hooked, PassOverError
+from feedbackward.engine.weights import digest
 from feedbackward.errors import SiteError
 from feedbackward.graph import Site, Source
 from feedbackward.model.example import run
+from feedbackward.model.state import forward_of
 from feedbackward.parallel.recording import Call, Recording
 
 
@@ -97,7 +98,7 @@ class Part:
             for name, calls in self.finished.items():
                 assert received is not None
                 forward = _StandIn(calls, self.recording.rows, rows, received.device)
-                stack.enter_context(_forward_of(self.model.get_submodule(name), forward))
+                stack.enter_context(forward_of(self.model.get_submodule(name), forward))
             yield
 
     def remove(self) -> None:
@@ -158,8 +159,7 @@ class _Entry(_Gate):
 
     def seed(self, index: int) -> None:
         """Begin the random numbers that belong to this place of this pass."""
-        text = ":".join(map(str, (*self.number, index)))
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        number = digest(*self.number, index)
         torch.default_generator.manual_seed(number)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(number)
@@ -198,17 +198,3 @@ class _StandIn:
         if shape and shape[0] == self.recorded:
             shape[0] = self.rows
         return torch.zeros(shape, dtype=t.dtype, device=self.device)
-
-
-@contextmanager
-def _forward_of(module: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
-    """Run `stand_in` for the module's forward; a forward that the instance itself holds is put
-    back."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = stand_in
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own

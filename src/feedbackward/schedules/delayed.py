@@ -14,7 +14,7 @@ from torch import Tensor
 from feedbackward.engine.attached import Attached, AttachedModule
 from feedbackward.engine.weights import weight_names
 from feedbackward.errors import AttachError, CheckpointError
-from feedbackward.schedules.dsp import DELAYED, DSP
+from feedbackward.schedules.dsp import DELAYED, own_delays
 
 
 class Delayed:
@@ -70,8 +70,7 @@ class Delayed:
         attached = learner.attached
         parts = attached.plan.stages
         if staleness is None:
-            rule = attached.rule
-            staleness = rule.delays(len(parts)) if isinstance(rule, DSP) else 0
+            staleness = own_delays(attached.rule, len(parts))
         delays = (staleness,) * len(parts) if isinstance(staleness, int) else tuple(staleness)
         if steps < 0:
             raise AttachError(f"steps must be >= 0 (0: no bound), got {steps}.")

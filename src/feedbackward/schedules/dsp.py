@@ -18,6 +18,11 @@ from feedbackward.rule import Rule
 DELAYED: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
+def own_delays(rule: Rule, parts: int) -> tuple[int, ...]:
+    """How many steps late the gradients of each part arrive by the rule itself; none but DSP's are late."""
+    return rule.delays(parts) if isinstance(rule, DSP) else (0,) * parts
+
+
 def check_delayed(learner: nn.Module, label: str) -> None:
     """A rule that is a schedule as well is plain backprop without its `Delayed`.
 

@@ -24,7 +24,7 @@ from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.model.attributes import PLAIN
 from feedbackward.model.example import copied, run
-from feedbackward.model.state import RandomState, preserved
+from feedbackward.model.state import RandomState, forward_of, preserved
 from feedbackward.model.values import tensors_in
 from feedbackward.schedules.passes import Deliver, LossFn, finish
 from feedbackward.schedules.preparation import Preparation
@@ -251,21 +251,8 @@ def _left_out(attached: Attached, kept: _Kept, start: int | None) -> Iterator[No
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for module, call in zip(modules, chosen, strict=True):
-            stack.enter_context(_forward_of(module, _stand_in(call.output, kept, device)))
+            stack.enter_context(forward_of(module, _stand_in(call.output, kept, device)))
         yield
-
-
-@contextmanager
-def _forward_of(module: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
-    """Run `stand_in` in place of the module's forward. A forward that the instance holds is restored afterwards."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = stand_in
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
 
 
 def _stand_in(skeleton: Any, kept: _Kept, device: torch.device) -> Callable[..., Any]:

@@ -105,8 +105,7 @@ class Factory:
         optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=0.9)
         forward: Any = torch.compile(net) if compiled else net
         learner = net if isinstance(net, Learner) else None
-        late = learner is not None and isinstance(learner.rule, DSP)
-        stale = Delayed(learner) if late and learner is not None else None
+        stale = Delayed(learner) if learner is not None and isinstance(learner.rule, DSP) else None
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)

@@ -28,7 +28,7 @@ from feedbackward.experiment.training.randomness import (
 )
 from feedbackward.measure.probe import Probe, probe
 from feedbackward.schedules.delayed import Delayed
-from feedbackward.schedules.dsp import DSP
+from feedbackward.schedules.dsp import own_delays
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -291,8 +291,7 @@ class Run:
 
     def _staleness(self) -> Delayed | None:
         """What delays the gradients, if anything does."""
-        rule, parts = self.learner.rule, len(self.learner.plan.stages)
-        own = rule.delays(parts) if isinstance(rule, DSP) else (0,) * parts
+        own = own_delays(self.learner.rule, len(self.learner.plan.stages))
         delays = [delay + self.config.staleness for delay in own]
         steps = self.config.backward_steps
         if not any(delays) and not steps:
