@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from nets import RULES, Case
 from ranks import Failure, needs_gloo, run_ranks
 from torch.nn import functional as F
 
 import feedbackward as fb
+from feedbackward.errors import DivergenceError
+from feedbackward.parallel.faults import Witnesses, lost
 
 pytestmark = needs_gloo
 TIMEOUT = 8.0
@@ -130,6 +133,21 @@ def test_not_finite_stops_all(tmp_path: Path, rule: str, where: int) -> None:
         assert "not finite" in text
         # local losses: the ranks are told with the loss of the step, when the next one ends
         assert step in ((2, 3) if rule == "dgl" else (2,)), text
+
+
+def test_a_rank_that_stopped_at_a_number_is_not_lost() -> None:
+    """Whoever only sees that its connection is closed learns why, and all raise the same."""
+    store = dist.HashStore()
+    ranks = [Witnesses(rank, 1, "") for rank in range(2)]
+    for one in ranks:
+        one.store, one.ranks = store, 2
+    with pytest.raises(DivergenceError, match="step 2"), ranks[0].watching():
+        raise DivergenceError("step 2: the loss is not finite")
+    with (
+        pytest.raises(DivergenceError, match="step 2: the loss is not finite"),
+        ranks[1].watching(),
+    ):
+        raise lost(0, "header of step 3", RuntimeError("Connection closed by peer"))
 
 
 def differ(rank: int, what: str) -> Any:

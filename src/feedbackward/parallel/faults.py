@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from feedbackward.errors import FeedbackError
+from feedbackward.errors import DivergenceError, FeedbackError
 
 # how long the survivors wait for what the others have to say
 _HEARING = 2.0
@@ -47,7 +47,8 @@ def lost(peer: int, message: str, error: Exception) -> LostRankError:
 class Witnesses:
     """What each rank saw when it lost another, kept in the store through which the ranks met.
 
-    A rank that is lost because it had lost another itself is not the one to name.
+    A rank that is lost because it had lost another itself is not the one to name. A rank that stopped at a number that is not
+    finite is not lost: all stop at that number.
     """
 
     def __init__(self, rank: int, ranks: int, name: str) -> None:
@@ -64,6 +65,9 @@ class Witnesses:
             yield
         except LostRankError as error:
             first = self._first_lost(error.rank)
+            reason = self._reason(first)
+            if reason:
+                raise DivergenceError(reason) from error
             if first == error.rank:
                 raise
             raise LostRankError(
@@ -71,6 +75,10 @@ class Witnesses:
                 f"rank {first} of the pipeline ended or hangs, and rank {error.rank} stopped because of it. Look at the "
                 f"output of rank {first} first; start all ranks again from the last checkpoint.",
             ) from error
+        except DivergenceError as error:
+            # what this rank has found out holds for all, and some may only see that it ended
+            self._say(f"{self.rank} {error}")
+            raise
         except Exception:
             # this rank is the cause
             self._say(str(self.rank))
@@ -98,11 +106,20 @@ class Witnesses:
         return self._follow(seen, told)
 
     def _said(self, rank: int) -> int | None:
+        """The rank that this one has lost; itself, if it failed by itself."""
+        text = self._read(rank)
+        return None if text is None else int(text.split()[0])
+
+    def _reason(self, rank: int) -> str:
+        """The number that is not finite for which a rank stopped, in its words; empty where it was something else."""
+        return (self._read(rank) or "").partition(" ")[2]
+
+    def _read(self, rank: int) -> str | None:
         assert self.store is not None
         with suppress(Exception):
             self.store.set_timeout(timedelta(seconds=1))
             if self.store.check([str(rank)]):
-                return int(self.store.get(str(rank)))
+                return str(self.store.get(str(rank)).decode())
         return None
 
     @staticmethod
