@@ -89,19 +89,22 @@ def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
         tuple(into.shape[1:]),
         into.dim() - 2 if linear else 0,
         source=source,
-        form=_form(call.module, into, out),
+        form=_form(call, into, out),
         weight=f"{call.name}.weight",
         below=_below(trace, call),
         dominates=dominates,
     )
 
 
-def _form(layer: nn.Module, into: Tensor, out: Tensor) -> LayerForm:
+def _form(call: Call, into: Tensor, out: Tensor) -> LayerForm:
     """The layer's form in this call. `output_size` overrides the output padding of a transposed convolution."""
-    form = LayerForm.of(layer)
+    form = LayerForm.of(call.module)
     if not form.transposed:
         return form
-    return replace(form, output_padding=form.extra(out.shape[2:], into.shape[2:]))
+    extra = form.extra(out.shape[2:], into.shape[2:])
+    # the second argument, by position or by name, is a list
+    chosen = any(place.startswith(("[0][1]", "[1]['output_size']")) for place in call.given)
+    return replace(form, output_padding=extra, output_size=chosen)
 
 
 def _below(trace: Trace, call: Call) -> PreActivation | str:

@@ -54,6 +54,8 @@ class Call:
     inputs: list[tuple[Tensor, int]]
     # where each input is among the arguments and keywords
     places: list[str]
+    # the places of all that was given, tensors or not
+    given: list[str]
     end: int = -1
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
     structured: bool = False
@@ -157,7 +159,9 @@ def trace(model: nn.Module, example: Any) -> Trace:
         inputs = [(t, t._version) for t in given.values() if isinstance(t, Tensor)]
         places = [place for place, t in given.items() if isinstance(t, Tensor)]
         grad = torch.is_grad_enabled()
-        call = Call(name, module, seen[name], next(clock), inputs, places, grad_enabled=grad)
+        call = Call(
+            name, module, seen[name], next(clock), inputs, places, list(given), grad_enabled=grad
+        )
         seen[name] += 1
         calls.append(call)
         open_calls.append(call)

@@ -48,6 +48,8 @@ class LayerForm:
     output_padding: tuple[int, ...] = ()
     pad: tuple[int, ...] = ()  # applied before, in the order of F.pad
     pad_mode: str = "zeros"
+    # whether each call chooses the size of a transposed convolution's output
+    output_size: bool = False
 
     @staticmethod
     def of(layer: nn.Module) -> LayerForm:

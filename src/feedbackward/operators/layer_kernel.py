@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from feedbackward.errors import AttachError
 from feedbackward.operators.base import Operator, Shape, Weights
 from feedbackward.operators.layer import LayerForm, LayerShaped
 
@@ -19,7 +20,8 @@ class LayerKernel(Operator):
     The error is repeated at every position of the convolution's output. From there it goes back through `B` as it would
     through the layer's own weight: :math:`\delta h = \mathrm{conv}^\top(d\, 1_{H' \times W'}, B)`, with the same stride,
     padding and dilation. So the signal is constant over space except at the borders and between strides. `B` has no groups:
-    every unit reaches every channel. For a transposed convolution the kernel is `[c_in, C, *k]`.
+    every unit reaches every channel. For a transposed convolution the kernel is `[c_in, C, *k]`. One that is called with
+    `output_size` is refused: its output may have several sizes for one size of its input, and the error does not tell which.
 
     form: the convolution's shape and geometry.
     init, scale: those of :class:`LayerShaped`, for a layer with C outputs.
@@ -43,6 +45,14 @@ class LayerKernel(Operator):
     form: LayerForm
     init: str = "xavier_uniform"
     scale: float = 1.0
+
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        if self.form.output_size:
+            raise AttachError(
+                "kernel feedback repeats the error over the output of this transposed convolution, whose size each call chooses "
+                "with `output_size`. Set `output_padding` in the layer instead, leave the layer out with `sites=`, or use FA or DFA."
+            )
+        return self
 
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
         return self._layer(source, site).create(source, site, generator)
