@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from nets import RULES, Case
 from ranks import needs_gloo, run_ranks
+from torch import nn
 from torch.nn import functional as F
 
 import feedbackward as fb
@@ -111,3 +113,34 @@ def test_training_and_evaluation_in_turn(tmp_path: Path) -> None:
             assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
         for key, value in (found["state"] or {}).items():
             assert torch.allclose(value, alone["state"][key], rtol=1e-12, atol=1e-14), key
+
+
+def named(rank: int) -> Any:
+    """A cut named after a block, whose output is that of its last layer, at which the rule cuts; and one named after an
+    activity that it does not cut."""
+    found = {}
+    for cut in ("1", "1.0"):
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)]
+        model = nn.Sequential(*blocks, nn.Linear(6, 3)).double()
+        x = torch.randn(8, 6, dtype=torch.float64)
+        learner = fb.attach(model, fb.DKP(), example=x, sites="layers")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            pipe = fb.parallel.pipeline(learner, x, cut=cut, timeout=120)
+        pipe.backward(x, F.cross_entropy, torch.arange(8) % 3)
+        found[cut] = (
+            pipe.bytes_in_backward,
+            [str(t.message) for t in told if t.category is RuntimeWarning],
+        )
+    return found
+
+
+def test_a_cut_is_one_of_the_rule_by_any_name(tmp_path: Path) -> None:
+    found, _ = run_ranks(named, 2, tmp_path)
+    assert found["1"] == (8 * 3 * 8, [])
+    received, told = found["1.0"]
+    # the error, and the gradient of the activity
+    assert received == 8 * 3 * 8 + 8 * 6 * 8
+    assert len(told) == 1
+    assert "does not cut the activity at '1.0'" in told[0]

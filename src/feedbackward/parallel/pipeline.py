@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,7 @@ from feedbackward.parallel.recording import record
 from feedbackward.parallel.routes import refuse_common, refuse_rule
 from feedbackward.parallel.segment import StageModule
 from feedbackward.parallel.simulate import balanced
-from feedbackward.parallel.split import find_places, segment_times
+from feedbackward.parallel.split import cut_points, find_places, segment_times
 from feedbackward.parallel.step import Batch, Loss, LossFn, Steps, cut_rows, sizes_of
 from feedbackward.parallel.timeline import Timeline
 
@@ -146,7 +147,23 @@ def _division(learner: Learner, example: Any, named: list[str], groups: Groups) 
         boundaries = ()
     division = divide(learner, recording, boundaries, example)
     refuse_common(division.routes)
+    _warn_of_locks(learner, division)
     return division
+
+
+def _warn_of_locks(learner: Learner, division: Division) -> None:
+    """Say where a rule that cuts activities is divided at another one."""
+    cut = cut_points(learner)
+    places = [division.recording.places[index] for index in division.cut]
+    uncut = [place.name for place in places if place.points not in cut]
+    if cut and uncut:
+        others = [place.name for place in division.recording.places if place.points in cut]
+        warnings.warn(
+            f"{learner.rule.label} does not cut the activity at {uncut[0]!r}, so the stage below waits for a gradient of its "
+            f"size, as with backprop. Activities that it cuts: {', '.join(others)}.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 class Pipeline(nn.Module):

@@ -34,8 +34,9 @@ def find_places(
     were named.
 
     A place is an activity that everything below passes through: a site that the rule cuts, or for
-    rules that cut none, an activity that enters a layer. Raises AttachError for a named one round
-    which another path leads.
+    rules that cut none, an activity that enters a layer. A name of an activity that the rule cuts is
+    that site, whichever module the site is named after. Raises AttachError for a named one round which
+    another path leads.
     """
     device = next(learner.model.parameters()).device.type
     # casts of weights would be nodes that lead round every activity
@@ -53,6 +54,8 @@ def find_places(
                 f"the model cannot be divided at {site.name!r}: another path (a skip connection, a branch) leads round it, "
                 f"and one activity alone is sent to the next stage. Places where it can be: {_names(sites)}."
             )
+    cut = {_activity(recorded, site.points[0]): site for site in sites}
+    chosen = [cut.get(_activity(recorded, site.points[0]), site) for site in chosen]
     by_points = {site.points: site for site in (*sites, *chosen)}
     places = [
         site for site in by_points.values() if _tensor(recorded, site.points[0]).grad_fn in through
@@ -67,11 +70,22 @@ def _names(sites: Sequence[Site]) -> str:
 
 
 def _tensor(recorded: Trace, point: HookPoint) -> Tensor:
+    return _met(recorded, point)[0]
+
+
+def _activity(recorded: Trace, point: HookPoint) -> tuple[int, int]:
+    """What identifies an activity in a trace: a block and its last layer, say, have one output."""
+    tensor, version = _met(recorded, point)
+    return id(tensor), version
+
+
+def _met(recorded: Trace, point: HookPoint) -> tuple[Tensor, int]:
+    """The tensor at a point, and the version that it had there."""
     calls = [call for call in recorded.calls if call.name == point.module]
     call = calls[point.call]
     if point.kind == "output":
-        return call.outputs[point.leaf or 0][0]
-    return call.inputs[call.places.index(point.place)][0]
+        return call.outputs[point.leaf or 0]
+    return call.inputs[call.places.index(point.place)]
 
 
 def _time(recorded: Trace, point: HookPoint) -> int:
