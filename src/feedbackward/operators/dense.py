@@ -91,11 +91,11 @@ def draw(init: str, shape: Shape, width: int, generator: torch.Generator) -> Ten
 
 
 def outer(d: Tensor, h: Tensor, center: bool) -> Tensor:
-    """`d^T h` of rows `d: [M, C]` and `h: [M, n]`; centred `d^T (h - mean h)`, without a centred copy of `h`."""
-    grad = d.t() @ h
+    """`d^T h` of rows `d: [M, C]` and `h: [M, n]`; centred `d^T (h - mean h)`."""
     if center:
-        grad = grad - torch.outer(d.sum(0), h.mean(0))
-    return grad
+        # the same as centring h, which is larger
+        d = d - d.mean(0)
+    return d.t() @ h
 
 
 def rows(t: Tensor) -> Tensor:

@@ -109,9 +109,9 @@ def _inverse_root(B: Tensor, steps: int) -> Tensor:
     scale = torch.where(total > 0, total, 1.0)
     gram = gram / scale
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    root = unit / scale.sqrt()
+    root, unit = unit / scale.sqrt(), 1.5 * unit
     for _ in range(steps):
-        step = 1.5 * unit - 0.5 * gram
-        root = step @ root
-        gram = step @ gram @ step
+        step = torch.sub(unit, gram, alpha=0.5)
+        root = torch.mm(step, root)
+        gram = torch.mm(torch.mm(step, gram), step)
     return root

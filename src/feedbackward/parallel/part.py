@@ -3,6 +3,7 @@ another. Modules that end before the part are replaced by what they returned in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ class Part:
         self._entry = _Entry(recording.places, lower, tuple(cut_sources))
         leave = () if upper is None else (recording.places[upper],)
         self._exit = _Exit(leave, tuple(sources))
+        self._blanks = _Blanks()
         self._devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
         self._handles = [
             *self._entry.install(model, prepend=True),
@@ -97,7 +99,7 @@ class Part:
         with ExitStack() as stack:
             for name, calls in self.finished.items():
                 assert received is not None
-                forward = _StandIn(calls, self.recording.rows, rows, received.device)
+                forward = _StandIn(calls, self.recording.rows, rows, self._blanks, received.device)
                 stack.enter_context(forward_of(self.model.get_submodule(name), forward))
             yield
 
@@ -179,11 +181,28 @@ class _Exit(_Gate):
         raise PassOverError
 
 
+class _Blanks:
+    """Zeros of any shape, all in one piece of memory: nothing reads them, so they need not be filled for every pass."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size, held = math.prod(shape), self._held.get(dtype)
+        # a version: something between two finished modules works in place
+        if held is None or len(held) < size or held._version:
+            held = self._held[dtype] = torch.zeros(size, dtype=dtype, device=device)
+        return held[:size].view(tuple(shape))
+
+
 class _StandIn:
     """Returns, call by call, zeros for `rows` rows of what was recorded with `recorded` rows."""
 
-    def __init__(self, calls: list[Call], recorded: int, rows: int, device: torch.device) -> None:
-        self.calls, self.recorded, self.rows, self.device = calls, recorded, rows, device
+    def __init__(
+        self, calls: list[Call], recorded: int, rows: int, blanks: _Blanks, device: torch.device
+    ) -> None:
+        self.calls, self.recorded, self.rows = calls, recorded, rows
+        self.blanks, self.device = blanks, device
         self.next = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,4 +216,4 @@ class _StandIn:
         shape = list(t.shape)
         if shape and shape[0] == self.recorded:
             shape[0] = self.rows
-        return torch.zeros(shape, dtype=t.dtype, device=self.device)
+        return self.blanks.zeros(shape, t.dtype, self.device)
