@@ -178,7 +178,7 @@ def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
         >>> [(edge.source.name, edge.site.name) for edge in graph.edges]
         [('3', '1'), ('4', '3')]
     """
-    sources = [*map(_as_source, sites[1:]), source]
+    sources = [*map(as_source, sites[1:]), source]
     edges = (Edge(above, site, operator) for above, site in zip(sources, sites, strict=True))
     return Graph(tuple(sites), tuple(edges))
 
@@ -208,7 +208,7 @@ def modules(
         >>> [(edge.source.name, edge.site.name) for edge in graph.edges]
         [('4', '1'), ('4', '3')]
     """
-    outputs = [*(_as_source(group[-1]) for group in groups[:-1]), source]
+    outputs = [*(as_source(group[-1]) for group in groups[:-1]), source]
     edges = []
     for group, output in zip(groups, outputs, strict=True):
         inner = group if output is source else group[:-1]
@@ -234,5 +234,5 @@ def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
     return Graph(tuple(sites), tuple(Edge(source, site, operator) for site in sites))
 
 
-def _as_source(site: Site) -> Source:
+def as_source(site: Site) -> Source:
     return Source(site.name, site.points, site.shape, site.tokens)

@@ -15,7 +15,7 @@ import feedbackward as fb
 RULES = {
     rule.label: rule
     for rule in (
-        fb.DFA(), fb.DKP(), fb.rules.FA(), fb.rules.DGL(), fb.rules.FDFA(), fb.rules.BinaryDFA(),
+        fb.DFA(), fb.DKP(), fb.rules.FA(init="xavier_uniform"), fb.rules.DGL(), fb.rules.FDFA(), fb.rules.BinaryDFA(),
         fb.rules.KolenPollack.published(), fb.DFA(operator=fb.operators.LowRank(2)),
     )
 }  # fmt: skip

@@ -88,6 +88,43 @@ def test_other_feedback_cannot_begin_mirrored(rule: type[fb.Rule]) -> None:
     model, x = linear_net()
     with pytest.raises(
         fb.AttachError,
-        match=r"begins mirrored must have the form of a layer's weight.*Use another init",
+        match=r"init='mirrored' must have the form of a layer's weight.*Use another init",
     ):
         fb.attach(model, rule(init="mirrored"), example=x)  # type: ignore[call-arg]
+
+
+CHAINS = [fb.FA, fb.rules.WeightMirror, fb.rules.InformationAlignment, fb.KolenPollack]
+
+
+@pytest.mark.parametrize("rule", CHAINS, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])
+def test_feedback_like_the_weight_takes_its_size_and_nothing_else(
+    rule: type[fb.Rule], factor: float
+) -> None:
+    model, x = linear_net()
+    before = fb.attach(model, rule(init="like_weight"), example=x).feedback.state_dict()  # type: ignore[call-arg]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(-factor * weight.flip(0))
+    learner = fb.attach(model, rule(init="like_weight"), example=x)  # type: ignore[call-arg]
+    for edge in learner.graph.edges:
+        B, W = learner.feedback_of(edge), model.get_parameter(edge.site.weight)
+        torch.testing.assert_close(B, factor * before[edge.key])
+        b = B.abs().max() / 3**0.5  # of a uniform law on [-b, b] the root mean square is b / sqrt(3)
+        assert b.item() == pytest.approx(W.square().mean().sqrt().item(), rel=0.15)
+
+
+def test_feedback_like_a_weight_of_zero_takes_the_size_of_the_usual_law() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.zeros_(model[2].weight)
+    learner = fb.attach(model, fb.FA(), example=torch.randn(4, 5))
+    bound = learner.feedback_of(learner.graph.edges[0]).abs().max().item()
+    assert bound == pytest.approx(8**-0.5, rel=0.15)
+
+
+def test_feedback_like_the_weight_needs_its_values() -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)
+    learner = fb.attach(model, fb.FA(), example=x)
+    with pytest.raises(fb.AttachError, match=r"init='like_weight'.*no values.*init='like_layer'"):
+        learner.to_empty(device="cpu")

@@ -70,13 +70,17 @@ def targets_step(
     out = oracles._forward(net.head, x)
     loss, error = oracles.cross_entropy(out, labels)
     parameters: dict[str, Array | None] = {}
-    oracles._backward(net.head, error, parameters)
-    n = len(x)
+    into = oracles._backward(net.head, error, parameters)
+    n, names = len(x), list(reversed(net.segments))
     s, t = out, out - beta * n * error
+    if getattr(rule, "top", "") == "gradient":  # the last site is not cut
+        last = names.pop(0)
+        oracles._backward(net.segments[last], into, parameters)
+        s, t = activities[last], activities[last] - beta * n * into
     if rule.name == "sdtp":
         s, t = softmax(out), np.eye(out.shape[1])[labels]
     sent: dict[str, Array | None] = {}
-    for name in reversed(net.segments):
+    for name in names:
         h = activities[name]
         change = decoded(weights[name], s, rule.activation) - decoded(
             weights[name], t, rule.activation
@@ -93,6 +97,7 @@ TARGETS = [
     (fb.rules.DTP(beta=0.3), 0.3),
     (fb.rules.DTP(beta=0.3, activation="tanh"), 0.3),
     (fb.rules.DTP(beta=2.0, activation="relu"), 2.0),
+    (fb.rules.DTP(beta=0.3, activation="tanh", top="decoder"), 0.3),
     (fb.rules.DDTP(beta=0.3, activation="tanh"), 0.3),
     (fb.rules.DDTP(beta=0.3, hidden=5), 0.3),
     (fb.rules.SDTP(activation="tanh"), 1.0),
@@ -139,7 +144,7 @@ def path(model: nn.Sequential, site: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.rules.DTP(beta=0.7), fb.rules.DDTP(beta=0.7)], ids=lambda r: r.name
+    "rule", [fb.rules.DTP(beta=0.7, top="decoder"), fb.rules.DDTP(beta=0.7)], ids=lambda r: r.name
 )
 def test_exact_inverses_give_the_targets_of_gauss_newton(
     rule: fb.rules.DTP | fb.rules.DDTP,
@@ -267,7 +272,7 @@ def test_decoders_that_no_machine_holds_are_refused() -> None:
 
 def test_targets_between_sites_with_and_without_tokens_are_refused() -> None:
     with pytest.raises(fb.AttachError, match=r"token dimensions .*'norm1' and 'act1'.*DDTP"):
-        VIT.attach(fb.rules.DTP(), sites=["norm1", "act1"])
+        VIT.attach(fb.rules.DTP(top="decoder"), sites=["norm1", "act1"])
     x, y = TOKENS.batch()
     learner = TOKENS.attach(fb.rules.DTP(beta=0.5))
     assert all(signal.any() for signal in signals(learner, x, y).values())
@@ -285,6 +290,8 @@ def test_wrong_options_are_refused() -> None:
     for make in (
         lambda: fb.rules.DTP(sigma=0.0),
         lambda: MLP.attach(fb.rules.DTP(beta=0.0)),
+        lambda: MLP.attach(fb.rules.DTP(top="loss")),
+        lambda: MLP.attach(fb.rules.DTP(), sites=["act2"]),
         lambda: MLP.attach(fb.rules.DTP(activation="sine")),
         lambda: fb.rules.DDTP(damping=-1.0),
         lambda: fb.rules.DDTP(hidden=-1),

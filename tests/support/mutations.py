@@ -359,10 +359,10 @@ def outcome(test: str, mutation: tuple[str, str, str] | None = None) -> int:
             file, old, new = mutation
             text = (copy / file).read_text()
             start, stop = place(text, old).span()
-            (copy / file).write_text(text[:start] + new + text[stop:])
+            (copy / file).write_text(text[:start] + new.lstrip() + text[stop:])
         process = context.Process(target=_test, args=(folder, test))
         process.start()
-        process.join(60)
+        process.join(240)
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, LayerInput
 from feedbackward.operators.base import Weights, within
-from feedbackward.operators.layer import LayerShaped
+from feedbackward.operators.layer import MEASURED_INITS, LayerShaped
 
 
 def fitted(graph: Graph, seed: int) -> Graph:
@@ -110,11 +110,12 @@ def _measured(
 ) -> Weights:
     """The initial weights of an edge, where they depend on the layer that it leads over."""
     site, operator = edge.site, edge.operator
-    mirrored = any(getattr(part, "init", None) == "mirrored" for part in within(operator))
-    if model is None and mirrored:
+    inits = {getattr(part, "init", None) for part in within(operator)}
+    measured = next((init for init in MEASURED_INITS if init in inits), None)
+    if model is None and measured:
         raise AttachError(
-            f"site {site.name!r}: feedback that begins mirrored is measured on the layer's weight, which had no values when the "
-            "model was attached on the meta device. Attach after the weights are there, or use another init."
+            f"site {site.name!r}: feedback with init={measured!r} is measured on the layer's weight, which had no values when "
+            "the model was attached on the meta device. Attach after the weights are there, or use init='like_layer'."
         )
     if model is None:
         return made
@@ -126,10 +127,10 @@ def _measured(
         owner, _, leaf = site.weight.rpartition(".")
         layer = getattr(model.get_submodule(owner), leaf)
         return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
-    if mirrored:
+    if measured:
         raise AttachError(
-            f"site {site.name!r}: feedback that begins mirrored must have the form of a layer's weight and lead over that layer "
-            f"alone; this is {type(operator).__name__} feedback from {edge.source.name!r}. Use another init."
+            f"site {site.name!r}: feedback with init={measured!r} must have the form of a layer's weight and lead over that "
+            f"layer alone; this is {type(operator).__name__} feedback from {edge.source.name!r}. Use another init."
         )
     return made
 

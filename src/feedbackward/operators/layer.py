@@ -20,8 +20,10 @@ LAYER_INITS = (
     "kaiming_uniform",
     "kaiming_fan_out",
     "like_layer",
+    "like_weight",
     "normal",
 )
+MEASURED_INITS = ("mirrored", "like_weight")  # made from the weight that the layer has at `attach`
 MIRROR_ROUNDS = 6  # a chain of L layers then begins at a cosine of about (1 + 2 ** -6) ** (-L / 2)
 
 
@@ -117,7 +119,8 @@ class LayerShaped(Operator):
     init: `"zeros"`; `"mirrored"`: an estimate of the layer's weight from its response to noise, made by `attach`, see
         `measure`; `"xavier_uniform"`: U(-b, b) with b = sqrt(6 / (fan_in + fan_out)); `"kaiming_uniform"`: b = sqrt(6 / fan_in);
         `"kaiming_fan_out"`: b = sqrt(6 / fan_out); `"like_layer"`: b = 1 / sqrt(fan_in), PyTorch's own initialisation of these
-        layers; or `"normal"`: N(0, 1).
+        layers; `"like_weight"`: the root mean square is that of the layer's weight when `attach` is called, one number
+        per layer (`"like_layer"` where that weight is zero); or `"normal"`: N(0, 1).
     scale: a factor on the initial weights.
 
     Example:
@@ -157,6 +160,7 @@ class LayerShaped(Operator):
             "kaiming_uniform": 6 / fan_in,
             "kaiming_fan_out": 6 / fan_out,
             "like_layer": 1 / fan_in,
+            "like_weight": 3.0,  # of standard deviation 1, until `measure`
             "normal": 3.0,
         }
         return self.scale * math.sqrt(squares[self.init])
@@ -176,7 +180,10 @@ class LayerShaped(Operator):
         site: Shape,
         generator: torch.Generator,
     ) -> Weights:
-        r"""For the init `"mirrored"`: learn to predict the layer's response to Gaussian noise, by the delta rule.
+        r"""The initial weights, where they depend on the weight of the `layer`.
+
+        `"like_weight"` takes over its root mean square. `"mirrored"` learns to predict the layer's response to Gaussian
+        noise, by the delta rule:
 
         .. math:: B \leftarrow B + \tfrac{M}{M + n}\, \tfrac1M (\xi W^\top - \xi B^\top)^\top \xi, \quad \xi: [M, n]
 
@@ -184,10 +191,12 @@ class LayerShaped(Operator):
         rounds halves the expected square of the error. The noise replaces the layer's input; bias, norm and activation are
         left out.
         """
-        if self.init != "mirrored" or weights[0].is_meta:
+        if self.init not in MEASURED_INITS or weights[0].is_meta:
             return weights
         wide = torch.promote_types(weights[0].dtype, torch.float32)
         B, layer = weights[0].to(wide), layer.to(weights[0].device, wide)
+        if self.init == "like_weight":
+            return ((B * self._size(layer)).to(weights[0].dtype),)
         macs = self.macs(source, site)
         inputs, places = macs / math.prod(source), macs / math.prod(self.form.shape)
         samples = math.ceil(inputs / places)
@@ -197,6 +206,12 @@ class LayerShaped(Operator):
             # by the part of the response that B does not predict
             B = B + share * self.mirrored(layer - B, noise)
         return ((B * self.scale).to(weights[0].dtype),)
+
+    def _size(self, layer: Tensor) -> float:
+        """The root mean square of a layer's weight; of its usual initial law where the weight is zero."""
+        size = layer.square().mean().sqrt().item()
+        usual = replace(self, init="like_layer", scale=1.0).bound / math.sqrt(3)
+        return size if size > 0 else usual
 
     def noise_shape(self, samples: int, site: Shape) -> tuple[int, ...]:
         """The shape of noise for the layer's padded input. Noise that is padded afterwards would be correlated."""

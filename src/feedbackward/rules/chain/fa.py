@@ -21,12 +21,12 @@ class FA(Rule):
     :math:`B_l: [c_l, c_{l-1}, k, k]`, same stride, padding, dilation and groups. Norms, activations, pooling and skip
     paths are differentiated exactly; so with `B = W` it is backprop.
 
-    init, scale: of the feedback weights, see :class:`LayerShaped`. Their standard deviation should match that of the
-        forward weights. Otherwise the signals vanish or explode with depth.
+    init, scale: of the feedback weights, see :class:`LayerShaped`. With `"like_weight"` they are as large as the layer's own
+        weights are at `attach`, so that the signals neither vanish nor explode with depth.
 
     Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep
-    learning", Nature Communications 7:13276, 2016 (arXiv:1411.0247). For convolutions the rule follows published implementations
-    (xavier-uniform as in BioTorch).
+    learning", Nature Communications 7:13276, 2016 (arXiv:1411.0247). BioTorch draws `B` and `W` by one law, `"xavier_uniform"`;
+    with a `W` of another law that `B` would be too large or too small.
 
     Example:
         >>> import torch
@@ -40,7 +40,7 @@ class FA(Rule):
         [(3, 8)]
     """
 
-    init: str = "xavier_uniform"
+    init: str = "like_weight"
     scale: float = 1.0
 
     name = "fa"

@@ -101,7 +101,7 @@ class LayerAlignment(Rule):
     init, scale: of the feedback weights, see :class:`LayerShaped`.
     """
 
-    init: str = "xavier_uniform"
+    init: str = "like_weight"
     scale: float = 1.0
 
     feeds = LayerInput

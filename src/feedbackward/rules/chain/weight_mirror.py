@@ -60,7 +60,7 @@ class WeightMirror(Rule):
 
     samples: int = 128
     decay: float = 1.0
-    init: str = "xavier_uniform"
+    init: str = "like_weight"
     scale: float = 1.0
 
     name = "weight_mirror"

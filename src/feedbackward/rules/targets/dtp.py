@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators.decoder import pair
 from feedbackward.rules.targets.decoding import Laddered, reconstruct
+from feedbackward.topologies import as_source
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase
@@ -21,11 +23,12 @@ class DTP(Laddered):
     r"""Difference target propagation: every site gets a target from the one above, through a learned decoder.
 
     .. math::
-        t_L = a_L - \beta N e, \qquad t_l = h_l - (g_l(h_{l+1}) - g_l(t_{l+1})), \qquad
-        \delta h_l = (h_l - t_l) / (\beta N)
+        t_K = h_K - \beta N\, \partial \mathrm{Loss} / \partial h_K, \qquad
+        t_l = h_l - (g_l(h_{l+1}) - g_l(t_{l+1})), \qquad \delta h_l = (h_l - t_l) / (\beta N)
 
+    The target of the last site K is set by the gradient, through the true weights of the output layer, as in the paper.
     :math:`\delta h_l` is the gradient of the local loss :math:`\|h_l - t_l\|^2 / (2 \beta N)` with the target fixed; so
-    :math:`t_l = h_l - \beta N\, \delta h_l` at every site as at the output, and for small beta
+    :math:`t_l = h_l - \beta N\, \delta h_l` at every site, and for small beta
     :math:`\delta h_l \to \delta h_{l+1}\, \partial g_l / \partial h_{l+1}`. N is the batch, times the tokens if these are kept.
     The published loss is :math:`\|h_l - t_l\|^2`, the same up to a factor :math:`2 \beta`. With exact inverses as decoders the
     targets are those of a Gauss-Newton step.
@@ -44,21 +47,23 @@ class DTP(Laddered):
     If a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian, but biased
     towards the data (Meulemans et al. 2020). :class:`DDTP` does not have this bias.
 
-    beta: how far the target of the output goes along its error.
+    beta: how far the target that the gradient sets goes along it.
+    top: `"gradient"`, as above; or `"decoder"`: the gradient sets the target of the output, :math:`t_L = a_L - \beta N e`, and a
+        decoder from the output to the last site learns like the others. No weight is transported then, but the few
+        outputs hardly determine the activity below them: such signals stayed at about 90 degrees to backprop's.
     sigma: the standard deviation of the noise.
     activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
 
     Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's
-    normalisation as in the code of Meulemans et al. 2020. The paper sets the target of the last hidden layer by the
-    gradient. Here the gradient sets the output's target, whose decoder learns like the others. Inferred: the decoders of maps
-    are dense, which is affordable for a few small sites only.
+    normalisation as in the code of Meulemans et al. 2020. Inferred: the decoders of maps are dense, which is affordable for
+    a few small sites only.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> import feedbackward as fb
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> learner = fb.attach(model, fb.rules.DTP(), example=x)
         >>> nn.functional.cross_entropy(learner(x), y).backward()
         >>> learner.feedback_step(x)  # the decoders learn; before the optimizer steps
@@ -67,13 +72,30 @@ class DTP(Laddered):
     """
 
     beta: float = 0.16
+    top: str = "gradient"
 
     name = "dtp"
     label = "DTP"
     paper = "Lee et al. 2015"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top not in ("gradient", "decoder"):
+            raise AttachError(f"{self.label}: top is {self.top!r}, choose 'gradient' or 'decoder'.")
+
+    @property
+    def transport(self) -> bool | str:  # type: ignore[override]
+        return "output layer" if self.top == "gradient" else False
+
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return self.ladder(sites, source, self.beta)
+        if self.top == "decoder":
+            return self.ladder(sites, source, self.beta)
+        if len(sites) == 1:
+            raise AttachError(
+                f"{self.label} sets the target of the last site by the gradient, and {sites[0].name!r} is the only site, so this "
+                "would be backprop: name a site below it as well, or choose top='decoder'."
+            )
+        return self.ladder(sites[:-1], as_source(sites[-1]), self.beta)
 
     def message(
         self, edge: Edge, d: Tensor, target: Tensor | None, activity: Tensor | None
