@@ -65,6 +65,41 @@ def test_backward_is_unlocked(tmp_path: Path, rule: str, unlocked: bool) -> None
         assert torch.allclose(first["state"][key], value, rtol=1e-12, atol=1e-14), key
 
 
+def filled(rank: int, folder: Path, rule: str) -> Any:
+    """Rank 0 holds the forward pass of its second micro-batch until rank 1 has run a backward pass."""
+    case = Case("plain", RULES[rule], rows=(8,), micro_batches=4)
+    x, y = case.batch(0)
+    pipe = fb.parallel.pipeline(case.learner(), x, micro_batches=4, timeout=120)
+    calls: list[bool] = []
+
+    def hold(*call: Any) -> None:
+        if len(calls) == 1:
+            calls.append(awaited(folder / "backward", 60.0))
+        else:
+            calls.append(True)
+
+    if rank == 0:
+        pipe.module.model.get_submodule("0").register_forward_hook(hold)
+    else:
+        parameter = next(pipe.parameters())
+        parameter.register_post_accumulate_grad_hook(lambda p: (folder / "backward").touch())
+    optimizer = case.optimizer(pipe)
+    for _ in range(2):
+        pipe.backward(x, F.cross_entropy, y)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"held": all(calls), "state": pipe.gather_state()}
+
+
+@pytest.mark.parametrize("rule", ["dkp", "drtp"])
+def test_waits_are_filled(tmp_path: Path, rule: str) -> None:
+    """A rank that waits for an input runs the backward passes that are due; the weights are the same."""
+    first, _ = run_ranks(filled, 2, tmp_path, tmp_path, rule)
+    assert first["held"]
+    for key, value in Case("plain", RULES[rule], rows=(8,)).naive_repeated(2).items():
+        assert torch.allclose(first["state"][key], value, rtol=1e-12, atol=1e-14), key
+
+
 def counted(rank: int) -> Any:
     """Bytes of a step that this rank received, by kind, for every rule."""
     found = {}

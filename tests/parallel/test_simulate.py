@@ -39,6 +39,17 @@ def test_closed_formulas(S: int, M: int) -> None:
     assert M * (F + D + G) <= bubble.steady <= simulate("1f1b", same(S), M).steady + 1e-9
 
 
+def test_the_last_rank_fills_its_waits() -> None:
+    """It is quicker with a forward than the rank below, and runs a backward where it would wait: it works from the
+    arrival of the first input to the end."""
+    stages = [StageCost(1.0, 0.0, 1.0), StageCost(0.5, 0.0, 1.5)]
+    assert simulate("star", stages, 4).isolated == pytest.approx(1.0 + 4 * (0.5 + 1.5))
+    # a rank that waits for errors cannot; with local losses, none waits for errors
+    three = [StageCost(1.0, 0.0, 0.5), StageCost(0.5, 0.0, 1.0), StageCost(0.5, 0.0, 0.5)]
+    assert simulate("local", three, 4).isolated == pytest.approx(1.0 + 4 * (0.5 + 1.0))
+    assert simulate("star", three, 4).isolated == pytest.approx(4 * 1.0 + 0.5 + 4 * 1.0)
+
+
 def test_links() -> None:
     """Two stages, one micro-batch: the way there and back is added to what is computed."""
     link = Link(bandwidth=100.0, latency=0.5)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from feedbackward.parallel.arrivals import Arrivals, Awaited
 from feedbackward.parallel.faults import lost
 
 Kind = Literal["activation", "error", "gradient", "header", "loss", "evaluated", "output"]
@@ -64,13 +65,19 @@ class Mail:
         self.size = dist.get_world_size(up) if up is not None else 1
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
-        self._expected: dict[Message, tuple[dist.Work, Tensor]] = {}
+        self._arrivals = Arrivals(self.timeout)
+        self._expected: dict[Message, tuple[dist.Work | Awaited, Tensor]] = {}
         self._leaving: list[tuple[Message, dist.Work, Tensor]] = []
 
     def expect(
-        self, message: Message, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+        self,
+        message: Message,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        noticed: bool = False,
     ) -> None:
-        """Post the receive of a message."""
+        """Post the receive of a message. noticed: so that `arrived` says whether it is there."""
         buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
         group = self._group(message.peer < self.rank)
         try:
@@ -78,7 +85,14 @@ class Mail:
         except RuntimeError as error:
             raise lost(message.peer, str(message), error) from error
         assert work is not None
-        self._expected[message] = work, buffer
+        # on other devices, waits are for the device and cost this process nothing
+        noticed = noticed and device.type == "cpu"
+        self._expected[message] = self._arrivals.notice(work) if noticed else work, buffer
+
+    def arrived(self, message: Message) -> bool:
+        """Whether a message that was to be noticed is there; True for the others."""
+        work, _ = self._expected[message]
+        return work.arrived if isinstance(work, Awaited) else True
 
     def receive(self, message: Message) -> Tensor:
         """Wait for a message that was expected."""
@@ -105,7 +119,7 @@ class Mail:
         for message, work, _ in leaving:
             self._wait(message, work)
 
-    def _wait(self, message: Message, work: dist.Work) -> None:
+    def _wait(self, message: Message, work: dist.Work | Awaited) -> None:
         try:
             work.wait(self.timeout)
         except RuntimeError as error:

@@ -103,8 +103,9 @@ def simulate(
     """The time of a step of a pipeline of these stages.
 
     schedule: `"gpipe"`, `"1f1b"`, `"zero-bubble"` (ZB1P) of backprop; `"star"`: the last rank sends
-    the error to every rank, forwards first; `"star-few"`: the same, one forward and one backward in
-    turn; `"highway"`: the error goes from rank to rank, but waits for no computation; `"relays"`:
+    the error to every rank, forwards first, and runs backwards while it waits for an input;
+    `"star-few"`: the same, one forward and one backward in turn; `"highway"`: the error goes from
+    rank to rank, but waits for no computation; `"relays"`:
     so many ranks send on an error of their own, of the size of their activity; `"local"`: no message
     back at all. links: one for all, or one for each pair of neighbours. error_bytes: of the error of
     a micro-batch.
@@ -188,6 +189,10 @@ class _Plan:
             return [*_one_and_one(S - stage, M), ("U", 0)]
         return [*forwards, *backwards, ("U", 0)]
 
+    def fills_waits(self, stage: int) -> bool:
+        """Whether a rank that waits for an input runs backward passes meanwhile: it waits for no error."""
+        return not self.backprop and (stage == self.count - 1 or self.schedule == "local")
+
     def needs(self, stage: int, kind: str, index: int, step: int) -> list[tuple[Key, int]]:
         """What an action waits for from other ranks, each with the bytes that travel."""
         if kind == "F" and stage:
@@ -240,6 +245,7 @@ class _Run:
         self.ends: dict[Key, float] = {}
         self._free = [0.0] * plan.count
         self._busy: dict[tuple[int, int], float] = defaultdict(float)
+        self._arrivals: dict[tuple[Key, int], float] = {}
         orders = [plan.order(stage) for stage in range(plan.count)]
         self._lists = [
             [(kind, index, step) for step in range(steps) for kind, index in order]
@@ -263,14 +269,30 @@ class _Run:
                 return
             arrivals = [self._arrival(key, size, stage) for key, size in needs]
             start = max([self._free[stage], *arrivals])
+            waits = not math.isclose(start, self._free[stage], rel_tol=1e-9)
+            if kind == "F" and waits and self._filled(stage, index, step):
+                continue
             end = start + self.plan.duration(stage, kind)
             key = kind, stage, index, step
             self.ends[key] = self._free[stage] = end
             self._next[stage] += 1
             ready += self._waiting.pop(key, [])
 
+    def _filled(self, stage: int, index: int, step: int) -> bool:
+        """Put a backward pass that may run already before the forward pass whose input is not there."""
+        if not self.plan.fills_waits(stage):
+            return False
+        actions, here = self._lists[stage], self._next[stage]
+        place = next(i for i in range(here, len(actions)) if actions[i][0] == "B")
+        if actions[place][1] >= index or actions[place][2] != step:
+            return False
+        actions.insert(here, actions.pop(place))
+        return True
+
     def _arrival(self, key: Key, size: int, receiver: int) -> float:
         """When a message is there; the messages of one link and direction follow each other."""
+        if (key, receiver) in self._arrivals:
+            return self._arrivals[key, receiver]
         time = self.ends[key]
         for low, way in self.plan.travel(key[1], receiver):
             link = self.plan.links[low]
@@ -278,6 +300,7 @@ class _Run:
                 time = max(time, self._busy[low, way]) + link.seconds(size)
                 self._busy[low, way] = time
             time += link.latency
+        self._arrivals[key, receiver] = time
         return time
 
     def finished(self, step: int) -> float:

@@ -31,6 +31,12 @@ class Worker(Protocol):
     def forward(self, index: int) -> Any:
         """The forward pass, from the wait for its input to the sending of its output."""
 
+    def due_before(self, index: int) -> int | None:
+        """The micro-batch whose backward may run now, while the input of this one is on its way."""
+
+    def has_ended(self, index: int) -> bool:
+        """Whether the backward of a micro-batch has been run before its turn."""
+
     def tensors_for_backward(self, index: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Wait for the errors; the tensors at which the backward begins, their gradients, and the
         inputs whose gradients are wanted."""
@@ -76,6 +82,8 @@ class Stage(PipelineStage):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
+        while (due := self._worker.due_before(fwd_chunk_id)) is not None:
+            self._backward(due, last=False)
         return self._worker.forward(fwd_chunk_id)
 
     def backward_one_chunk(
@@ -85,12 +93,16 @@ class Stage(PipelineStage):
         full_backward: bool = True,
         last_backward: bool = False,
     ) -> None:
-        tensors, grads, inputs = self._worker.tensors_for_backward(bwd_chunk_id)
+        if not self._worker.has_ended(bwd_chunk_id):
+            self._backward(bwd_chunk_id, last_backward)
+
+    def _backward(self, index: int, last: bool) -> None:
+        tensors, grads, inputs = self._worker.tensors_for_backward(index)
         found: tuple[Tensor | None, ...] = ()
         if tensors:
             wanted = {"stage_output": tensors, "output_grads": grads, "input_values": inputs}
-            found, _ = self.backward_maybe_with_nosync("full", wanted, last_backward)
-        self._worker.after_backward(bwd_chunk_id, found)
+            found, _ = self.backward_maybe_with_nosync("full", wanted, last)
+        self._worker.after_backward(index, found)
 
 
 def run_step(stage: Stage, schedules: dict[Any, Any], micro_batches: int, order: Order) -> None:

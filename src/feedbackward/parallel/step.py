@@ -101,13 +101,17 @@ class Steps:
         self._batches: dict[int, Batch] = {}
         self._bad = ""
         self._evaluations = 0
+        # how many backward passes of this step have ended
+        self._ended = 0
+        # a rank that waits for nothing in its backward passes may run them whenever it waits for an input
+        self._fills_waits = stage > 0 and not self.awaited and not self.takes_gradient
         self.delay = 0
 
     def begin(self, batch: Batch) -> None:
         """Post every receive of the step."""
         self._batch = batch
         self._batches[batch.number] = batch
-        self._bad = ""
+        self._bad, self._ended = "", 0
         if self.delay:
             self.call = self._frozen_call()
         for index, rows in enumerate(batch.sizes):
@@ -155,7 +159,8 @@ class Steps:
     ) -> None:
         peer = self.stage - 1 if peer is None else peer
         message = self._message(what, self._batch.number, index, peer, name)
-        self.mail.expect(message, (rows, *shape), dtype, self.device)
+        noticed = what == "activation" and self._fills_waits
+        self.mail.expect(message, (rows, *shape), dtype, self.device, noticed)
 
     @staticmethod
     def _message(what: Any, step: int, index: int, peer: int, name: int = 0) -> Message:
@@ -187,6 +192,17 @@ class Steps:
         self._add_loss(loss, index)
         forward.output = loss
         return loss
+
+    def due_before(self, index: int) -> int | None:
+        """The micro-batch whose backward may run now: the input of `index` has not arrived, and no error is waited for."""
+        if not self._fills_waits or self._ended >= index or index >= len(self._batch.sizes):
+            return None
+        message = self._message("activation", self._batch.number, index, self.stage - 1)
+        return None if self.mail.arrived(message) else self._ended
+
+    def has_ended(self, index: int) -> bool:
+        """Whether the backward of a micro-batch has been run in this step."""
+        return index < self._ended
 
     def evaluate(self, inputs: Any, rows: int) -> Any:
         """The model's output, passed on to every rank."""
@@ -308,6 +324,7 @@ class Steps:
     def after_backward(self, index: int, grads: tuple[Tensor | None, ...]) -> None:
         """Send the gradient of what was received, where the boundary is not cut."""
         number = self._batch.number - self.delay
+        self._ended = index + 1
         self._event("backward", index, getattr(self, "_started", time.perf_counter()))
         late = self._batches.get(number)
         if not self.gives_gradient or late is None or index >= len(late.sizes):
