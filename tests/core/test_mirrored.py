@@ -110,7 +110,9 @@ def test_feedback_like_the_weight_takes_its_size_and_nothing_else(
     for edge in learner.graph.edges:
         B, W = learner.feedback_of(edge), model.get_parameter(edge.site.weight)
         torch.testing.assert_close(B, factor * before[edge.key])
-        b = B.abs().max() / 3**0.5  # of a uniform law on [-b, b] the root mean square is b / sqrt(3)
+        b = (
+            B.abs().max() / 3**0.5
+        )  # of a uniform law on [-b, b] the root mean square is b / sqrt(3)
         assert b.item() == pytest.approx(W.square().mean().sqrt().item(), rel=0.15)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -85,9 +86,25 @@ class Witnesses:
             raise
 
     def _say(self, text: str) -> None:
-        if self.store is not None:
+        self._asked(lambda store: store.set(str(self.rank), text))
+
+    def _asked(self, question: Callable[[dist.Store], Any]) -> Any:
+        """What the store says; None where it does not answer. Over a link that is cut its calls do not end, so they are made
+        in a thread, and no more of them after the first of these."""
+        store, said = self.store, list[Any]()
+
+        def ask() -> None:
             with suppress(Exception):
-                self.store.set(str(self.rank), text)
+                said.append(question(store))
+
+        if store is None:
+            return None
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(_HEARING)
+        if thread.is_alive():
+            self.store = None
+        return said[0] if said else None
 
     def _first_lost(self, seen: int) -> int:
         """Follow who lost whom to a rank that says nothing, or that it failed by itself."""
@@ -115,12 +132,9 @@ class Witnesses:
         return (self._read(rank) or "").partition(" ")[2]
 
     def _read(self, rank: int) -> str | None:
-        assert self.store is not None
-        with suppress(Exception):
-            self.store.set_timeout(timedelta(seconds=1))
-            if self.store.check([str(rank)]):
-                return str(self.store.get(str(rank)).decode())
-        return None
+        return self._asked(
+            lambda store: store.get(str(rank)).decode() if store.check([str(rank)]) else None
+        )
 
     @staticmethod
     def _follow(rank: int, told: dict[int, int]) -> int:
