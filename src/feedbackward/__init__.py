@@ -12,9 +12,10 @@ from feedbackward import moved
 
 if TYPE_CHECKING:
     from feedbackward import errors, operators, parallel, rules, topologies
+    from feedbackward.attaching import attach
     from feedbackward.errors import AttachError, FeedbackError, SiteError
     from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
-    from feedbackward.learner import Learner, attach
+    from feedbackward.learner import Learner
     from feedbackward.measure.cost import Cost, count_cost
     from feedbackward.measure.probe import Probe, probe
     from feedbackward.operators import (
@@ -53,7 +54,8 @@ moved.install()
 _PUBLIC_IN = {
     "feedbackward.errors": "AttachError FeedbackError SiteError",
     "feedbackward.graph": "Edge Graph LayerInput Site Source",
-    "feedbackward.learner": "Learner attach",
+    "feedbackward.attaching": "attach",
+    "feedbackward.learner": "Learner",
     "feedbackward.measure.cost": "Cost count_cost",
     "feedbackward.measure.probe": "Probe probe",
     "feedbackward.operators": "Dense LowRank Operator PerShape Pooled Shape Sparse Weights",

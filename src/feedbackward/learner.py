@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,111 +12,32 @@ from torch import Tensor, nn
 from feedbackward.engine.attached import (
     Attached,
     AttachedModule,
-    refuse_input_gradients,
-    refuse_wrapped,
 )
 from feedbackward.engine.checks import check_graph
 from feedbackward.engine.cuts import Cuts
-from feedbackward.engine.description import describe, in_bytes
+from feedbackward.engine.description import describe
 from feedbackward.engine.in_place import InPlace
+from feedbackward.engine.outside import (
+    averaged,
+    check_reduce,
+    holds_fsdp,
+    is_recorded,
+    refuse_left_out,
+    refuse_shards,
+)
 from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, make_plan
 from feedbackward.engine.rows import Activities
 from feedbackward.engine.target import Target
-from feedbackward.engine.weights import count_bytes, fitted, make_feedback, weight_names
+from feedbackward.engine.weights import fitted, make_feedback, weight_names
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.model.example import run
-from feedbackward.model.layers import find_layer_inputs
-from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
-from feedbackward.model.trace import trace
-from feedbackward.operators import OPERATORS
-from feedbackward.operators.base import Weights, within
+from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
 from feedbackward.schedules.dsp import DSP, check_delayed
 from feedbackward.schedules.joint import Schedule, backward, check_schedule
 from feedbackward.schedules.passes import LossFn
-
-
-def attach(
-    model: nn.Module,
-    rule: Rule,
-    *,
-    example: Any,
-    sites: Sites = "layers",
-    error_at: str | None = None,
-    output: Callable[[Any], Tensor] | None = None,
-    seed: int = 0,
-    feedback_dtype: torch.dtype | None = None,
-    in_place: bool = False,
-) -> Learner:
-    """Train `model` with `rule`: find the sites, make the feedback weights, and return the Learner.
-
-    The model keeps its class, its parameters and the keys of its `state_dict`. `learner(x)` returns the same outputs, bit for
-    bit. `loss.backward()` on them sends the error along the rule's feedback graph instead of down through the layers.
-
-    Args:
-        model: any module whose first dimension is the batch.
-        rule: a rule instance, for example `DKP()`.
-        example: inputs that the model accepts (a tensor, a tuple of arguments or a dict of keywords), of the shape used in
-            training. The model runs on them twice, in training mode; buffers, modes and random state are restored.
-        sites: where the network is cut. `"layers"`: the activity that enters each Linear layer or convolution after the
-            first. `"every-2"`: every second of these, from the last one down (also 3, ...). `"stages"`: the last of each
-            height and width. `"blocks"`: the outputs of residual or transformer blocks. Or a list of module names, whose
-            outputs are taken, or a function `(name, module) -> bool`. For chains (FA, KP) the sites are the inputs of layers,
-            and names are names of layers.
-        error_at: the module whose output's error is sent. Layers above it learn by their true gradient. Default: the
-            model's output.
-        output: a function that takes the output tensor from a structured output, for example `lambda o: o.logits`.
-        seed: feedback weights depend on it and on the site's name only, so they are the same on every rank and device.
-        feedback_dtype: the dtype of stored feedback weights: float32 by default, float64 for a float64 model.
-            `torch.bfloat16` halves their bytes, but learning loses updates smaller than 1/256 of a weight.
-        in_place: whether the model itself trains by the rule, whoever calls it, until `learner.detach()`. It is for tools that
-            want the model and not a wrapper; `fb.param_groups(learner)` has the parameters for their optimizer.
-
-    Raises:
-        AttachError: the model, the example and the sites do not fit together.
-        SiteError: a named site is unknown, is called twice, or lies above the source.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> import feedbackward as fb
-        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> learner = fb.attach(model, fb.DKP(), example=x)
-        >>> nn.functional.cross_entropy(learner(x), y).backward()
-        >>> [site.name for site in learner.sites]
-        ['1', '3']
-    """
-    if not isinstance(rule, Rule):
-        hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
-        raise AttachError(
-            f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}."
-        )
-    refuse_wrapped(model)
-    refuse_input_gradients(example)
-    recorded = trace(model, example)
-    refuse_unrecorded(recorded)
-    source = find_source(model, recorded, error_at, output)
-    find = find_layer_inputs if issubclass(rule.feeds, LayerInput) else find_sites
-    found = find(model, recorded, sites, source)
-    if not found:
-        raise AttachError(
-            f"{type(model).__name__} has no activity to feed between its first Linear or convolution and the source "
-            f"{source.name!r}: a network without hidden layers has nothing to send the error to. For layers of other kinds "
-            'use sites="blocks" or name the sites; or choose a later error_at.'
-        )
-    learner = Learner(model, rule, tuple(found), source, seed, feedback_dtype)
-    tensors = learner.attached.rows.tensors(recorded)
-    # the graph of the pass is kept by these alone
-    del recorded
-    learner._see_rows(tensors)
-    del tensors
-    learner = learner._with_plan(example)
-    if in_place:
-        learner._hook_root()
-    return learner
 
 
 class Learner(AttachedModule):
@@ -165,7 +85,7 @@ class Learner(AttachedModule):
         self._exact = False
         self._target: Target | None = None
         self._detached = False
-        self._handles = cuts.install(model)
+        self.attached.handles = cuts.install(model)
 
     @property
     def rule(self) -> Rule:
@@ -201,6 +121,8 @@ class Learner(AttachedModule):
         given = self._begin()
         if given is None:
             return self.model(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            refuse_left_out(self, self.model, self.feedback)
         eager = self.graph.upward or self.graph.branches
         way = self._uncompiled if eager else self.attached.run
         return way(args, kwargs, *given)
@@ -209,6 +131,7 @@ class Learner(AttachedModule):
         """The targets of a pass that begins now; None if it is a plain one."""
         target, grad = self._take_target(), torch.is_grad_enabled()
         cut = not self._exact and grad and bool(self.graph.sites)
+        cut = cut and not is_recorded(self.model.training)
         if grad:
             self.attached.cuts.recompute = cut
             if not self._exact and isinstance(self.rule, DSP):
@@ -221,7 +144,7 @@ class Learner(AttachedModule):
         return target
 
     def _hook_root(self) -> None:
-        self._handles += InPlace(self.attached, self._begin).install()
+        self.attached.handles += InPlace(self.attached, self._begin).install()
 
     def _uncompiled(self, *given: Any) -> Any:
         """Run a pass uncompiled: its backward pass runs others (signals that go up, highways), which no compiler supports."""
@@ -229,7 +152,12 @@ class Learner(AttachedModule):
         return torch.compiler.disable(self.attached.run)(*given)
 
     def backward(
-        self, inputs: Any, loss_fn: LossFn, schedule: Schedule = "joint", keep_inputs: bool = False
+        self,
+        inputs: Any,
+        loss_fn: LossFn,
+        schedule: Schedule = "joint",
+        keep_inputs: bool = False,
+        reduce: bool | None = None,
     ) -> Tensor:
         """Run the forward and backward passes of a batch, and return the loss. Gradients add to `.grad`.
 
@@ -242,6 +170,8 @@ class Learner(AttachedModule):
                 for rules whose signals need no error. Gradients, batch statistics and dropout masks are those of `joint`.
             keep_inputs: for `replay`: keep every site's activity, so that each segment runs by itself, the last one first,
                 and relays need no pass. The sites' activities and one segment are in memory.
+            reduce: on several processes, whether the gradients of this call are averaged over all of them, as
+                DistributedDataParallel does; it must be said there. Every process must make the same calls.
 
         Raises AttachError if the rule, overlapping segments or a forward pass that cannot be repeated do not allow the
         schedule, and SiteError as a forward pass does.
@@ -259,10 +189,23 @@ class Learner(AttachedModule):
         """
         self._refuse_detached()
         check_schedule(schedule, keep_inputs)
+        own = list(self.parameters())
+        if not holds_fsdp(self) and check_reduce(reduce, own):
+            with averaged(own):
+                return self._backward(inputs, loss_fn, schedule, keep_inputs)
+        return self._backward(inputs, loss_fn, schedule, keep_inputs)
+
+    def _backward(
+        self, inputs: Any, loss_fn: LossFn, schedule: Schedule, keep_inputs: bool
+    ) -> Tensor:
         if schedule == "joint":
             loss = loss_fn(run(self, inputs))
             loss.backward()
             return loss.detach()
+        refuse_shards(
+            self.parameters(),
+            f'{schedule} runs parts of the model by themselves: use schedule="joint"',
+        )
         if self._exact:
             raise AttachError(
                 f'within learner.exact() there are no segments to {schedule}: use schedule="joint".'
@@ -286,7 +229,12 @@ class Learner(AttachedModule):
                 f"{self.rule.label} has no phase of its own for its feedback: leave out the call of feedback_step."
             )
         self.attached.refuse_fp16("feedback learns in a phase that no loss scale reaches")
+        refuse_shards(
+            self.parameters(),
+            "the phase of the feedback runs the model by itself: use DistributedDataParallel",
+        )
         self.attached.follow_changes()
+        self.attached.without_phase = None
         phase = Phase(self.attached, inputs, loss_fn)
         alone = len(self.attached.rules) == 1
         for rule in rules:
@@ -308,7 +256,8 @@ class Learner(AttachedModule):
         """Set the targets of the next forward pass, for rules that send targets (DRTP) or have local losses (DGL).
 
         Args:
-            y: class indices `[N]` (`[N, T]` for tokens, `[N, H, W]` for maps), or targets of the output's own shape.
+            y: class indices `[N]` (`[N, T]` for tokens, `[N, H, W]` for maps), or targets of the output's own shape. Give -100
+                where the loss leaves a row out (padding, a mask): otherwise its label would be learned from.
             scale: a factor on the signals of the pass. They do not come from the loss, so a factor on the loss (1/k for k
                 accumulated batches) must be given here as well.
         """
@@ -330,9 +279,9 @@ class Learner(AttachedModule):
 
     def detach(self) -> nn.Module:
         """Remove every hook and return the plain model. The learner cannot be used any more."""
-        for handle in self._handles:
+        for handle in self.attached.handles:
             handle.remove()
-        self._handles.clear()
+        self.attached.handles.clear()
         self._detached = True
         return self.model
 
@@ -359,7 +308,7 @@ class Learner(AttachedModule):
             self.detach()
             raise
 
-    def _with_plan(self, example: Any) -> Learner:
+    def _make_plan(self, example: Any) -> None:
         try:
             cuts = self.attached.cuts
             self.attached.whole_plan = make_plan(cuts, self.sites, example)
@@ -369,28 +318,3 @@ class Learner(AttachedModule):
         except Exception:
             self.detach()
             raise
-        if self.plan.unreached:
-            names = ", ".join(self.plan.unreached)
-            warnings.warn(
-                f"no segment trains these parameters: {names}. Freeze them, or choose other sites.",
-                stacklevel=3,
-            )
-        self._warn_of_size()
-        return self
-
-    def _warn_of_size(self) -> None:
-        """Warn if feedback whose form the user chooses is larger than the model."""
-        chosen = {
-            e.key: self.weights_of(e)
-            for e in self.graph.edges
-            if any(type(part) in OPERATORS.values() for part in within(e.operator))
-            and not isinstance(e.site, LayerInput)
-        }
-        feedback = sum(count_bytes(weights) for weights in chosen.values())
-        own = count_bytes(self.model.parameters())
-        if feedback > own:
-            warnings.warn(
-                f"the feedback weights take {in_bytes(feedback)}, the model's own parameters {in_bytes(own)}. Smaller feedback: "
-                "operator=fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense()), fb.Sparse(1) or fb.LowRank(r).",
-                stacklevel=4,
-            )

@@ -275,6 +275,12 @@ MUTATIONS = (
     ("engine/weights.py", "hashlib.sha256(text.encode())", "hashlib.sha256(str(hash(text)).encode())", FEEDBACK),
     (LEARNER, "before, self._exact = self._exact, True", "before, self._exact = self._exact, False", LAWS),
     (LEARNER, "handle.remove()", "pass", LAWS),
+    # other tools
+    ("engine/attached.py", "hooks.move_to_end(handle.id)", "pass", "core/test_sharded.py"),
+    ("engine/in_place.py", "average_in_backward(self.attached.feedback.parameters())", "pass", "core/test_sharded.py"),
+    ("engine/outside.py", "p.grad = grad if p.grad is None else grad + p.grad", "p.grad = grad", "core/test_sharded.py"),
+    ("engine/outside.py", "    if training:", "    if False:", "core/test_recorded.py"),
+    ("engine/attached.py", "if self.without_phase == PASSES_WITHOUT_PHASE", "if False", "core/test_recorded.py"),
     ("engine/weights.py", "holder.register_buffer(name, weight)", "holder.register_buffer(name, weight, persistent=False)", LAWS),
     ("engine/plan.py", "return below(node)[:1] if", "return below(node) if", LAWS),
     # passes that must leave no trace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.cuts import Cuts
+from feedbackward.engine.outside import is_fsdp, refuse_shards
 from feedbackward.engine.plan import Plan
 from feedbackward.engine.rows import Rows
 from feedbackward.engine.structure import Structure
@@ -23,6 +26,9 @@ from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.model.example import Given
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule
+
+# how many training passes may come before the first phase
+PASSES_WITHOUT_PHASE = 20
 
 
 @dataclass(eq=False)
@@ -51,6 +57,10 @@ class Attached:
     structure: Structure = field(init=False)
     # how many passes run that nobody may cut but those who run them
     own_passes: int = field(init=False, default=0)
+    # the hooks on the model, in the order in which they act
+    handles: list[RemovableHandle] = field(init=False, default_factory=list)
+    # training passes before the first phase; None once there was one
+    without_phase: int | None = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.rows = Rows(self.graph)
@@ -82,6 +92,12 @@ class Attached:
         """The rules whose feedback learns in a phase of its own."""
         return tuple(rule for rule in self.rules if rule.in_phase)
 
+    @property
+    def learns_in_phase(self) -> bool:
+        """Whether feedback waits for a phase: some that trains gets its gradient there alone."""
+        edges = [e for e in self.graph.edges if e.rule.in_phase]
+        return any(w.requires_grad for edge in edges for w in self.weights_of(edge))
+
     @contextmanager
     def own_pass(self) -> Iterator[None]:
         """Passes of the model within this context are ours: a model that trains in place does not cut them."""
@@ -110,7 +126,9 @@ class Attached:
         if not all(rule.linear for rule in self.rules):
             self.refuse_fp16("signals or feedback gradients do not scale with the loss")
         self.follow_changes()
+        self._refuse_shards()
         if not torch.compiler.is_compiling():
+            self._count_pass()
             with self.own_pass():
                 self.rows.see_again(self.model, inputs)
         refuse_frozen_zeros(self.feedback, self.graph)
@@ -122,6 +140,36 @@ class Attached:
         if not self.structure.unchanged():
             self.structure.judge(self.model)
             self.whole_plan = self.whole_plan.renamed(self.model)
+            self._come_last()
+
+    def _come_last(self) -> None:
+        """Act after hooks that were added later: FSDP's must see the output of a module, not what is cut from it."""
+        for handle in self.handles:
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and any(hooks is m._forward_hooks for m in self.model.modules()):
+                hooks.move_to_end(handle.id)
+
+    def _refuse_shards(self) -> None:
+        """Refuse a graph that needs weights which are whole only while their own module runs."""
+        names = {n for e in self.graph.edges for n in (e.shares, e.forward_weight) if n}
+        refuse_shards(
+            (self.model.get_parameter(name) for name in names),
+            f"{self.rule.label}'s feedback follows the weights of the layers, which are whole only while their own module runs: "
+            "shard the learner as one (`fully_shard(learner)` alone), or use a rule with direct feedback (DFA, DKP)",
+        )
+
+    def _count_pass(self) -> None:
+        """Warn, once, if feedback that learns in a phase is never given one."""
+        if self.without_phase is None:
+            return
+        self.without_phase += 1
+        if self.without_phase == PASSES_WITHOUT_PHASE and self.learns_in_phase:
+            warnings.warn(
+                f"{self.rule.label} learns its feedback in a phase of its own, and {self.without_phase} training passes ran without "
+                "one: its feedback stays as it began. Call `learner.feedback_step(x)` before `optimizer.step()` "
+                "(feedbackward.integrations does so in Trainer and Lightning), or freeze the feedback.",
+                stacklevel=5,
+            )
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | None) -> Any:
         """A forward pass under cuts; returns the model's output."""
@@ -178,6 +226,11 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise AttachError(
                 f"{where} is a {type(module).__name__}, which would not keep the feedback in step: attach to the plain "
                 "model, then wrap the learner in DistributedDataParallel."
+            )
+        if is_fsdp(module):
+            raise AttachError(
+                f"{where} is sharded by FSDP already, which would leave the feedback out: attach to the plain model first, then "
+                "`fully_shard` its blocks, and `fully_shard(learner)` last."
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise AttachError(

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.attached import Attached
+from feedbackward.engine.outside import average_in_backward, several_processes
 from feedbackward.engine.target import Target
-from feedbackward.errors import FeedbackError
 from feedbackward.model.example import Given
 
 
@@ -45,11 +44,9 @@ class InPlace:
         given = self.begin()
         if given is None:
             return
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise FeedbackError(
-                "a model that trains in place does not reduce the gradients of its feedback over processes: attach without "
-                "in_place=True, and wrap the learner in DistributedDataParallel."
-            )
+        # whoever reduces the model's gradients knows of no feedback
+        if several_processes():
+            average_in_backward(self.attached.feedback.parameters())
         self._follow_zero_grad()
         self.attached.begin_pass(Given(args, kwargs), given[0])
         self._open = ExitStack()

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedbackward.attaching import attach
 from feedbackward.errors import AttachError
 from feedbackward.experiment.benchmark.steps import Case, TrainingStep
 from feedbackward.experiment.benchmark.subject import Subject, choices
 from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.training.checkpointed import add_checkpoints, groupings
-from feedbackward.learner import Learner, attach
+from feedbackward.learner import Learner
 from feedbackward.rules import Rule
 from feedbackward.schedules.delayed import Delayed
 from feedbackward.schedules.dsp import DSP

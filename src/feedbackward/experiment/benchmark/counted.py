@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from feedbackward.attaching import attach
 from feedbackward.errors import ConfigError, FeedbackError
 from feedbackward.experiment.benchmark.subject import Subject, choices
 from feedbackward.experiment.config.cost import CostConfig
-from feedbackward.learner import attach
 from feedbackward.measure.cost import Cost, count_cost
 from feedbackward.rules import BP, Rule
 

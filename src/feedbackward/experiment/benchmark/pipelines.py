@@ -14,11 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from feedbackward.attaching import attach
 from feedbackward.experiment.benchmark.pipeline_plots import plot_stages
 from feedbackward.experiment.benchmark.subject import Subject
 from feedbackward.experiment.benchmark.units import sized
 from feedbackward.experiment.config.cost import CostConfig
-from feedbackward.learner import attach
 from feedbackward.parallel.simulate import SCHEDULES, Link, StageCost, simulate, spread
 from feedbackward.parallel.split import find_places, segment_costs
 from feedbackward.rules import BP

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from feedbackward.attaching import attach
 from feedbackward.engine.description import in_bytes
 from feedbackward.errors import AttachError
 from feedbackward.experiment import nets
-from feedbackward.learner import attach
 from feedbackward.measure.cost import Cost, count_cost
 from feedbackward.rules import RULES, TIERS
 

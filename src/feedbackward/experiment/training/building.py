@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from feedbackward.attaching import attach
 from feedbackward.errors import ConfigError
 from feedbackward.experiment import nets
 from feedbackward.experiment.config.schema import TrainConfig
@@ -27,7 +28,7 @@ from feedbackward.experiment.data.dataset import (
     load_data,
 )
 from feedbackward.experiment.training.randomness import seed_everything
-from feedbackward.learner import Learner, attach
+from feedbackward.learner import Learner
 from feedbackward.operators import OPERATORS, Operator
 from feedbackward.rules import COMPOSED, RULES, Flipped, Mixed, Rule
 

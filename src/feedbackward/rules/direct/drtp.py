@@ -23,7 +23,8 @@ class DRTP(Rule):
     vanish, whatever the loss is. Rates must therefore be smaller than DFA's, and should decay.
 
     Call `learner.target(y)` before every forward pass. The signals do not come from the loss, so give a factor on the loss
-    (1/k for k accumulated batches) in `learner.target(y, scale=...)` as well.
+    (1/k for k accumulated batches) in `learner.target(y, scale=...)` as well. A label outside the classes (-100) sends nothing,
+    and N counts all rows.
 
     operator: the form of the feedback weights, and their initial values.
 

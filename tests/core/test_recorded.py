@@ -1,0 +1,107 @@
+"""What records a pass gets the plain network, or an error; and nobody trains for long without the phase."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import feedbackward as fb
+
+X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_export_of_a_training_pass_is_refused(in_place: bool) -> None:
+    learner = fb.attach(net(), fb.DKP(), example=X, in_place=in_place)
+    called = learner.model if in_place else learner
+    with pytest.raises(Exception, match=r"fb\.parallel\.pipeline"):
+        torch.export.export(called.train(), (X,))
+    program = torch.export.export(called.eval(), (X,))
+    torch.testing.assert_close(program.module()(X), learner.model(X))
+    # nothing is made of the feedback
+    assert not [n.name for n in program.graph.nodes if "feedback" in n.name and n.users]
+
+
+def test_pipelining_by_tracing_is_refused() -> None:
+    pipelining = pytest.importorskip("torch.distributed.pipelining")
+    learner = fb.attach(net(), fb.DKP(), example=X)
+    spec = {"model.2": pipelining.SplitPoint.BEGINNING}
+    with pytest.raises(RuntimeError) as error:
+        pipelining.pipeline(learner, (X,), split_spec=spec)
+    assert "fb.parallel.pipeline" in str(error.value.__cause__)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing() -> None:
+    learner = fb.attach(net(), fb.DKP(), example=X)
+    with pytest.raises(fb.FeedbackError, match="evaluation mode"):
+        torch.jit.trace(learner.train(), X)
+    traced = torch.jit.trace(learner.eval(), X)
+    torch.testing.assert_close(traced(X), learner.model(X))
+
+
+def steps(learner: fb.Learner, count: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            if learner.attached.needs_target:
+                learner.target(Y)
+            nn.functional.cross_entropy(learner(X), Y).backward()
+    return [str(w.message) for w in caught if "feedback_step" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "rule", [fb.rules.FDFA(), fb.rules.WeightMirror(), fb.rules.DDTP()], ids=lambda rule: rule.name
+)
+def test_a_phase_that_nobody_runs_is_told_once(rule: fb.Rule) -> None:
+    learner = fb.attach(net(), rule, example=X)
+    (said,) = steps(learner, 60)
+    assert rule.label in said
+    assert not steps(fb.attach(net(), rule, example=X), 10)
+
+
+def test_a_phase_that_was_run_or_is_not_wanted_is_not_told() -> None:
+    learner = fb.attach(net(), fb.rules.FDFA(), example=X)
+    learner.feedback_step(X)
+    assert not steps(learner, 60)
+    frozen = fb.attach(net(), fb.rules.FDFA(fb.Dense()), example=X)
+    frozen.feedback.requires_grad_(False)
+    assert not steps(frozen, 60)
+    assert not steps(fb.attach(net(), fb.DKP(), example=X), 60)
+
+
+@pytest.mark.parametrize("rule", [fb.DRTP(), fb.DGL(hidden=0)], ids=lambda rule: rule.name)
+def test_targets_behind_a_mask_send_nothing(rule: fb.Rule) -> None:
+    """Label -100: as if the row were not there. DRTP divides by all rows, a loss by those that count."""
+    y = Y.clone()
+    y[3:] = -100
+    found = []
+    for x, labels in ((X, y), (X[:3], Y[:3])):
+        learner = fb.attach(net(), rule, example=X)
+        everything = isinstance(rule, fb.DRTP) and len(x) == 6
+        learner.target(labels, 2.0 if everything else 1.0)
+        nn.functional.cross_entropy(learner(x), labels).backward()
+        found.append([p.grad for p in learner.parameters()])
+    for masked, alone in zip(*found, strict=True):
+        torch.testing.assert_close(masked, alone)
+
+
+@pytest.mark.parametrize("rule", [fb.DRTP(), fb.DGL(hidden=0)], ids=lambda rule: rule.name)
+def test_targets_of_accumulated_batches_have_the_scale_of_the_loss(rule: fb.Rule) -> None:
+    found = []
+    for parts in (1, 2):
+        learner = fb.attach(net(), rule, example=X)
+        for x, y in zip(X.chunk(parts), Y.chunk(parts), strict=True):
+            learner.target(y, 1 / parts)
+            (nn.functional.cross_entropy(learner(x), y) / parts).backward()
+        found.append([p.grad for p in learner.parameters()])
+    for whole, accumulated in zip(*found, strict=True):
+        torch.testing.assert_close(accumulated, whole)
