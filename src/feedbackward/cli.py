@@ -76,6 +76,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     from feedbackward.experiment.config.arguments import parse
     from feedbackward.experiment.config.schema import TrainConfig
+    from feedbackward.experiment.config.tasks import KINDS
 
     config = parse(TrainConfig, arguments, "train").resolved()
     from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
@@ -90,7 +91,9 @@ def _train(arguments: list[str]) -> int:
         return _stopped(stop.signum, config.out, again)
     if os.environ.get("RANK", "0") != "0":  # one process of several reports
         return 0
-    print(f"test accuracy {result['test_accuracy']:.2f} %, on images that no choice was made with")
+    kind = KINDS[config.task]
+    score = kind.measure.in_words(result[f"test_{kind.measure.key}"], digits=2, named=True)
+    print(f"test {score}, on {kind.unit} that no choice was made with")
     print(f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl")
     return 0
 

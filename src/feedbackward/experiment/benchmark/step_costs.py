@@ -50,7 +50,7 @@ def _fresh(config: TrainConfig) -> Run:
     """The run as it starts, at a constant rate: more steps are taken than a short schedule may have."""
     forward, feedback = (replace(c, schedule="constant") for c in (config.forward, config.feedback))
     config = replace(config, forward=forward, feedback=feedback)
-    return Run(config, shared_data(config.data), find_device(config.device))
+    return Run(config, shared_data(config.data, config.task), find_device(config.device))
 
 
 def _step(run: Run, check: Callable[[], None]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:

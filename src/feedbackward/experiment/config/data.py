@@ -1,4 +1,4 @@
-"""Which images a run or a comparison uses."""
+"""Which images or which text a run or a comparison uses."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images to train on.
+    """Which images, or which text, to train on.
 
     Attributes:
         name: fashion-mini (embedded), fashion-mnist, cifar10, cifar100, tiny-imagenet, or the path of an image
-            folder.
+            folder; for a language model tiny-shakespeare, or the path of a text file.
         root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
-        train_limit: use at most so many training images.
+        train_limit: use at most so many training images (or sequences).
         validation: held-out images taken from train; by default 5,000, or 1/8 of a smaller training set.
         test_limit: use at most so many test images.
         classes: keep the first so many classes only.
         size: resize the images to size x size pixels when decoding.
         augment: none, flip, crop or crop-flip, applied to training batches.
+        context: characters in a sequence of a text.
     """
 
     name: str = "fashion-mini"
@@ -29,3 +30,4 @@ class DataConfig:
     classes: int | None = None
     size: int | None = None
     augment: str = "none"
+    context: int = 64

@@ -80,6 +80,14 @@ RECIPES: dict[str, Recipe] = {
             "frozen": Rates(0.2),
         },
     ),
+    "language_model": Recipe(
+        about="AdamW with a one-cycle rate and clipped gradients for W and B; what a language model has by default",
+        batch_size=16,
+        epochs=1,
+        forward=Optimizer(
+            name="adamw", lr=1e-3, momentum=0.0, nesterov=False, weight_decay=0.01, clip=1.0
+        ),
+    ),
     "published": Recipe(
         about="the DKP authors' CIFAR-10 recipe: small constant rate for W, Adam with a decaying rate for B",
         batch_size=50,

@@ -17,6 +17,7 @@ from feedbackward.errors import ConfigError
 from feedbackward.experiment.config.data import DataConfig
 from feedbackward.experiment.config.parallel import Parallel
 from feedbackward.experiment.config.recipes import Optimizer, Rates, Recipe, check, find_recipe
+from feedbackward.experiment.config.tasks import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,10 @@ class Settings:
     """What a training run and a comparison have in common.
 
     Attributes:
+        task: what is learned: classes of images, or (language_model) the next character of a text.
         model: the network: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56,
-            resnet110, mlp, or your own as package.module:callable.
+            resnet110, mlp; for a language model transformer_small, transformer4, transformer6, gru, lstm; or your own as
+            package.module:callable.
         norm: use batch norm in the named networks.
         dropout: probability of the network's dropout layers. A network without any gets them after its
             hidden linear layers.
@@ -90,6 +93,7 @@ class Settings:
         overwrite: replace earlier results in that folder.
     """
 
+    task: Literal["classification", "language_model"] = "classification"
     model: str = "vgg6"
     norm: bool = True
     dropout: float | None = None
@@ -141,7 +145,8 @@ class TrainConfig(Settings):
 
     def training(self) -> Recipe:
         """The complete recipe: the named one, its rates for this rule, then this config's changes."""
-        base = find_recipe(self.recipe)
+        named = KINDS[self.task].recipe if self.recipe == "default" else self.recipe
+        base = find_recipe(named)
         rates = base.rates.get(self.rule, Rates())
         forward = _changed(base.forward, rates.lr, self.forward)
         return replace(

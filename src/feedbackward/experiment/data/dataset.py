@@ -10,6 +10,7 @@ held-out validation split.
 import functools
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,20 @@ class Data:
         """(C, H, W) of one image."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What a model needs to know of its inputs; a pixel enters it as (pixel / 255 - mean) / std, per channel."""
+        channels, height, width = self.shape
+        mean, std = (", ".join(f"{v:.4f}" for v in values) for values in (self.mean, self.std))
+        return {
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "input": f"(pixel / 255 - ({mean})) / ({std})",
+        }
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Batches on the training device: shuffled, augmented and normalised, the same after a resume."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +24,52 @@ def check_augment(augment: str) -> None:
         raise ConfigError(f"Unknown augment '{augment}': choose one of {', '.join(AUGMENTATIONS)}.")
 
 
-class Loader:
+class Batches(ABC):
+    """Batches of a split, whose order depends only on (seed, epoch): a resumed run sees the same.
+
+    While shuffling (training), a last batch of a single row is dropped, because batch norm has no variance to compute from
+    it; without shuffling (evaluation) every row is kept.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}: it must be at least 1.")
+        self.examples, self.batch_size, self.device = examples, batch_size, torch.device(device)
+        self.seed, self.shuffle = seed, shuffle
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        whole, rest = divmod(len(self.examples), self.batch_size)
+        return whole + (rest > 1 or (rest == 1 and not self.shuffle))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches `start`, `start` + 1, ... of an epoch: inputs and targets."""
+        order = torch.arange(len(self.examples))
+        if self.shuffle:
+            order = torch.randperm(len(self.examples), generator=_generator(self.seed, epoch))
+        for batch in range(start, len(self)):
+            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield self.rows(index, epoch, batch)
+
+    @abstractmethod
+    def rows(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these rows on the device, as this batch of this epoch has them."""
+
+
+class Loader(Batches):
     """Batches of `images`, normalised with the mean and std of `data`'s training split.
 
-    The order depends only on (seed, epoch), the augmentation of a batch only on (seed, epoch, batch index).
-    Both are drawn on the CPU: a run resumed within an epoch sees bit-identical batches, and every device sees
-    the same crops and flips.
-
-    While shuffling (training), a last batch of a single image is dropped, because batch norm has no variance
-    to compute from it; without shuffling (evaluation) every image is kept.
+    The augmentation of a batch depends only on (seed, epoch, batch index). It is drawn on the CPU, as the order is: a run
+    resumed within an epoch sees bit-identical batches, and every device sees the same crops and flips.
+    Inputs are float32 [n, C, H, W] and labels int64 [n].
     """
 
     def __init__(
@@ -46,32 +84,19 @@ class Loader:
         shuffle: bool = True,
     ) -> None:
         check_augment(augment)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}: it must be at least 1.")
-        self.images, self.batch_size, self.device = images, batch_size, torch.device(device)
-        self.augment, self.seed, self.shuffle = augment, seed, shuffle
+        super().__init__(images, batch_size, device=device, seed=seed, shuffle=shuffle)
+        self.images, self.augment = images, augment
         # pixel / 255 standardised, as one product and one sum on the raw bytes
         mean, std = (
             torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (data.mean, data.std)
         )
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest > 1 or (rest == 1 and not self.shuffle))
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches `start`, `start` + 1, ... of an epoch: inputs float32 [n, C, H, W] and labels int64 [n]."""
-        order = torch.arange(len(self.images))
-        if self.shuffle:
-            order = torch.randperm(len(self.images), generator=_generator(self.seed, epoch))
-        for batch in range(start, len(self)):
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            pixels = self.images.images[index].to(self.device, non_blocking=True)
-            pixels = self._augmented(pixels, _generator(self.seed, epoch, batch))
-            inputs = pixels.float().mul_(self._scale).add_(self._shift)
-            yield inputs, self.images.labels[index].to(self.device, non_blocking=True)
+    def rows(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        pixels = self.images.images[index].to(self.device, non_blocking=True)
+        pixels = self._augmented(pixels, _generator(self.seed, epoch, batch))
+        inputs = pixels.float().mul_(self._scale).add_(self._shift)
+        return inputs, self.images.labels[index].to(self.device, non_blocking=True)
 
     def _augmented(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 [n, C, H, W] -> the same, cropped and flipped per image as `augment` says."""

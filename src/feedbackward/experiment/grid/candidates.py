@@ -15,6 +15,7 @@ from feedbackward.experiment.config.schema import (
     TrainConfig,
     slug,
 )
+from feedbackward.experiment.config.tasks import goodness, value_of
 from feedbackward.experiment.training.building import make_rule
 
 BASELINE = "bp"  # comes first, and times and memory are relative to it
@@ -112,17 +113,17 @@ def rates_of(config: TrainConfig, learned: bool) -> dict[str, float | None]:
 
 
 def pick(trials: Sequence[dict[str, Any]], label: str) -> tuple[float, float | None]:
-    """The rates of the trial with the highest held-out accuracy; the earlier one of equals.
+    """The rates of the trial that is best on held-out data; the earlier one of equals.
 
     Raises:
         DivergenceError: no trial finished.
     """
-    finished = [trial for trial in trials if trial["validation_accuracy"] is not None]
+    finished = [trial for trial in trials if value_of(trial, "validation") is not None]
     if not finished:
         raise DivergenceError(
             f"every trial of {label} diverged: search lower rates with --search.lr"
         )
-    best = max(finished, key=lambda trial: trial["validation_accuracy"])
+    best = max(finished, key=lambda trial: goodness(trial, "validation"))
     return best["lr"], best["feedback_lr"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from feedbackward.errors import CheckpointError, DivergenceError, FeedbackError
 from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.config.tasks import KINDS
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.progress import Progress
 from feedbackward.experiment.training.runfolder import RunFolder
@@ -156,10 +157,9 @@ def run_record(config: TrainConfig) -> dict[str, Any]:
         "seed": config.seed,
         "status": status,
         "message": end.message if end else "",
-        "test_accuracy": result.get("test_accuracy"),
-        "validation_accuracy": epochs[-1]["validation_accuracy"]
-        if epochs and status == "done"
-        else None,
+        **KINDS[config.task].measure.record(
+            result, epochs[-1] if status == "done" and epochs else {}
+        ),
         "seconds": result.get("seconds"),
         "epochs": [{k: v for k, v in row.items() if k != "kind"} for row in epochs],
         "alignment": [

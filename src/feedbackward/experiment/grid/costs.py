@@ -68,7 +68,7 @@ def costs_of(runner: Runner, comparison: Comparison) -> dict[str, Results]:
 def count(runner: Runner, comparison: Comparison) -> dict[str, Results]:
     """Backward steps, multiply-adds relative to backprop's and bytes of feedback, by label."""
     facts, config = runner.facts.get(comparison.folder), comparison.config
-    if facts is None or facts.shape[1] != facts.shape[2]:
+    if facts is None or len(facts.shape) != 3 or facts.shape[1] != facts.shape[2]:
         return {}
     candidates = comparison.candidates
     counting = CostConfig(

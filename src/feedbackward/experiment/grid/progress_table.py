@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 from rich.text import Text
 
+from feedbackward.experiment.config.tasks import KINDS
 from feedbackward.experiment.grid.cells import Job, Outcome
 from feedbackward.experiment.grid.eta import CellTime, duration, seconds_left
 from feedbackward.experiment.grid.layout import column_name, tables
@@ -37,7 +38,7 @@ class State:
     done: int = 0
     began: float = 0.0
     seconds: float = 0.0
-    accuracy: float | None = None
+    score: float | None = None
     note: str = ""
 
     def time(self, now: float) -> CellTime:
@@ -137,10 +138,8 @@ class ProgressTable:
     def _end(self, state: State, outcome: Outcome) -> None:
         state.status, state.note = outcome.status, outcome.message
         if outcome.result is not None:
-            state.seconds, state.accuracy = (
-                outcome.result["seconds"],
-                outcome.result["test_accuracy"],
-            )
+            measure = KINDS[state.job.config.task].measure
+            state.seconds, state.score = outcome.result["seconds"], measure.value(outcome.result)
 
     def _finished(self, state: State, outcome: Outcome) -> None:
         if outcome.status == "stopped":
@@ -148,8 +147,9 @@ class ProgressTable:
         words = {"done": f"done in {duration(state.seconds)}"}.get(
             outcome.status, f"{outcome.status}: {outcome.message}"
         )
-        accuracy = "" if state.accuracy is None else f", test {state.accuracy:.1f} %"
-        self.say(f"[{self.count()}] {state.job.title}: {words}{accuracy}")
+        measure = KINDS[state.job.config.task].measure
+        score = "" if state.score is None else f", test {measure.in_words(state.score)}"
+        self.say(f"[{self.count()}] {state.job.title}: {words}{score}")
         self._last_line = self.clock()
 
     def _heartbeat(self) -> None:
@@ -215,10 +215,10 @@ class ProgressTable:
         if not states:
             return ""
         running = [state for state in states if state.status == "running"]
-        accuracies = [state.accuracy for state in states if state.accuracy is not None]
-        counts = "" if len(accuracies) == len(states) else f" {len(accuracies)}/{len(states)}"
-        if accuracies:
-            return f"{fmean(accuracies):.1f}{counts}"
+        scores = [state.score for state in states if state.score is not None]
+        counts = "" if len(scores) == len(states) else f" {len(scores)}/{len(states)}"
+        if scores:
+            return f"{fmean(scores):.1f}{counts}"
         if running:
             return f"{100 * running[0].done // max(1, running[0].steps)} %"
         ended = {state.status for state in states}

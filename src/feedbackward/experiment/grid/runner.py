@@ -313,7 +313,7 @@ def _trial(job: Job, learned: bool) -> dict[str, Any]:
     return {
         **rates_of(job.config, learned),
         "status": run["status"],
-        "validation_accuracy": run["validation_accuracy"],
+        **{key: run[key] for key in run if key == "measure" or key.startswith("validation_")},
     }
 
 

@@ -24,7 +24,7 @@ class Facts:
     validation: int
     test: int
     classes: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     note: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -40,13 +40,14 @@ def survey(plan: Plan, check: Callable[[], None]) -> tuple[Plan, dict[str, Facts
     """
     facts: dict[str, Facts] = {}
     missing: dict[str, str] = {}
-    seen: dict[DataConfig, Facts | str] = {}
+    seen: dict[tuple[str, DataConfig], Facts | str] = {}
     sized: dict[str, Comparison] = {}
     for folder, comparison in plan.comparisons.items():
         check()
-        whole = replace(comparison.config.data, train_limit=None)
+        task = comparison.config.task
+        whole = task, replace(comparison.config.data, train_limit=None)
         if whole not in seen:
-            seen[whole] = _look(whole)
+            seen[whole] = _look(*whole)
         found, config = seen[whole], comparison.config
         if isinstance(found, str):
             missing[folder] = found
@@ -58,9 +59,9 @@ def survey(plan: Plan, check: Callable[[], None]) -> tuple[Plan, dict[str, Facts
     return replace(plan, comparisons=sized), facts, missing
 
 
-def _look(config: DataConfig) -> Facts | str:
+def _look(task: str, config: DataConfig) -> Facts | str:
     try:
-        data = shared_data(config)
+        data = shared_data(config, task)
     except DataError as error:
         return " ".join(str(error).split())
     official = DATASETS[config.name].official if config.name in DATASETS else None

@@ -12,10 +12,11 @@ from functools import partial
 from torch import nn
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.nets import alexnet, small_cnn, vgg
-from feedbackward.experiment.nets.blocks import Shape, set_dropout
+from feedbackward.experiment.nets import alexnet, small_cnn, transformer, vgg
+from feedbackward.experiment.nets.blocks import set_dropout
 from feedbackward.experiment.nets.custom import build_custom
 from feedbackward.experiment.nets.mlp import MLP
+from feedbackward.experiment.nets.recurrent import Recurrent
 from feedbackward.experiment.nets.resnet import ResNet
 
 __all__ = ["NETS", "Net", "build", "default_sites", "published_sites", "set_dropout"]
@@ -35,6 +36,27 @@ class Net:
     """The module names at which the net's authors injected feedback, if they published any."""
     min_side: int = 1
     """Smallest height and width in pixels that its unpadded layers leave something of."""
+    task: str = "classification"
+    """The task that it is made for."""
+
+
+def _transformer(depth: int, width: int = 128) -> Net:
+    return Net(
+        partial(transformer.Transformer, depth=depth, width=width),
+        f"{depth} pre-norm blocks of width {width} (after GPT-2, Radford et al. 2019), for characters",
+        sites="blocks",
+        published_sites=transformer.micro_sites(depth),
+        task="language_model",
+    )
+
+
+def _recurrent(kind: type[nn.RNNBase]) -> Net:
+    return Net(
+        partial(Recurrent, kind=kind),
+        f"2 {kind.__name__} layers of width 128, for characters",
+        sites=("layers.0", "layers.1"),
+        task="language_model",
+    )
 
 
 _cifar_resnet = partial(ResNet, widths=(16, 32, 64), project=False)
@@ -85,16 +107,28 @@ NETS: dict[str, Net] = {
         "109 conv + 1 fc: CIFAR form, parameter-free shortcuts (He et al. 2016)",
     ),
     "mlp": Net(MLP, "4 fc, three hidden layers of 1000 ReLU units (after Nøkland 2016)"),
+    "transformer_small": _transformer(4, 64),
+    "transformer4": _transformer(4),
+    "transformer6": _transformer(6),
+    "gru": _recurrent(nn.GRU),
+    "lstm": _recurrent(nn.LSTM),
 }
 
 
-def build(name: str, in_shape: Shape, classes: int, norm: bool = True) -> nn.Module:
-    """The net `name` for images of `in_shape` (C, H, W): [N, C, H, W] -> [N, classes].
+def build(
+    name: str,
+    in_shape: tuple[int, ...],
+    classes: int,
+    norm: bool = True,
+    task: str = "classification",
+) -> nn.Module:
+    """The net `name` for images of `in_shape` (C, H, W): [N, C, H, W] -> [N, classes], or sequences (T,): [N, T] -> [N, T, classes].
 
     `name` is a key of `NETS`, or `package.module:callable` for a model of the user's own. `norm=False` drops
-    batch norm; convolutions then have a bias. Raises ConfigError for an unknown name or an unusable shape.
+    batch norm; convolutions then have a bias. Raises ConfigError for an unknown name, a net for another task or an unusable
+    shape.
     """
-    if len(in_shape) != 3 or min(in_shape) < 1:
+    if task == "classification" and (len(in_shape) != 3 or min(in_shape) < 1):
         raise ConfigError(
             f"in_shape of the net {name!r} is {in_shape}, expected (channels, height, width) >= 1."
         )
@@ -103,7 +137,12 @@ def build(name: str, in_shape: Shape, classes: int, norm: bool = True) -> nn.Mod
     if ":" in name:
         return build_custom(name, in_shape, classes, norm)
     net = _find(name)
-    if min(in_shape[1:]) < net.min_side:
+    if net.task != task:
+        fitting = ", ".join(key for key, other in NETS.items() if other.task == task)
+        raise ConfigError(
+            f"the net {name!r} is for task {net.task}, not {task}: choose {fitting}, or package.module:callable for your own."
+        )
+    if min(in_shape[1:], default=net.min_side) < net.min_side:
         raise ConfigError(
             f"the net {name!r} needs images of at least {net.min_side} x {net.min_side} px, got "
             f"{in_shape[1]} x {in_shape[2]}: its unpadded layers would leave nothing. "

@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.nets.blocks import Shape
 
 
-def build_custom(name: str, in_shape: Shape, classes: int, norm: bool) -> nn.Module:
+def build_custom(name: str, in_shape: tuple[int, ...], classes: int, norm: bool) -> nn.Module:
     """Call `package.module:callable` with those of `in_shape` and `classes` that its signature names.
 
     A callable that only takes `**kwargs` gets neither, since it may pass them on to code that knows neither.

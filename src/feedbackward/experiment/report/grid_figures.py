@@ -6,9 +6,10 @@ from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 
+from feedbackward.experiment.config.tasks import Measure, value_of
 from feedbackward.experiment.report.drawing import Style, blank, drawing, styles
 from feedbackward.experiment.report.plots import LINE, Drawn, drawn
-from feedbackward.experiment.report.summary import Results, done_runs
+from feedbackward.experiment.report.summary import Results, done_runs, measure_of_rule
 
 
 def figures(results: Results) -> dict[str, list[Drawn | None]]:
@@ -17,8 +18,9 @@ def figures(results: Results) -> dict[str, list[Drawn | None]]:
     with drawing():
         for number, section in enumerate(results["sections"]):
             for place, table in enumerate(section["tables"]):
-                alt = f"Test accuracy of every rule, {table['title']}; the table has the numbers."
-                figure = drawn("Test accuracy (%)", alt, accuracies(table), f"t{number}-{place}")
+                name = _measure(table).heading
+                alt = f"{name} of every rule, {table['title']}; the table has the numbers."
+                figure = drawn(name, alt, scores(table), f"t{number}-{place}")
                 found.setdefault(section["name"], []).append(figure)
     return found
 
@@ -30,8 +32,13 @@ def looks(table: Results) -> dict[str, Style]:
     return dict(zip(table["labels"], styles({"rules": ordered}), strict=True))
 
 
-def accuracies(table: Results) -> Figure | None:
-    """Mean test accuracy with its standard deviation, a line per rule; against backward steps where sites are the axis."""
+def _measure(table: Results) -> Measure:
+    rules = [rule for block in table["blocks"] for rule in block["rules"]]
+    return measure_of_rule(rules[0] if rules else {})
+
+
+def scores(table: Results) -> Figure | None:
+    """Mean test result with its standard deviation, a line per rule; against backward steps where sites are the axis."""
     stepped = any("sites" in block["point"] for block in table["blocks"])
     figure = blank(max(2.6, 0.9 + LINE * len(table["labels"])))
     axes = figure.add_subplot()
@@ -74,7 +81,7 @@ def _point(
     rule = next((rule for rule in block["rules"] if rule["label"] == label), None)
     if rule is None or not (done := done_runs(rule)):
         return None
-    found = [run["test_accuracy"] for run in done]
+    found = [value for run in done if (value := value_of(run)) is not None]
     steps = (rule.get("cost") or {}).get("steps")
     if stepped and steps is None:
         return None

@@ -10,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from feedbackward.experiment.config.tasks import measure_of
 from feedbackward.experiment.report.drawing import (
     INK,
     WIDTH,
@@ -36,7 +37,12 @@ from feedbackward.experiment.report.summary import (
 )
 
 LINE = 0.18  # inches from one name to the next
-CURVES = {"validation_accuracy": "Validation accuracy (%)", "train_loss": "Training loss"}
+# of each epoch, where it has them
+CURVES = {
+    "validation_accuracy": "Validation accuracy (%)",
+    "validation_perplexity": "Validation perplexity",
+    "train_loss": "Training loss",
+}
 
 Drawn = dict[str, Any]  # "title", "alt" and "svg"
 
@@ -210,7 +216,7 @@ def figures(results: Results, prefix: str = "") -> dict[str, list[Drawn]]:
         name: [] for name in ("curves", "alignment", "parameters", "jacobian")
     }
     known = [row for row in summarise(results) if row["mean"] is not None]
-    accuracies = ", ".join(f"{row['label']} {row['mean']:.1f} %" for row in known)
+    tested = ", ".join(f"{row['label']} {measure_of(row).in_words(row['mean'])}" for row in known)
 
     def add(section: str, title: str, alt: str, figure: Figure | None) -> None:
         made = drawn(title, alt, figure, f"{prefix}{section}{len(sections[section])}")
@@ -218,7 +224,7 @@ def figures(results: Results, prefix: str = "") -> dict[str, list[Drawn]]:
 
     with drawing():
         for key, name in CURVES.items():
-            alt = f"{name} per epoch for each rule. Test accuracy: {accuracies}."
+            alt = f"{name} per epoch for each rule. On the test data: {tested}."
             add("curves", name, alt, curves(results, key, ""))
         for section, what in (("alignment", ANGLE), ("jacobian", JACOBIAN)):
             alt = f"{what.name} of each rule by depth, at the last probe; the heat maps have the values."

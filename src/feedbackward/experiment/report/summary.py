@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from feedbackward.errors import FeedbackError
+from feedbackward.experiment.config.tasks import Measure, goodness, measure_of, value_of
 
 VERSION = 1
 FLOOR = 1e-7  # below this gradient norm of BP an angle is rounding error, not a measurement
@@ -38,12 +39,15 @@ def _finite(value: Any) -> Any:
 
 
 def done_runs(rule: Results) -> list[Results]:
-    """The runs that finished with a test accuracy; means are over these alone."""
+    """The runs that finished and were tested; means are over these alone."""
     return [
-        r
-        for r in rule.get("runs") or []
-        if r.get("status") == "done" and r.get("test_accuracy") is not None
+        r for r in rule.get("runs") or [] if r.get("status") == "done" and value_of(r) is not None
     ]
+
+
+def measure_of_rule(rule: Results) -> Measure:
+    """The measure by which a rule's runs are judged."""
+    return measure_of(next(iter(rule.get("runs") or []), {}))
 
 
 def lost_runs(rule: Results) -> list[Results]:
@@ -79,16 +83,14 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def paired(first: Results | None, second: Results | None) -> dict[str, Any] | None:
-    """Test accuracy of `first` minus that of `second`, paired by seed (points).
+    """By how much `first` is better than `second` on the test data, paired by seed (points of accuracy, or perplexity).
 
     Returns {"mean", "se", "n"}; the standard error `se` is None for one pair; None without a common seed.
     """
     if first is None or second is None or first is second:
         return None
-    other = {run["seed"]: run["test_accuracy"] for run in done_runs(second)}
-    differences = [
-        r["test_accuracy"] - other[r["seed"]] for r in done_runs(first) if r["seed"] in other
-    ]
+    other = {run["seed"]: goodness(run) for run in done_runs(second)}
+    differences = [goodness(r) - other[r["seed"]] for r in done_runs(first) if r["seed"] in other]
     n = len(differences)
     if n == 0:
         return None
@@ -118,10 +120,10 @@ def summarise(results: Results) -> list[dict[str, Any]]:
     """One row per rule, in the order given.
 
     Keys: rule, label, n (finished runs), planned, refused (the reason why there are no runs, else None), diverged,
-    mean and std of the test accuracy (percent; sample standard deviation, None for n = 1), gap (BP minus rule) and
-    frozen (rule minus Frozen), both as `paired` gives them, step_ratio and peak_ratio (to BP), angle (degrees, mean
-    over sites and seeds at the last probe), floor_sites (sites whose BP gradient norm is then below 1e-7 in some
-    seed), feedback_bytes, cost (counted: steps, macs relative to BP).
+    measure (the key of what is tested), its mean and std (sample standard deviation, None for n = 1), gap (by how much BP is better)
+    and frozen (by how much the rule is better than Frozen), both as `paired` gives them, step_ratio and peak_ratio (to
+    BP), angle (degrees, mean over sites and seeds at the last probe), floor_sites (sites whose BP gradient norm is then
+    below 1e-7 in some seed), feedback_bytes, cost (counted: steps, macs relative to BP).
     """
     results = clean(results)
     bp, frozen = control(results, "bp"), control(results, "frozen")
@@ -130,7 +132,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
 
 def _row(rule: Results, bp: Results | None, frozen: Results | None) -> dict[str, Any]:
     runs, done = rule.get("runs") or [], done_runs(rule)
-    accuracies = [run["test_accuracy"] for run in done]
+    scores = [value for run in done if (value := value_of(run)) is not None]
     probes = [last_probe(run).get("sites") or {} for run in done]
     return {
         "rule": rule.get("rule"),
@@ -139,8 +141,9 @@ def _row(rule: Results, bp: Results | None, frozen: Results | None) -> dict[str,
         "planned": len(runs),
         "refused": rule.get("refused"),
         "diverged": sum(run.get("status") == "diverged" for run in runs),
-        "mean": mean_of(accuracies),
-        "std": stdev(accuracies) if len(accuracies) > 1 else None,
+        "measure": measure_of_rule(rule).key,
+        "mean": mean_of(scores),
+        "std": stdev(scores) if len(scores) > 1 else None,
         "gap": paired(bp, rule),
         "frozen": paired(rule, frozen),
         "step_ratio": rule.get("step_ratio"),
@@ -173,12 +176,13 @@ def conclusion(results: Results) -> str:
     if not rules:
         return "No run has finished, so there is nothing to compare yet."
     candidates = [rule for rule in rules if has_feedback(rule)] or rules
-    best = max(candidates, key=_mean)
-    return f"{_subject(best)} reaches {_mean(best):.1f} % {_against_bp(best, results)}{_verdicts(best, rules)}."
+    measure = measure_of_rule(rules[0])
+    best = max(candidates, key=lambda rule: measure.better(_mean(rule)))
+    return f"{_subject(best)} reaches {measure.in_words(_mean(best))} {_against_bp(best, results)}{_verdicts(best, rules)}."
 
 
 def _mean(rule: Results) -> float:
-    return fmean(run["test_accuracy"] for run in done_runs(rule))
+    return fmean(value for run in done_runs(rule) if (value := value_of(run)) is not None)
 
 
 def _subject(rule: Results) -> str:
@@ -196,8 +200,9 @@ def _against_bp(rule: Results, results: Results) -> str:
         return f"over {_seeds(n)}"
     error = "" if gap["se"] is None else f" ± {gap['se']:.1f}"
     side = "gap" if gap["mean"] >= 0 else "ahead by"
-    points = f"{side} {abs(gap['mean']):.1f}{error} points"
-    return f"({_subject(bp)} {_mean(bp):.1f} %, {points} over {_seeds(gap['n'])})"
+    measure = measure_of_rule(bp)
+    points = f"{side} {abs(gap['mean']):.1f}{error}{measure.points}"
+    return f"({_subject(bp)} {measure.in_words(_mean(bp))}, {points} over {_seeds(gap['n'])})"
 
 
 def _verdicts(best: Results, rules: list[Results]) -> str:
@@ -291,6 +296,8 @@ def conditions(rules: list[Results]) -> list[str]:
 
 def _lost(run: Results) -> str:
     status = run.get("status")
-    reason = {"running": "still running", "done": "no test accuracy"}.get(str(status), str(status))
+    reason = {"running": "still running", "done": f"no test {measure_of(run).title}"}.get(
+        str(status), str(status)
+    )
     message = f" ({str(run['message']).rstrip('.')})" if run.get("message") else ""
     return f"{reason}{message}; not counted in the mean."

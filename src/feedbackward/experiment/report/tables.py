@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from feedbackward.experiment.config.tasks import measure_of, value_of
 from feedbackward.experiment.report import summary as statistics
 from feedbackward.experiment.report.numbers import NONE, fixed, plus_minus, size
 from feedbackward.experiment.report.summary import Results, done_runs, summarise
@@ -47,12 +48,14 @@ def is_single(results: Results) -> bool:
 def detailed(results: Results) -> dict[str, list[str]]:
     """Heading of each column and its cells, one per rule; a column without any value is left out."""
     columns: dict[str, list[str]] = {}
-    for row in summarise(results):
+    rows = summarise(results)
+    headings = [measure_of(row).heading for row in rows]
+    for row in rows:
         cost = row["cost"] or {}
-        accuracy = plus_minus(row["mean"], row["std"])
+        score = plus_minus(row["mean"], row["std"])
         cells = {
             "Rule": str(row["label"]),
-            "Test accuracy (%)": "refused" if row["refused"] else accuracy,
+            headings[0]: "refused" if row["refused"] else score,
             "n": _n(row),
             "Diverged": str(row["diverged"]) if row["diverged"] else NONE,
             "Gap to BP": _difference(row["gap"]),
@@ -258,8 +261,8 @@ def runs(results: Results) -> list[list[str]]:
         for rule in block["rules"]:
             for run in rule["runs"] if not block.get("missing") else []:
                 numbers = [
-                    fixed(run.get(key))
-                    for key in ("test_accuracy", "validation_accuracy", "seconds")
+                    fixed(value)
+                    for value in (value_of(run), value_of(run, "validation"), run.get("seconds"))
                 ]
                 rows.append(
                     [

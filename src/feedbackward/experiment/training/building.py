@@ -20,13 +20,8 @@ from feedbackward.errors import ConfigError
 from feedbackward.experiment import nets
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.config.suggest import hint
-from feedbackward.experiment.data.dataset import (
-    Data,
-    DataConfig,
-    Loader,
-    fingerprint_data,
-    load_data,
-)
+from feedbackward.experiment.data.dataset import DataConfig
+from feedbackward.experiment.tasks import TASKS, AnyData
 from feedbackward.experiment.training.randomness import seed_everything
 from feedbackward.learner import Learner
 from feedbackward.operators import OPERATORS, Operator
@@ -140,9 +135,9 @@ def find_device(name: str) -> torch.device:
     return torch.device("cpu" if chosen == "auto" else chosen)
 
 
-def shared_data(config: DataConfig) -> Data:
+def shared_data(config: DataConfig, task: str = "classification") -> AnyData:
     """The data set, loaded once for all the runs of a comparison, and again when its files have changed."""
-    return _loaded(config, fingerprint_data(config))
+    return _loaded(config, task, TASKS[task].fingerprint(config))
 
 
 def forget_data() -> None:
@@ -151,8 +146,8 @@ def forget_data() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(config: DataConfig, fingerprint: str) -> Data:
-    return load_data(config)
+def _loaded(config: DataConfig, task: str, fingerprint: str) -> AnyData:
+    return TASKS[task].load(config)
 
 
 def warn_of_channels_last(model: nn.Module, device: torch.device) -> None:
@@ -178,11 +173,14 @@ def in_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Learner:
+def build_learner(config: TrainConfig, data: AnyData, device: torch.device) -> Learner:
     """The net with its rule attached, on the device; everything random comes from ``config.seed``."""
     seed_everything(config.seed)
     rule = make_rule(config.rule, config.rule_options)
-    model = nets.build(config.model, data.shape, data.num_classes, norm=config.norm).to(device)
+    task = TASKS[config.task]
+    model = nets.build(config.model, data.shape, data.num_classes, config.norm, task.name).to(
+        device
+    )
     if config.dropout is not None:
         nets.set_dropout(model, config.dropout)
     if config.channels_last:
@@ -192,24 +190,28 @@ def build_learner(config: TrainConfig, data: Data, device: torch.device) -> Lear
         sites = nets.published_sites(config.model)
     if len(data.train) < 2:
         raise ConfigError(f"{len(data.train)} training image gives no batch: use at least 2")
-    example, _ = next(Loader(data.train, data, min(4, len(data.train)), device=device).epoch(0))
+    batches = task.batches(data.train, data, min(4, len(data.train)), device=device)
+    example, target = next(batches.epoch(0))
     learner = attach(
         model, rule, example=example, sites=sites, error_at=config.error_at, seed=config.seed
     )
-    _check_output(learner, example, data.num_classes, config.model)
+    _check_output(learner, example, task.output_shape(target, data), config)
     return learner
 
 
-def _check_output(learner: Learner, example: Tensor, classes: int, name: str) -> None:
+def _check_output(
+    learner: Learner, example: Tensor, expected: tuple[int, ...], config: TrainConfig
+) -> None:
     learner.eval()
     with torch.no_grad():
         output = learner(example)
     learner.train()
-    if not isinstance(output, Tensor) or output.shape != (len(example), classes):
+    if not isinstance(output, Tensor) or output.shape != expected:
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        what = "images" if config.task == "classification" else "sequences"
         raise ConfigError(
-            f"the model '{name}' returned {got} for {len(example)} images: expected logits "
-            f"[{len(example)}, {classes}], one per class of the data; a callable of your own is given them as `classes`"
+            f"the model '{config.model}' returned {got} for {len(example)} {what}: expected logits "
+            f"{list(expected)}, one per class of the data; a callable of your own is given them as `classes`"
         )
 
 

@@ -7,37 +7,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from feedbackward.errors import CheckpointError
-from feedbackward.experiment.data.dataset import Data
+from feedbackward.experiment.tasks import AnyData
 
 SPLITS = ("train", "validation", "test")
 _IN_WORDS = ("input", "note")
 
 
-def data_identity(data: Data) -> dict[str, Any]:
+def data_identity(data: AnyData) -> dict[str, Any]:
     """What tells this data set from another one or a changed one, and what a model needs to be used elsewhere.
 
-    `classes` are in the order of the outputs. A pixel enters the network as (pixel / 255 - mean) / std, per channel.
-    A digest sees every pixel and label of a split, in order.
+    `classes` are in the order of the outputs. A digest sees everything in a split, in order.
     """
-    channels, height, width = data.shape
-    mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (data.mean, data.std))
     return {
         "name": data.name,
         "classes": list(data.classes),
-        "channels": channels,
-        "height": height,
-        "width": width,
         "images": {split: len(getattr(data, split)) for split in SPLITS},
         "digests": dict(data.digests),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "input": f"(pixel / 255 - ({mean})) / ({std})",
+        **data.form,
         "note": data.note,
     }
 
 
 def check_same_data(
-    found: Any, data: Data, where: str | os.PathLike[str], again: str = "start another run"
+    found: Any, data: AnyData, where: str | os.PathLike[str], again: str = "start another run"
 ) -> None:
     """Refuse what was trained on other data, naming the first difference.
 

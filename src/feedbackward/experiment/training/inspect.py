@@ -23,7 +23,7 @@ def probe_run(path: Path, images: int | None, file: Path | None) -> None:
     if images is not None:
         config = replace(config, probe_images=images).resolved()
     import_from_here()
-    run = Run(config, shared_data(config.data), find_device(config.device))
+    run = Run(config, shared_data(config.data, config.task), find_device(config.device))
     run.load_weights(state, folder.checkpoint)
     check_same_data(state["data"], run.data, folder.checkpoint, "probe another run")
     found = run.probe()

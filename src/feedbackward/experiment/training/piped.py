@@ -13,14 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
 from feedbackward.errors import ConfigError, DivergenceError, FeedbackError
 from feedbackward.experiment.benchmark.pipeline_plots import plot_timeline
 from feedbackward.experiment.config.schema import TrainConfig
-from feedbackward.experiment.data.dataset import Data
+from feedbackward.experiment.tasks import AnyData
 from feedbackward.experiment.training import checkpoint
 from feedbackward.experiment.training.building import find_device, shared_data
 from feedbackward.experiment.training.checkpoint import check_same_tensors
@@ -135,7 +134,7 @@ def _train(
     if config.threads:
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
-    run = PipedRun(config, shared_data(config.data), device, folder is not None)
+    run = PipedRun(config, shared_data(config.data, config.task), device, folder is not None)
     saved = None
     if folder is not None:
         folder.add_environment(environment(device))
@@ -173,7 +172,9 @@ def _train(
 class PipedRun(Run):
     """One process's part of a run. `pipe`: its part of the network."""
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device, leads: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, data: AnyData, device: torch.device, leads: bool
+    ) -> None:
         super().__init__(config, data, device)
         parallel, self.leads = config.parallel, leads
         self._names = {
@@ -217,9 +218,9 @@ class PipedRun(Run):
         factor = len(own) * replicas / len(images)
 
         def loss_fn(output: Tensor, target: Tensor) -> Tensor:
-            loss = F.cross_entropy(output.float(), target)
-            hits = (output.argmax(1) == target).sum()
-            self._sums += torch.stack([loss.detach().double() * len(target), hits])
+            loss = self.task.loss(output, target)
+            hits = self.task.hits(output, target)
+            self._sums += torch.stack([loss.detach().double() * self.task.count(target), hits])
             return loss * factor
 
         self._trace()
@@ -229,7 +230,7 @@ class PipedRun(Run):
             weights.step(self.scaler)
         position, before = self.position, self._loss
         self._loss = loss
-        position.seen += len(labels)
+        position.seen += self.task.count(labels)
         position.batch += 1
         return before.item() if before else math.nan
 

@@ -20,7 +20,7 @@ def refusal(config: TrainConfig) -> str | None:
     Raises ConfigError, DataError, CheckpointError: what is wrong is not the rule's fit.
     """
     try:
-        run = Run(config, shared_data(config.data), find_device(config.device))
+        run = Run(config, shared_data(config.data, config.task), find_device(config.device))
         run.step(*next(run.loader.epoch(0)))
         if config.probe_every:
             run.probe()

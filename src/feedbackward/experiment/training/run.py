@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedbackward.errors import CheckpointError, ConfigError, DivergenceError
 from feedbackward.experiment.config.schema import TrainConfig
-from feedbackward.experiment.data.dataset import Data, Images, Loader
+from feedbackward.experiment.tasks import TASKS, AnyData
 from feedbackward.experiment.training.building import build_learner
 from feedbackward.experiment.training.checkpoint import check_same_tensors
 from feedbackward.experiment.training.diagnose import first_non_finite
@@ -65,13 +64,14 @@ class Position:
 class Run:
     """A network that a rule trains on a data set."""
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, data: AnyData, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
         recipe = config.training()
         self.epochs = recipe.epochs
+        self.task = TASKS[config.task]
         self.learner = build_learner(config, data, device)
         self.stale = self._staleness()
-        self.loader = Loader(
+        self.loader = self.task.batches(
             data.train,
             data,
             recipe.batch_size,
@@ -124,9 +124,10 @@ class Run:
             weights.step(self.scaler)
         self.scaler.update()
         position = self.position
-        position.loss_sum += value * len(labels)
+        count = self.task.count(labels)
+        position.loss_sum += value * count
         position.correct += hits
-        position.seen += len(labels)
+        position.seen += count
         position.batch += 1
         return value
 
@@ -151,8 +152,8 @@ class Run:
             else self.feedback_is_frozen or not self._every(self.config.feedback_every)
         ):
             with self.precision():
-                self.learner.feedback_step(images, lambda out: F.cross_entropy(out.float(), labels))
-        correct = (output.argmax(1) == labels).sum()
+                self.learner.feedback_step(images, lambda out: self.task.loss(out, labels))
+        correct = self.task.hits(output, labels)
         # one wait for the device, not two
         value, hits = torch.stack([loss.detach().double(), correct]).tolist()
         if not math.isfinite(value):
@@ -189,7 +190,7 @@ class Run:
         """Output and loss of a batch, its backward done at once."""
         with self.precision():
             output = self.forward(images)
-            loss = F.cross_entropy(output.float(), labels)
+            loss = self.task.loss(output, labels)
         self.scaler.scale(loss).backward()
         return output, loss
 
@@ -201,32 +202,30 @@ class Run:
 
         def loss_fn(output: Tensor) -> Tensor:
             seen.append(output.detach())
-            return self.scaler.scale(F.cross_entropy(output.float(), labels))
+            return self.scaler.scale(self.task.loss(output, labels))
 
         with self.precision():
             loss = self.learner.backward(images, loss_fn, schedule=self.config.schedule)
         return seen[-1], loss / self.scaler.get_scale()
 
-    def evaluate(
-        self, images: Images, check: Callable[[], None] | None = None
-    ) -> tuple[float, float]:
-        """Mean loss and accuracy in percent; ``check()`` is called between batches and may raise."""
-        loader = Loader(
-            images, self.data, max(250, self.loader.batch_size), device=self.device, shuffle=False
-        )
-        loss, correct = 0.0, 0
+    def evaluate(self, split: Any, check: Callable[[], None] | None = None) -> dict[str, float]:
+        """The task's measures of a split; ``check()`` is called between batches and may raise."""
+        rows = max(self.task.rows, self.loader.batch_size)
+        loader = self.task.batches(split, self.data, rows, device=self.device, shuffle=False)
+        loss, correct, count = 0.0, 0, 0
         self.learner.eval()
         try:
             with torch.no_grad(), self.precision():
                 for inputs, labels in loader.epoch(0):
-                    output = self.output(self.prepared(inputs)).float()
-                    loss += F.cross_entropy(output, labels, reduction="sum").item()
-                    correct += int((output.argmax(1) == labels).sum())
+                    output = self.output(self.prepared(inputs))
+                    loss += self.task.loss(output, labels, "sum").item()
+                    correct += int(self.task.hits(output, labels))
+                    count += self.task.count(labels)
                     if check:
                         check()
         finally:
             self.learner.train()
-        return loss / len(images), 100 * correct / len(images)
+        return self.task.measures(loss / count, 100 * correct / count)
 
     def output(self, images: Tensor) -> Tensor:
         """The network's output on a batch."""
@@ -240,13 +239,12 @@ class Run:
         """The alignment with backprop on the first held-out images, always the same ones."""
         count = min(self.config.probe_images, len(self.data.validation))
         chosen = self.data.validation.take(torch.arange(count))
-        images, labels = next(
-            Loader(chosen, self.data, count, device=self.device, shuffle=False).epoch(0)
-        )
+        batches = self.task.batches(chosen, self.data, count, device=self.device, shuffle=False)
+        images, labels = next(batches.epoch(0))
         self.tell_target(labels)
         return probe(
             self.learner,
-            lambda out: F.cross_entropy(out.float(), labels),
+            lambda out: self.task.loss(out, labels),
             self.prepared(images),
             jacobian=self.config.probe_jacobian,
         )

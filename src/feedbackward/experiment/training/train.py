@@ -61,12 +61,14 @@ def train(
     folder = RunFolder.claim(config)
     try:
         for other in beside:
-            check_same_data(other.data(), shared_data(config.data), other.path, REPLACE_ALL)
+            check_same_data(
+                other.data(), shared_data(config.data, config.task), other.path, REPLACE_ALL
+            )
         result = folder.result()
         if result is None:
             result = _train(config, folder, progress, interrupts, test)
         elif (found := folder.data()) is not None:
-            check_same_data(found, shared_data(config.data), folder.path, REPLACE)
+            check_same_data(found, shared_data(config.data, config.task), folder.path, REPLACE)
     finally:
         folder.close()
     if result["status"] == "diverged":
@@ -81,7 +83,7 @@ def _train(
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
     folder.add_environment(environment(device))
-    run = Run(config, shared_data(config.data), device)
+    run = Run(config, shared_data(config.data, config.task), device)
     if folder.checkpoint.exists():
         run.load(checkpoint.load(folder.checkpoint), folder.checkpoint)
         progress.say(
@@ -129,36 +131,38 @@ class Loop:
     def steps(self) -> None:
         """The rest of the running epoch."""
         run, position = self.run, self.run.position
-        label = f"epoch {position.epoch + 1}/{run.epochs}"
+        label, unit = f"epoch {position.epoch + 1}/{run.epochs}", run.task.kind.unit
         started, carried, seen = time.perf_counter(), position.epoch_seconds, 0
         for images, labels in run.loader.epoch(position.epoch, start=position.batch):
             self.interrupts.check()
             loss = run.step(images, labels)
-            seen += len(labels)
+            seen += run.task.count(labels)
             spent = time.perf_counter() - started
             position.epoch_seconds = carried + spent
-            self.progress.step(label, f"loss {loss:.3f}, {seen / spent:,.0f} images/s")
+            self.progress.step(label, f"loss {loss:.3f}, {seen / spent:,.0f} {unit}/s")
 
     def end_epoch(self) -> None:
-        """Evaluate on the held-out images, record the epoch, and move to the next."""
+        """Evaluate on the held-out data, record the epoch, and move to the next."""
         run, position = self.run, self.run.position
-        loss, accuracy = run.evaluate(run.data.validation, self.interrupts.check)
+        trained = run.task.measures(
+            position.loss_sum / position.seen, 100 * position.correct / position.seen
+        )
+        held_out = run.evaluate(run.data.validation, self.interrupts.check)
+        kind = run.task.kind
         row = {
             "epoch": position.epoch + 1,
-            "train_loss": position.loss_sum / position.seen,
-            "train_accuracy": 100 * position.correct / position.seen,
-            "validation_loss": loss,
-            "validation_accuracy": accuracy,
+            **{f"train_{name}": value for name, value in trained.items()},
+            **{f"validation_{name}": value for name, value in held_out.items()},
             "seconds": position.epoch_seconds,
-            "images_per_second": position.seen / max(position.epoch_seconds, 1e-9),
+            f"{kind.unit}_per_second": position.seen / max(position.epoch_seconds, 1e-9),
             **{f"{part}_lr": weights.lr for part, weights in run.weights.items()},
         }
         self.record.add("epoch", row)
+        measure, speed = kind.measure, row[f"{kind.unit}_per_second"]
         self.progress.say(
-            "epoch {epoch}/{epochs}: train loss {train_loss:.3f}, train {train_accuracy:.1f} %, held out "
-            "{validation_accuracy:.1f} %, {images_per_second:,.0f} images/s".format(
-                epochs=run.epochs, **row
-            )
+            f"epoch {row['epoch']}/{run.epochs}: train loss {row['train_loss']:.3f}, train "
+            f"{measure.in_words(trained[measure.key])}, held out {measure.in_words(held_out[measure.key])}, "
+            f"{speed:,.0f} {kind.unit}/s"
         )
         chance = math.log(run.data.num_classes)
         if row["train_loss"] > 10 * chance:
@@ -189,13 +193,13 @@ class Loop:
         checkpoint.save(self.record.folder.checkpoint, state)
 
     def finish(self, test: bool) -> dict[str, Any]:
-        """Export the weights, and evaluate on the test images: once, and after every choice was made."""
+        """Export the weights, and evaluate on the test data: once, and after every choice was made."""
         run = self.run
         self.write_model(run.model_state())
         if not test:
             return _result(run, "done")
-        test_loss, test_accuracy = run.evaluate(run.data.test, self.interrupts.check)
-        return _result(run, "done") | {"test_loss": test_loss, "test_accuracy": test_accuracy}
+        found = run.evaluate(run.data.test, self.interrupts.check)
+        return _result(run, "done") | {f"test_{name}": value for name, value in found.items()}
 
     def write_model(self, state: Mapping[str, Tensor]) -> None:
         """The network's weights in a file of their own."""
