@@ -7,30 +7,91 @@ from pathlib import Path
 from typing import Any
 
 NAMES = {
-    "gpipe": "backprop, GPipe",
+    "gpipe": "backprop, GPipe (of one micro-batch, 1F1B is the same)",
     "1f1b": "backprop, 1F1B",
     "zero-bubble": "backprop, zero bubble",
-    "dfa": "DFA, fb.parallel",
     "dkp": "DKP, fb.parallel",
+    "bp alone": "backprop, one process",
+    "dkp alone": "DKP, one process",
+    "bp ddp": "backprop, DDP",
+    "dkp ddp": "DKP, DDP",
 }
+TITLES = {
+    "vgg16": "VGG-16, batch 128, 4 micro-batches",
+    "vgg16 one": "VGG-16, batch 128, one micro-batch",
+    "vgg16 link": "VGG-16, batch 128, 4 micro-batches, two hosts on a link",
+    "transformer": "Transformer of 8 blocks, width 256, 32 tokens, batch 64, 4 micro-batches",
+}
+ISOLATED, STEADY = "isolated", "steady"
+# group, against what, in which of its times and of DKP's, how much faster DKP's pipeline was to be
+BARS = [
+    ("vgg16", "1f1b", ISOLATED, ISOLATED, 1.45),
+    ("vgg16", "1f1b", STEADY, STEADY, 1.55),
+    ("vgg16", "zero-bubble", ISOLATED, ISOLATED, None),
+    ("vgg16", "zero-bubble", STEADY, STEADY, 1.3),
+    ("vgg16", "bp alone", ISOLATED, STEADY, 2.2),
+    ("vgg16", "bp ddp", ISOLATED, STEADY, None),
+    ("vgg16", "dkp ddp", ISOLATED, STEADY, None),
+    ("vgg16 one", "gpipe", ISOLATED, ISOLATED, None),
+    ("vgg16 one", "gpipe", STEADY, STEADY, 1.7),
+    ("vgg16 one", "zero-bubble", STEADY, STEADY, None),
+    ("vgg16 link", "bp ddp", ISOLATED, STEADY, 2.0),
+    ("vgg16 link", "dkp ddp", ISOLATED, STEADY, None),
+    ("vgg16 link", "1f1b", STEADY, STEADY, None),
+    ("transformer", "1f1b", ISOLATED, ISOLATED, 1.45),
+    ("transformer", "1f1b", STEADY, STEADY, 1.55),
+    ("transformer", "zero-bubble", STEADY, STEADY, 1.3),
+    ("transformer", "bp alone", ISOLATED, STEADY, 2.2),
+    ("transformer", "bp ddp", ISOLATED, STEADY, None),
+    ("transformer", "dkp ddp", ISOLATED, STEADY, None),
+]
 
 
 def write_report(found: dict[str, Any], path: Path) -> str:
     """Write the tables; returns the summary, which is the last line."""
-    lines = ["# The unlocked backward on several processes", ""]
-    lines += [
-        "VGG-16 with batch norm, images of 32 x 32, batch 128, one thread per process, gloo on one machine. "
-        "Made by `bench/parallel.py`; `python bench/parallel.py report` writes this page.",
-        "",
-    ]
+    lines = [
+        "# The unlocked backward on several processes", "",
+        "Two processes of one thread each, gloo on one machine; SGD with momentum, its step included. VGG-16 has batch "
+        "norm and images of 32 x 32. `python bench/parallel.py` makes this page; `python bench/parallel.py report` only writes it.",
+        "", "## DKP in a pipeline, against", "",
+        "The median of the ratios of the same rounds (least, most). `one step` is between barriers, `many` the mean of several "
+        "steps without; steps of one process and of DDP do not overlap. Without a bar, the row is for comparison.", "",
+        "| net | against | times | DKP is faster by | bar |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [_bar_row(found, *bar) for bar in BARS if _has(found, bar[0], bar[1])]
+    lines.append("")
     for key, value in found.items():
-        kind, _, rest = key.partition(" ")
-        lines += {"actions": _actions, "sleeping": _engine, "equal": _engine, "wall": _engine}[
-            kind
-        ](kind, rest.split(), value)
+        kind = key.split()[0]
+        if kind == "actions":
+            lines += _actions(key, value)
+        elif kind == "sleeping":
+            lines += _sleeping(key, value)
+        else:
+            lines += _group(found, key, value)
     summary = _summary(found)
     path.write_text("\n".join([*lines, summary]) + "\n")
     return summary
+
+
+def _has(found: dict[str, Any], group: str, other: str) -> bool:
+    return other in found.get(group, {}).get("seconds", {})
+
+
+def ratios(found: dict[str, Any], group: str, other: str, theirs: str, own: str) -> list[float]:
+    """Of every round, how many times as fast DKP's pipeline is."""
+    seconds = found[group]["seconds"]
+    return [a / b for a, b in zip(seconds[other][theirs], seconds["dkp"][own], strict=True)]
+
+
+def _bar_row(
+    found: dict[str, Any], group: str, other: str, theirs: str, own: str, bar: float | None
+) -> str:
+    made = ratios(found, group, other, theirs, own)
+    words = {ISOLATED: "one step", STEADY: "many"}
+    kinds = words[own] if theirs == own else f"{words[theirs]} / {words[own]}"
+    middle = statistics.median(made)
+    verdict = "" if bar is None else f"{bar:g}: {'met' if middle >= bar else 'missed'}"
+    return f"| {TITLES[group]} | {NAMES[other]} | {kinds} | {middle:.2f} ({min(made):.2f}, {max(made):.2f}) | {verdict} |"
 
 
 def _machine(value: dict[str, Any]) -> str:
@@ -38,95 +99,128 @@ def _machine(value: dict[str, Any]) -> str:
     return f"{m['cores']} cores ({m['cpu']}), load {m['load']} at the end, torch {m['torch']}, {m['date']}"
 
 
-def _actions(kind: str, rest: list[str], value: dict[str, Any]) -> list[str]:
-    stages = int(rest[0])
+def _group(found: dict[str, Any], key: str, value: dict[str, Any]) -> list[str]:
+    if "not run" in value:
+        return [f"## {TITLES[key]}", "", f"Not run: {value['not run']}.", ""]
+    link = (
+        f" Each host sends at most {value['mbit']:g} Mbit/s (network namespaces, `tc tbf`)."
+        if value.get("mbit")
+        else ""
+    )
     lines = [
-        f"## CPU time of the actions of a micro-batch of 32, {stages} stages", "",
-        f"Cut after {', '.join(value['cut'])}; ms of forward / backward, n = {value['rounds']} interleaved rounds. {_machine(value)}. "
-        "On a busy machine caches and cores are shared, which lengthens CPU time too, and unevenly.",
-        "", "| rule | " + " | ".join(f"stage {i}" for i in range(stages)) + " | sum |",
-        "|---|" + "---|" * (stages + 1),
+        f"## {TITLES[key]}", "",
+        f"n = {value['rounds']} interleaved rounds of one step between barriers, and of {value['steps']} steps without; ms per "
+        f"step, median (least, most).{link} {_machine(value)}.", "",
+        "| | one step | per step of many | simulated | back per step |", "|---|---|---|---|---|",
     ]  # fmt: skip
-    for rule, parts in value["seconds"].items():
-        cells = [f"{1000 * f:.0f} / {1000 * b:.0f}" for f, b in parts]
-        lines.append(f"| {rule} | {' | '.join(cells)} | {1000 * sum(map(sum, parts)):.0f} |")
-    return [*lines, ""]
-
-
-def _engine(kind: str, rest: list[str], value: dict[str, Any]) -> list[str]:
-    ranks, parts = rest[0], rest[1] if len(rest) > 1 else "4"
-    what = {
-        "sleeping": "stages that sleep for the CPU times above",
-        "equal": "stages that sleep equally long for forward, input and weight gradients",
-        "wall": "wall clock of the real net",
-    }[kind]
-    lines = [
-        f"## {ranks} processes, {parts} micro-batches: {what}", "",
-        f"n = {value['rounds']} interleaved rounds of one step between barriers, and of {value['steps']} steps without; ms per step, "
-        f"mean ± standard deviation (least, median); the last column is the median of the ratios of the same rounds, "
-        f"and the ratio of the least. {_machine(value)}.",
-        "", "| | one step | simulated | per step of several | simulated | 1F1B / it |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    seconds = value["seconds"]
-    reference = "1f1b" if "1f1b" in seconds else "gpipe"
-    for name, times in seconds.items():
-        made = value.get("simulated", {}).get(name, [None, None])
-        cells = []
-        for times_of, simulated in zip((times["isolated"], times["steady"]), made, strict=True):
-            cells += [_spread(times_of), "-" if simulated is None else f"{1000 * simulated:.0f}"]
-        pairs = [_ratio(seconds, reference, name, k) for k in ("isolated", "steady")]
+    made = _simulated(found, key, value)
+    for name, times in value["seconds"].items():
+        told = " / ".join(f"{1000 * t:.0f}" for t in made.get(name, []))
         lines.append(
-            f"| {NAMES[name]} | {' | '.join(cells)} | {' , '.join(p for p in pairs if p)} |"
+            f"| {NAMES[name]} | {_spread(times[ISOLATED])} | {_spread(times[STEADY])} | {told or '-'} | {_back(value, name)} |"
         )
-    if "one process" in value:
-        one = value["one process"]
-        dkp = statistics.median(seconds["dkp"]["steady"])
-        lines += [
-            "",
-            f"One process of backprop: {1000 * one:.0f} ms; DKP over several steps is {one / dkp:.2f} times as fast.",
-        ]
-    return [*lines, ""]
+    return [*lines, "", "", *_why(found, key, made)]
+
+
+def _simulated(found: dict[str, Any], key: str, value: dict[str, Any]) -> dict[str, Any]:
+    """From the CPU time of the actions, where the micro-batches are as large as these were."""
+    if f"actions {key} 2" not in found:
+        return {}
+    from parallel import Link, simulated, split_times
+
+    return simulated(split_times(found, key, 2), list(value["seconds"]), value["parts"], 0, Link())
+
+
+def _why(found: dict[str, Any], key: str, made: dict[str, Any]) -> list[str]:
+    """What the machine allows: how long each rank computes in a step."""
+    if not made:
+        return []
+    actions = found[f"actions {key} 2"]["cpu seconds"]
+    own, theirs = ([4 * sum(stage) for stage in actions[rule]] for rule in ("dkp", "bp"))
+    allowed = " and ".join(
+        f"{made['1f1b'][i] / made['dkp'][i]:.2f} ({words})"
+        for i, words in enumerate(("one step", "many"))
+    )
+    return [
+        f"By the CPU time of its actions, DKP computes {' and '.join(f'{1000 * t:.0f}' for t in own)} ms on the two ranks in a "
+        f"step, and backprop {' and '.join(f'{1000 * t:.0f}' for t in theirs)} ms: net of the cost of feedback, DKP does without "
+        f"{100 * (1 - sum(own) / sum(theirs)):.0f} % of backprop's work on this machine. So it can be {allowed} times as fast as "
+        "1F1B here.",
+        "",
+    ]
+
+
+def _back(value: dict[str, Any], name: str) -> str:
+    """Bytes that travel for the backward passes."""
+    counted = value.get("bytes in backward", {}).get(name)
+    told = [] if counted is None else [f"{counted / 1000:.1f} kB received for backward passes"]
+    sent = value.get("bytes sent by rank", {}).get(name)
+    if sent:
+        told.append(f"{' and '.join(f'{n / 1e6:.2f}' for n in sent)} MB sent by the hosts")
+    return "; ".join(told) or "-"
 
 
 def _spread(values: list[float]) -> str:
     if not values:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    mean, least, middle = statistics.mean(values), min(values), statistics.median(values)
-    return f"{1000 * mean:.0f} ± {1000 * deviation:.0f} ({1000 * least:.0f}, {1000 * middle:.0f})"
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{1000 * middle:.0f} ({1000 * least:.0f}, {1000 * most:.0f})"
 
 
-def ratio(seconds: dict[str, Any], reference: str, name: str, kind: str) -> float | None:
-    """The median of the ratios of the same rounds."""
-    pairs = list(zip(seconds[reference][kind], seconds[name][kind], strict=True))
-    return statistics.median(a / b for a, b in pairs) if pairs else None
+def _actions(key: str, value: dict[str, Any]) -> list[str]:
+    stages = len(value["cut"]) + 1
+    lines = [
+        f"## CPU time of the actions of a micro-batch: {key.split()[1]}, {stages} stages", "",
+        f"Cut after {', '.join(value['cut'])}; ms of forward / backward, median of {value['rounds']}. {_machine(value)}.", "",
+        "| rule | " + " | ".join(f"stage {i}" for i in range(stages)) + " | sum |",
+        "|---|" + "---|" * (stages + 1),
+    ]  # fmt: skip
+    for rule, parts in value["cpu seconds"].items():
+        cells = [f"{1000 * f:.0f} / {1000 * b:.0f}" for f, b in parts]
+        lines.append(f"| {rule} | {' | '.join(cells)} | {1000 * sum(map(sum, parts)):.0f} |")
+    return [*lines, ""]
 
 
-def _ratio(seconds: dict[str, Any], reference: str, name: str, kind: str) -> str:
-    found = ratio(seconds, reference, name, kind)
-    least = min(seconds[reference][kind]) / min(seconds[name][kind]) if found else 0.0
-    return "" if found is None else f"{found:.2f} ({least:.2f})"
+def _sleeping(key: str, value: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## The simulator against {key.split()[1]} processes that sleep", "",
+        f"The real engines and messages, in stages that sleep for the CPU times above, scaled. n = {value['rounds']}; ms, "
+        f"median (least, most). {_machine(value)}.", "",
+        "| | one step | simulated | per step of many | simulated |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, times in value["seconds"].items():
+        isolated, steady = value["simulated"][name]
+        lines.append(
+            f"| {NAMES[name]} | {_spread(times[ISOLATED])} | {1000 * isolated:.0f} | {_spread(times[STEADY])} | {1000 * steady:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def deviations(found: dict[str, Any]) -> list[float]:
+    """How far the simulator is from the medians measured: of stages that sleep, and of the real nets."""
+    parts = []
+    for key, value in found.items():
+        made = value.get("simulated") or (
+            _simulated(found, key, value) if "seconds" in value else {}
+        )
+        for name, expected in made.items():
+            for kind, seconds in zip((ISOLATED, STEADY), expected, strict=True):
+                measured = value["seconds"][name][kind]
+                if measured:
+                    parts.append(abs(statistics.median(measured) / seconds - 1))
+    return parts
 
 
 def _summary(found: dict[str, Any]) -> str:
-    parts, worst = [], 0.0
-    for key, value in found.items():
-        if "seconds" not in value or "dkp" not in value["seconds"] or key.startswith("actions"):
-            continue
-        seconds = value["seconds"]
-        told = []
-        for other in ("1f1b", "gpipe", "zero-bubble"):
-            if other in seconds:
-                pair = [ratio(seconds, other, "dkp", kind) for kind in ("isolated", "steady")]
-                told.append(f"{other} {' / '.join(f'{r:.2f}' for r in pair if r)}")
-        parts.append(f"{key}: {', '.join(told)}")
-        for name, (isolated, steady) in value.get("simulated", {}).items():
-            for kind, made in (("isolated", isolated), ("steady", steady)):
-                if seconds[name][kind]:
-                    measured = statistics.median(seconds[name][kind])
-                    worst = max(worst, abs(measured / made - 1))
-    text = "; ".join(parts)
-    return (
-        f"Summary: how many times as fast DKP is, one step / several. {text}. Simulated and measured differ by at "
-        f"most {100 * worst:.0f} %."
+    told = []
+    for group, other, theirs, own, bar in BARS:
+        if bar is not None and _has(found, group, other):
+            middle = statistics.median(ratios(found, group, other, theirs, own))
+            told.append(f"{group} against {other}, {own} {middle:.2f} (bar {bar:g})")
+    off = deviations(found)
+    worst = (
+        f" Simulated and measured differ by at most {100 * max(off):.0f} %, {100 * statistics.median(off):.0f} % in the middle."
+        if off
+        else ""
     )
+    return f"Summary: how many times as fast a pipeline with DKP is. {'; '.join(told)}.{worst}"

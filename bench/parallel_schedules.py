@@ -1,8 +1,10 @@
-"""What bench/parallel.py times: PyTorch's own pipeline schedules for backprop, and fb.parallel."""
+"""What bench/parallel.py times: PyTorch's own pipeline schedules for backprop, its data parallelism, one process, and
+fb.parallel, each on the same nets and batches."""
 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +19,79 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleavedZeroBubble,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import feedbackward as fb
 from feedbackward.experiment import nets
-from feedbackward.parallel.division import divide
-from feedbackward.parallel.part import Part
-from feedbackward.parallel.recording import record
-from feedbackward.parallel.split import find_places
 
 CLASSES = 10
+RULES = {"bp": fb.BP(), "dfa": fb.DFA(), "dkp": fb.DKP()}
 # seconds of forward, gradients of inputs, gradients of weights
 Times = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A net in stages, a batch for it, and how it is made. `cut`: the modules that end the stages."""
+
+    make: Callable[[], nn.Sequential]
+    x: Tensor
+    y: Tensor
+    cut: list[str]
+    sites: Any
+    times: list[Times] | None = None
+
+    @property
+    def stages(self) -> int:
+        return len(self.cut) + 1
+
+    def stage(self, rank: int) -> nn.Sequential:
+        """The modules of a stage, as a user of PyTorch's schedules would take them."""
+        model = self.make()
+        names = [name for name, _ in model.named_children()]
+        bounds = [0, *(names.index(name) + 1 for name in self.cut), len(names)]
+        return model[bounds[rank] : bounds[rank + 1]]
+
+
+def vgg16(batch: int, cut: list[str]) -> Subject:
+    """VGG-16 with batch norm on images of 32 x 32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 3, 32, 32, generator=generator)
+    y = torch.randint(CLASSES, (batch,), generator=generator)
+
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = nets.build("vgg16", (3, 32, 32), CLASSES).named_children()
+        return nn.Sequential(OrderedDict(layers))
+
+    return Subject(make, x, y, cut, "layers")
+
+
+class Mean(nn.Module):
+    """Over the tokens."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.mean(1)
+
+
+def transformer(batch: int, cut: list[str]) -> Subject:
+    """Eight blocks of width 256 on sequences of 32 tokens."""
+    blocks, width, tokens = 8, 256, 32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, tokens, 48, generator=generator)
+    y = torch.randint(CLASSES, (batch,), generator=generator)
+
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers: dict[str, nn.Module] = {"embed": nn.Linear(48, width)}
+        for i in range(1, blocks + 1):
+            layers[f"block{i}"] = nn.TransformerEncoderLayer(
+                width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+            )
+        layers |= {"mean": Mean(), "head": nn.Linear(width, CLASSES)}
+        return nn.Sequential(OrderedDict(layers))
+
+    return Subject(make, x, y, cut, [f"block{i}" for i in range(1, blocks + 1)])
 
 
 class _Sleep(torch.autograd.Function):
@@ -47,8 +111,7 @@ class _Sleep(torch.autograd.Function):
 
 
 class Sleeper(nn.Module):
-    """A stage that sleeps as long as a real one works. Of the lowest, gradients of the inputs of its inner
-    layers count too, though it passes none on: `always`."""
+    """A stage that sleeps as long as a real one works."""
 
     def __init__(self, times: Times, last: bool) -> None:
         super().__init__()
@@ -59,80 +122,119 @@ class Sleeper(nn.Module):
         return h[:, :CLASSES] if self.last else h
 
 
-def sleepers(times: list[Times]) -> nn.Sequential:
-    """A net of such stages."""
-    return nn.Sequential(*(Sleeper(t, i == len(times) - 1) for i, t in enumerate(times)))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A net in stages, a batch for it, and how it is made."""
-
-    make: Callable[[], nn.Module]
-    x: Tensor
-    y: Tensor
-    cut: list[str]
-    sites: Any
-    times: list[Times] | None = None
-
-    @property
-    def stages(self) -> int:
-        return len(self.cut) + 1
-
-
-def vgg16(batch: int, cut: list[str]) -> Subject:
-    """VGG-16 with batch norm on images of 32 x 32."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 3, 32, 32, generator=generator)
-    y = torch.randint(CLASSES, (batch,), generator=generator)
-
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return nets.build("vgg16", (3, 32, 32), CLASSES)
-
-    return Subject(make, x, y, cut, "layers")
-
-
 def sleeping(times: list[Times], batch: int, features: int) -> Subject:
     """Stages that sleep, with activities of so many features."""
     names = [str(i) for i in range(len(times) - 1)]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, features, generator=generator)
     y = torch.randint(CLASSES, (batch,), generator=generator)
-    # the lowest stage gets no gradient from its input, so its own part is put with the weights'
+    # the lowest stage gets no gradient from its input, so that part of it is put with the weights'
     first = (times[0][0], 0.0, times[0][2] + times[0][1])
-    return Subject(lambda: sleepers([first, *times[1:]]), x, y, names, names, times)
+    own = [first, *times[1:]]
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(*(Sleeper(t, i == len(own) - 1) for i, t in enumerate(own)))
+
+    return Subject(make, x, y, names, names, times)
 
 
-class Direct:
+SUBJECTS = {"vgg16": vgg16, "transformer": transformer}
+
+
+class Contestant:
+    """Something that makes steps. `received`: bytes that this rank received for its backward passes."""
+
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> None:
+        self.gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def gradients(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def received(self) -> int | None:
+        return None
+
+
+def contestant(name: str, subject: Subject, micro_batches: int) -> Contestant:
+    """By name: `1f1b`, `gpipe`, `zero-bubble`; a rule, which is fb.parallel; `RULE ddp`; `RULE alone`."""
+    rule, _, how = name.partition(" ")
+    if how == "alone":
+        return Alone(subject, RULES[rule], micro_batches)
+    if how == "ddp":
+        return Replicated(subject, RULES[rule])
+    if rule in RULES:
+        return Direct(subject, RULES[rule], micro_batches)
+    return Backprop(subject, rule, micro_batches)
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+
+class Direct(Contestant):
     """fb.parallel under a rule."""
 
-    def __init__(self, subject: Subject, rule: fb.Rule, micro_batches: int, timeout: float) -> None:
+    def __init__(self, subject: Subject, rule: fb.Rule, micro_batches: int) -> None:
         model, self.subject = subject.make(), subject
         if subject.times is not None:
             for layer, times in zip(model, subject.times, strict=True):
                 layer.times = (times[0], 0.0, times[2])
-        rows = max(2, len(subject.x) // micro_batches)
-        learner = fb.attach(model, rule, example=subject.x[:rows], sites=subject.sites)
+        example = subject.x[: max(2, len(subject.x) // micro_batches)]
+        learner = fb.attach(model, rule, example=example, sites=subject.sites)
         self.pipe = fb.parallel.pipeline(
-            learner, subject.x[:rows], micro_batches=micro_batches, cut=subject.cut, timeout=timeout
+            learner, example, micro_batches=micro_batches, cut=subject.cut, timeout=900
         )
-        self.optimizer = torch.optim.SGD(self.pipe.parameters(), lr=1e-3, momentum=0.9)
+        self.optimizer = _sgd(self.pipe.parameters())
 
-    def step(self) -> None:
+    def gradients(self) -> None:
         self.pipe.backward(self.subject.x, F.cross_entropy, self.subject.y)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+
+    @property
+    def received(self) -> int:
+        return self.pipe.bytes_in_backward
 
 
-class Backprop:
+class Alone(Contestant):
+    """One process, rank 0, which takes the micro-batches in turn; the others look on."""
+
+    def __init__(self, subject: Subject, rule: fb.Rule, micro_batches: int) -> None:
+        self.works = dist.get_rank() == 0
+        self.learner = fb.attach(subject.make(), rule, example=subject.x[:4], sites=subject.sites)
+        self.pairs = list(
+            zip(subject.x.chunk(micro_batches), subject.y.chunk(micro_batches), strict=True)
+        )
+        self.optimizer = _sgd(self.learner.parameters())
+
+    def gradients(self) -> None:
+        for x, y in self.pairs if self.works else ():
+            (F.cross_entropy(self.learner(x), y) / len(self.pairs)).backward()
+
+
+class Replicated(Contestant):
+    """DistributedDataParallel: every rank has the whole net and its part of the batch."""
+
+    def __init__(self, subject: Subject, rule: fb.Rule) -> None:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        self.x, self.y = subject.x.chunk(ranks)[rank], subject.y.chunk(ranks)[rank]
+        learner = fb.attach(subject.make(), rule, example=self.x[:4], sites=subject.sites)
+        self.model = DistributedDataParallel(learner)
+        self.optimizer = _sgd(self.model.parameters())
+
+    def gradients(self) -> None:
+        F.cross_entropy(self.model(self.x), self.y).backward()
+
+
+class Backprop(Contestant):
     """A stock schedule of PyTorch on its own stages."""
 
     def __init__(self, subject: Subject, schedule: str, micro_batches: int) -> None:
         self.subject, rank = subject, dist.get_rank()
-        module = _Sleeping(subject, rank) if subject.times else _Plain(subject, rank)
-        rows = len(subject.x) // micro_batches
-        inputs, outputs = module.shapes(rows)
+        module = _Sleeping(subject, rank) if subject.times else subject.stage(rank)
+        inputs, outputs = self._shapes(len(subject.x) // micro_batches, rank)
         runner = (lambda: module.weights_runner) if subject.times else None
         stage = PipelineStage(
             module, rank, subject.stages, torch.device("cpu"),
@@ -145,16 +247,25 @@ class Backprop:
             )
         else:
             self.schedule = kind(stage, micro_batches, F.cross_entropy)
-        own = [p for p in module.parameters() if not p.is_meta]
-        self.optimizer = torch.optim.SGD(own, lr=1e-3, momentum=0.9)
+        self.optimizer = _sgd(module.parameters())
         self.first, self.last = rank == 0, rank == subject.stages - 1
 
-    def step(self) -> None:
+    def _shapes(self, rows: int, rank: int) -> list[Tensor]:
+        """What enters and leaves a stage."""
+        found = [self.subject.x[:rows]]
+        for each in range(rank + 1):
+            if self.subject.times:
+                last = each == self.subject.stages - 1
+                found.append(found[-1][:, :CLASSES] if last else found[-1])
+            else:
+                with torch.no_grad():
+                    found.append(self.subject.stage(each).eval()(found[-1]))
+        return [torch.empty_like(t).requires_grad_(rank > 0 or t is found[-1]) for t in found[-2:]]
+
+    def gradients(self) -> None:
         inputs = (self.subject.x,) if self.first else ()
         target = self.subject.y if self.last else None
         self.schedule.step(*inputs, target=target, return_outputs=False)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 class _Sleeping(nn.Module):
@@ -164,54 +275,10 @@ class _Sleeping(nn.Module):
         super().__init__()
         assert subject.times is not None
         forward, inputs, self.seconds = subject.times[rank]
-        self.last = rank == subject.stages - 1
-        self.body = Sleeper((forward, 0.0, inputs), self.last)
-        self.features = subject.x.shape[1]
+        self.body = Sleeper((forward, 0.0, inputs), rank == subject.stages - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
     def weights_runner(self) -> None:
         time.sleep(self.seconds)
-
-    def shapes(self, rows: int) -> tuple[Tensor, Tensor]:
-        x = torch.empty(rows, self.features, requires_grad=True)
-        y = torch.empty(rows, CLASSES if self.last else self.features, requires_grad=True)
-        return x, y
-
-
-class _Plain(nn.Module):
-    """A real net's part, as a stock stage."""
-
-    def __init__(self, subject: Subject, rank: int) -> None:
-        super().__init__()
-        model = subject.make()
-        learner = fb.attach(model, fb.BP(), example=subject.x[:4], sites=subject.sites)
-        places, chosen = find_places(learner, subject.x[:4], subject.cut)
-        recording = record(model, subject.x[:4], places)
-        self.division = divide(learner, recording, tuple(sorted(chosen)), subject.x[:4])
-        own = {name.removeprefix("model.") for name in self.division.parts[rank]}
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in own)
-        self.model, self.rank, self.subject = model, rank, subject
-        self.part = Part(model, recording, *self.division.bounds(rank))
-        self.own = [p for name, p in model.named_parameters() if name in own]
-
-    def parameters(self, recurse: bool = True) -> Any:
-        return iter(self.own)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.rank == 0
-        inputs = x if first else self.subject.x[: len(x)]
-        return self.part.run(self.model, inputs, len(x), None if first else x)
-
-    def shapes(self, rows: int) -> tuple[Tensor, Tensor]:
-        kinds = self.division.recording.kinds
-        below, above = self.division.bounds(self.rank)
-        start = (3, 32, 32) if below is None else kinds[below][0]
-        end = (CLASSES,) if above is None else kinds[above][0]
-        grad = below is not None
-        return (
-            torch.empty(rows, *start, requires_grad=grad),
-            torch.empty(rows, *end, requires_grad=True),
-        )

@@ -92,13 +92,13 @@ class Witnesses:
         """What the store says; None where it does not answer. Over a link that is cut its calls do not end, so they are made
         in a thread, and no more of them after the first of these."""
         store, said = self.store, list[Any]()
+        if store is None:
+            return None
 
         def ask() -> None:
             with suppress(Exception):
                 said.append(question(store))
 
-        if store is None:
-            return None
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(_HEARING)
