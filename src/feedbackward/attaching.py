@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from feedbackward.engine.attached import refuse_input_gradients, refuse_wrapped
 from feedbackward.engine.description import in_bytes
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError
 from feedbackward.graph import LayerInput
-from feedbackward.learner import Learner
+from feedbackward.learner import Learner, M
 from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
 from feedbackward.model.trace import trace
@@ -24,7 +24,7 @@ from feedbackward.rule import Rule
 
 
 def attach(
-    model: nn.Module,
+    model: M,
     rule: Rule,
     *,
     example: Any,
@@ -34,7 +34,7 @@ def attach(
     seed: int = 0,
     feedback_dtype: torch.dtype | None = None,
     in_place: bool = False,
-) -> Learner:
+) -> Learner[M]:
     """Train `model` with `rule`: find the sites, make the feedback weights, and return the Learner.
 
     The model keeps its class, its parameters and the keys of its `state_dict`. `learner(x)` returns the same outputs, bit for

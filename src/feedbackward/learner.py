@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, make_plan
 from feedbackward.engine.rows import Activities
 from feedbackward.engine.target import Target
+from feedbackward.engine.transparent import Transparent, borrowed
 from feedbackward.engine.weights import fitted, make_feedback, weight_names
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, Site, Source
@@ -39,12 +40,15 @@ from feedbackward.schedules.dsp import DSP, check_delayed
 from feedbackward.schedules.joint import Schedule, backward, check_schedule
 from feedbackward.schedules.passes import LossFn
 
+M = TypeVar("M", bound=nn.Module)
 
-class Learner(AttachedModule):
+
+class Learner(AttachedModule, Generic[M]):
     """A model that a rule trains. Call it like the model; `loss.backward()` and the optimizer stay as they are.
 
     Attributes:
-        model: the user's model, unchanged.
+        model: the user's model, unchanged. What it has and the learner has not (`learner.config`) is found through the learner,
+            and its own methods train by the rule when they are called so.
         feedback: the feedback weights of every edge (Parameters if the rule learns them, otherwise buffers), and the
             auxiliary networks of local losses.
         attached: the record that the engine works on. `rule`, `graph`, `source`, `sites` and `plan` are its own.
@@ -65,7 +69,7 @@ class Learner(AttachedModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: M,
         rule: Rule,
         sites: tuple[Site, ...],
         source: Source,
@@ -73,7 +77,7 @@ class Learner(AttachedModule):
         feedback_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: M = model
         self.seed = seed
         graph = fitted(rule.connect(sites, source), seed)
         check_graph(model, rule, graph)
@@ -85,7 +89,45 @@ class Learner(AttachedModule):
         self._exact = False
         self._target: Target | None = None
         self._detached = False
-        self.attached.handles = cuts.install(model)
+        self._in_place: InPlace | None = None
+        self._install()
+
+    def _install(self) -> None:
+        handles = self.attached.cuts.install(self.model)
+        self.attached.handles = handles + (self._in_place.install() if self._in_place else [])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a learner has hooks of its own: those of its model did not come along."""
+        super().__setstate__(state)
+        if not self._detached:
+            for handle in self.attached.handles:
+                handle.remove()
+            self._install()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has, where a learner has nothing of this name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            # an error within an attribute of the class must not become an answer of the model
+            own = hasattr(type(self), name) or (name.startswith("__") and name.endswith("__"))
+            if model is None or own:
+                raise
+        return borrowed(model, name, self._training_in_place)
+
+    @contextmanager
+    def _training_in_place(self) -> Iterator[None]:
+        """The model itself trains by the rule within this context."""
+        if self._in_place or self._detached:
+            yield
+            return
+        handles = InPlace(self.attached, self._begin).install()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @property
     def rule(self) -> Rule:
@@ -112,6 +154,7 @@ class Learner(AttachedModule):
         """Which parameters each segment trains, of those that train now."""
         return self.attached.plan
 
+    @Transparent
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output. If gradients are on, the rule's cuts and broadcasts are in place.
 
@@ -144,7 +187,8 @@ class Learner(AttachedModule):
         return target
 
     def _hook_root(self) -> None:
-        self.attached.handles += InPlace(self.attached, self._begin).install()
+        self._in_place = InPlace(self.attached, self._begin)
+        self.attached.handles += self._in_place.install()
 
     def _uncompiled(self, *given: Any) -> Any:
         """Run a pass uncompiled: its backward pass runs others (signals that go up, highways), which no compiler supports."""
@@ -277,7 +321,7 @@ class Learner(AttachedModule):
         finally:
             self._exact = before
 
-    def detach(self) -> nn.Module:
+    def detach(self) -> M:
         """Remove every hook and return the plain model. The learner cannot be used any more."""
         for handle in self.attached.handles:
             handle.remove()

@@ -14,6 +14,9 @@ from feedbackward.graph import LayerInput
 _SELF_EVIDENT = ("Dense", "LayerShaped")
 
 
+MOST_NOTES, WIDEST = 5, 140
+
+
 def describe(attached: Attached) -> str:
     """The plan as text: a row per site, then the head, then whatever is irregular."""
     plan = attached.plan
@@ -52,11 +55,21 @@ def describe(attached: Attached) -> str:
     shared = (
         {} if issubclass(attached.rule.feeds, LayerInput) else plan.shared
     )  # of layer_inputs it is the rule: skip paths stay whole
-    notes = [
-        f"in several segments (gradients add up): {n} in {', '.join(s)}" for n, s in shared.items()
-    ]
-    notes += [f"not trained, no segment reaches it: {name}" for name in plan.unreached]
-    return "\n".join([title, *("  " + line for line in lines), *("  " + note for note in notes)])
+    notes = _some(
+        [f"in several segments (gradients add up): {n} in {_list(s)}" for n, s in shared.items()]
+    )
+    notes += _some([f"not trained, no segment reaches it: {name}" for name in plan.unreached])
+    return "\n".join(_cut(line) for line in [title, *(f"  {line}" for line in [*lines, *notes])])
+
+
+def _some(notes: list[str]) -> list[str]:
+    """The first of the notes, and how many more there are."""
+    rest = len(notes) - MOST_NOTES
+    return [*notes[:MOST_NOTES], *([f"... and {rest} more of these"] if rest > 0 else [])]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDEST else f"{line[: WIDEST - 3]}..."
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.target import Target
+from feedbackward.engine.transparent import Inert
 from feedbackward.errors import SiteError
 from feedbackward.graph import FIRST, Branches, HookPoint, Site, Source
 from feedbackward.model.values import by_place
@@ -253,11 +254,8 @@ class Director(Hooked):
         return self.at_source(self.sources[index], tensor)
 
 
-class _OutputHook:
-    """Replaces a module's output tensor, or one tensor of its structured output.
-
-    It is a class, so that a deep copy of the learner has hooks of its own.
-    """
+class _OutputHook(Inert):
+    """Replaces a module's output tensor, or one tensor of its structured output."""
 
     def __init__(self, cuts: Hooked, kind: str, index: int, point: HookPoint) -> None:
         self.cuts, self.kind, self.index, self.point = cuts, kind, index, point
@@ -277,7 +275,7 @@ class _OutputHook:
         return tree_unflatten([new if t is old else t for t in leaves], spec)
 
 
-class _InputHook:
+class _InputHook(Inert):
     """Replaces those inputs of a layer that are sites.
 
     calls: for the number of each call, its sites, each with the place of its tensor among the arguments and keywords.

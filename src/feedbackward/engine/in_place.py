@@ -13,14 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.outside import average_in_backward, several_processes
 from feedbackward.engine.target import Target
+from feedbackward.engine.transparent import Inert
 from feedbackward.model.example import Given
 
 
 class InPlace:
     """The hooks on the root of an attached model.
 
-    `begin()` says what a pass is: None for a plain one, else a tuple of the targets that it was given (or None). A class,
-    so that a deep copy of the learner has hooks of its own.
+    `begin()` says what a pass is: None for a plain one, else a tuple of the targets that it was given (or None).
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class InPlace:
         """Put the hooks on the model, the first and the last of all."""
         model = self.attached.model
         return [
-            model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self.after, always_call=True),
+            model.register_forward_pre_hook(_Hook(self.before), prepend=True, with_kwargs=True),
+            model.register_forward_hook(_Hook(self.after), always_call=True),
         ]
 
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -68,3 +68,11 @@ class InPlace:
         opened, self._open = self._open, None
         self._tape.over = self._tape.over or output is None
         opened.close()
+
+
+class _Hook(Inert):
+    def __init__(self, act: Callable[..., Any]) -> None:
+        self.act = act
+
+    def __call__(self, *given: Any) -> Any:
+        return self.act(*given)
