@@ -3,6 +3,7 @@ compiled blocks, distributed checkpoints."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,101 @@ def test_pipelines_side_by_side(tmp_path: Path) -> None:
         expected = Case("plain", RULES[rule], rows=(16,), micro_batches=4).naive_repeated(3)
         close(found[0], expected)
         close(found[2], expected)
+
+
+def sharded(rank: int, rule: str, reshard: bool) -> Any:
+    """As `replicated`, with the layers of each stage sharded over the replicas."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipeline"))
+    learner, x, y = halves(rule)
+    pipe = fb.parallel.pipeline(learner, x, micro_batches=2, cut="1", mesh=mesh, timeout=120)
+    elsewhere = {p for p in pipe.module.parameters() if p.is_meta}
+    for block in pipe.module.model:
+        if not elsewhere.issuperset(block.parameters()):
+            fully_shard(block, mesh=mesh["data"], reshard_after_forward=reshard)
+    fully_shard(pipe.module, mesh=mesh["data"], ignored_params=elsewhere)
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.05, momentum=0.9)
+    half = slice(8 * (rank // 2), 8 * (rank // 2) + 8)
+    for _ in range(3):
+        pipe.backward(x[half], F.cross_entropy, y[half])
+        optimizer.step()
+        optimizer.zero_grad()
+    return pipe.gather_state()
+
+
+def half_sharded(rank: int) -> None:
+    """Layers alone, whose gradients nobody would reduce."""
+    from torch.distributed.fsdp import fully_shard
+
+    learner, x, y = halves("dkp")
+    pipe = fb.parallel.pipeline(learner, x, micro_batches=2, cut="1", timeout=60)
+    own = [block for block in pipe.module.model if not next(block.parameters()).is_meta]
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pipeline", "data"))
+    fully_shard(own[0], mesh=mesh["data"])
+    pipe.backward(x, F.cross_entropy, y)
+
+
+def halves(rule: str) -> tuple[fb.Learner, Tensor, Tensor]:
+    """A net of blocks, and a batch for it."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)]
+    model = nn.Sequential(*blocks, nn.Linear(6, 3)).double()
+    x, y = torch.randn(16, 6, dtype=torch.float64), torch.arange(16) % 3
+    return fb.attach(model, RULES[rule], example=x, seed=3), x, y
+
+
+def test_sharded_stages(tmp_path: Path) -> None:
+    """Their weights are those of one process that takes the micro-batches of all replicas in turn."""
+    for rule, reshard in (("dkp", True), ("dkp", False), ("bp", True)):
+        found = run_ranks(sharded, 4, tmp_path / f"{rule}{reshard}", rule, reshard)
+        learner, x, y = halves(rule)
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(3):
+            for xs, ys in zip(x.chunk(4), y.chunk(4), strict=True):
+                (F.cross_entropy(learner(xs), ys) / 4).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        close(found[0], learner.state_dict())
+        close(found[2], learner.state_dict())
+
+
+def test_layers_sharded_alone_are_refused(tmp_path: Path) -> None:
+    for failure in run_ranks(half_sharded, 2, tmp_path):
+        assert failure.kind == "FeedbackError"
+        assert "call `fully_shard(pipe.module" in failure.text
+
+
+def compiled(rank: int, when: str) -> Any:
+    """Steps with blocks that are compiled before `attach`, or after `pipeline`, or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 9), *(Checkpointed() for _ in range(4)), nn.Linear(9, 3)
+    ).double()
+    for block in model[1:5]:
+        block.body[2].p = 0.0
+    x, y = torch.randn(16, 6, dtype=torch.float64), torch.arange(16) % 3
+    if when == "before":
+        for block in model[1:5]:
+            block.body.compile()
+    learner = fb.attach(model, fb.DKP(), example=x, sites=["1", "2", "3", "4"])
+    pipe = fb.parallel.pipeline(learner, x, timeout=240)
+    if when == "after":
+        for block in model[1:5]:
+            block.body.compile()
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.05)
+    for _ in range(3):
+        pipe.backward(x, F.cross_entropy, y)
+        optimizer.step()
+        optimizer.zero_grad()
+    return pipe.gather_state()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled_blocks(tmp_path: Path, when: str) -> None:
+    """Within rounding, they give what they give as written."""
+    close(run_ranks(compiled, 2, tmp_path, when)[0], compiled(0, ""), within=1e-11)
 
 
 class Checkpointed(nn.Module):

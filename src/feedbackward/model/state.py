@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -132,12 +132,26 @@ def unchanged_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def as_written(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules that were compiled in place (`module.compile()`) run as they are written."""
+    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
+@contextmanager
 def forward_of(module: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
     """Run `stand_in` in place of the module's forward. A forward that the instance holds is restored afterwards."""
     own = vars(module).get("forward")
     vars(module)["forward"] = stand_in
     try:
-        yield
+        with as_written([module]):
+            yield
     finally:
         del vars(module)["forward"]
         if own is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,19 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from feedbackward.engine.outside import is_fsdp, is_shard
 from feedbackward.errors import AttachError, CheckpointError, DivergenceError, FeedbackError
 from feedbackward.learner import Learner
+from feedbackward.model.state import as_written
 from feedbackward.parallel.agreement import agree, facts
-from feedbackward.parallel.division import Division, count_rows, divide, drop_others
+from feedbackward.parallel.choosing import check_delay, choose_division
+from feedbackward.parallel.division import Division, count_rows, drop_others
 from feedbackward.parallel.faults import Witnesses
 from feedbackward.parallel.greeting import Greeting
 from feedbackward.parallel.groups import Groups, make_groups
 from feedbackward.parallel.mail import BACKWARD, Mail
-from feedbackward.parallel.recording import record
-from feedbackward.parallel.routes import refuse_common, refuse_rule
+from feedbackward.parallel.routes import refuse_rule
 from feedbackward.parallel.segment import StageModule
-from feedbackward.parallel.simulate import balanced
-from feedbackward.parallel.split import cut_points, find_places, segment_times
 from feedbackward.parallel.step import Batch, Loss, LossFn, Steps, cut_rows, sizes_of
 from feedbackward.parallel.timeline import Timeline
 
@@ -95,7 +94,7 @@ def pipeline(
     """
     if micro_batches < 1 or micro_batches > 1000:
         raise AttachError(f"micro_batches must be from 1 to 1000, got {micro_batches}.")
-    _check_delay(learner, delay)
+    check_delay(learner, delay)
     groups = make_groups(mesh, timeout)
     named = [] if cut == "auto" else [cut] if isinstance(cut, str) else list(cut)
     if groups.size > 1:
@@ -104,66 +103,11 @@ def pipeline(
     rule = f"{learner.rule} with seed {learner.seed}"
     agree(groups.up, facts(learner.model, learner.feedback, rule=rule, options=options))
     agree(groups.data, facts(learner.model, learner.feedback, rule=rule, options=options))
-    division = _division(learner, example, named, groups)
+    with as_written(learner.model.modules()):
+        division = choose_division(learner, example, named, groups)
     pipe = Pipeline(learner, division, groups, micro_batches, in_flight, timeout)
     pipe._steps.delay = delay
     return pipe
-
-
-def _check_delay(learner: Learner, delay: int) -> None:
-    if not 0 <= delay <= 4:
-        raise AttachError(f"delay must be from 0 to 4 steps, got {delay}.")
-    tied = [edge for edge in learner.graph.edges if edge.shares or edge.forward_weight]
-    if delay and tied:
-        raise AttachError(
-            f"{learner.rule.label} uses the weights of the forward pass for its feedback, of which a delayed step has "
-            "copies: use delay=0, or direct feedback (DFA, DKP)."
-        )
-
-
-def _division(learner: Learner, example: Any, named: list[str], groups: Groups) -> Division:
-    places, chosen = find_places(learner, example, named)
-    if len(places) < groups.size - 1:
-        raise AttachError(
-            f"{groups.size} ranks need {groups.size - 1} places to divide {type(learner.model).__name__} at, and it has "
-            f"{len(places)}: start fewer ranks, or use more sites."
-        )
-    recording = record(learner.model, example, places)
-    if named and groups.size > 1:
-        if len(chosen) != groups.size - 1:
-            raise AttachError(
-                f"{groups.size} ranks need {groups.size - 1} names in `cut`, got {len(chosen)}: {', '.join(named)}."
-            )
-        boundaries = tuple(sorted(chosen))
-    elif groups.size > 1:
-        times: list[Any] = [None]
-        if groups.rank == 0:
-            times[0] = segment_times(learner, example, places)
-        dist.broadcast_object_list(times, group=groups.up, group_src=0)
-        if groups.data is not None:  # all pipelines are divided alike
-            dist.broadcast_object_list(times, group=groups.data, group_src=0)
-        boundaries = balanced(times[0], groups.size)
-    else:
-        boundaries = ()
-    division = divide(learner, recording, boundaries, example)
-    refuse_common(division.routes)
-    _warn_of_locks(learner, division)
-    return division
-
-
-def _warn_of_locks(learner: Learner, division: Division) -> None:
-    """Say where a rule that cuts activities is divided at another one."""
-    cut = cut_points(learner)
-    places = [division.recording.places[index] for index in division.cut]
-    uncut = [place.name for place in places if place.points not in cut]
-    if cut and uncut:
-        others = [place.name for place in division.recording.places if place.points in cut]
-        warnings.warn(
-            f"{learner.rule.label} does not cut the activity at {uncut[0]!r}, so the stage below waits for a gradient of its "
-            f"size, as with backprop. Activities that it cuts: {', '.join(others)}.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
 
 class Pipeline(nn.Module):
@@ -257,6 +201,7 @@ class Pipeline(nn.Module):
         return Loss(self._steps, batch.number)
 
     def _run(self, batch: Batch) -> None:
+        self._refuse_unreduced()
         self.mail.settle()
         self._steps.begin(batch)
         self.stopping = self._greeting.exchange(batch, self._wish)
@@ -285,13 +230,23 @@ class Pipeline(nn.Module):
                 torch.autograd.backward(tensors, grads)
             self._steps.after_backward(index, ())
 
+    def _refuse_unreduced(self) -> None:
+        """Refuse shards whose gradients nobody would reduce: a stage's backward does not begin at its output."""
+        whole = self._stage is not None and is_fsdp(self.module)
+        if not whole and any(is_shard(p) for p in self.parameters()):
+            raise FeedbackError(
+                "layers of this stage are sharded by FSDP, and the stage is not, so their gradients would not be reduced: after "
+                "the layers, call `fully_shard(pipe.module, mesh=mesh['data'], ignored_params={p for p in "
+                "pipe.module.parameters() if p.is_meta})`; for a pipeline of one rank, shard the learner instead."
+            )
+
     def _average(self) -> None:
-        """Average the gradients over the replicas of this stage."""
+        """Average the gradients over the replicas of this stage; FSDP2 has done so with those that it shards."""
         if self._groups.data is None:
             return
         replicas = dist.get_world_size(self._groups.data)
         for p in self.parameters():
-            if p.grad is not None:
+            if p.grad is not None and not is_shard(p):
                 dist.all_reduce(p.grad, group=self._groups.data)
                 p.grad /= replicas
 
@@ -322,7 +277,8 @@ class Pipeline(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise FeedbackError(
-            "a rank holds a part of the model: call pipe.backward or pipe.evaluate."
+            "a rank holds a part of the model: call pipe.backward or pipe.evaluate. For replicas, give `pipeline` a mesh with "
+            'a "data" dimension; it averages their gradients itself, without DistributedDataParallel.'
         )
 
     def named_parameters(
@@ -366,7 +322,7 @@ class Pipeline(nn.Module):
 
     def gather_state(self) -> dict[str, Tensor] | None:
         """The whole learner's `state_dict` on rank 0, and None on the others. Call it on every rank."""
-        own = {key: value.detach().cpu() for key, value in self.state_dict().items()}
+        own = {key: _whole(value).detach().cpu() for key, value in self.state_dict().items()}
         if self._groups.up is None:
             return own
         parts: list[Any] | None = [None] * self.ranks if self.rank == 0 else None
@@ -391,3 +347,8 @@ class Pipeline(nn.Module):
     def bytes_in_backward(self) -> int:
         """Bytes that this rank has received for its backward passes since the beginning."""
         return sum(self.mail.received[kind] for kind in BACKWARD)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 shards, from all its parts."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
