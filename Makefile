@@ -34,7 +34,7 @@ end-to-end: .venv/dev
 	$(BIN)/feedbackward compare --config smoke --out runs/smoke --overwrite
 
 bench-step: .venv/dev
-	$(BIN)/feedbackward cost vgg16 --measure --rules '[dfa,{rule: dkp, options: {center: false, normalise: false, operator: {name: dense}}},dkp]' --schedules joint,replay \
+	$(BIN)/feedbackward cost vgg16 --measure --rules '[dfa,{rule: dkp, options: {center: false, whiten: false, orthogonal: false, operator: {name: dense}}},dkp]' --schedules joint,replay \
 		--batch 64 --rounds 9 --threads 2 --json bench/results/step_time.json --plot runs/step_time.png
 
 bench-classes: .venv/dev

@@ -58,7 +58,7 @@ FORMS: dict[str, fb.Rule] = {
     "dfa": fb.DFA(),
     "published": fb.DKP.published(),
     "default": fb.DKP(),
-    "not orthogonal": fb.DKP(orthogonal=False),
+    "not orthogonal": fb.DKP(whiten=False, orthogonal=False),
     "orthogonal, strength 0.5": fb.DKP(strength=0.5),
     "orthogonal, strength 0.1": fb.DKP(strength=0.1),
     "orthogonal, random start": fb.DKP(operator=fb.Dense()),

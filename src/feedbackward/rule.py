@@ -31,6 +31,7 @@ class Rule(ABC):
     transport: whether forward weights are used in the backward pass; in a word where it is less ("signs").
     unlocked: what need not wait for the layers above: "backward" (no signal waits for another one), "update" (nor for
         the output's error), "forward" (nor for the layers above at all); "" where signals wait for each other.
+    one_rate: whether learned feedback wants the rate of the forward weights, whose gradients it gets.
     feeds: `LayerInput` where the rule feeds the inputs of single layers instead of activities.
     needs: what the signals of a pass are made from: the "error", a "target" (`learner.target`) or "nothing".
     linear: whether signals and feedback gradients scale with the loss, so that a GradScaler may scale it.
@@ -60,6 +61,7 @@ class Rule(ABC):
     label: ClassVar[str]
     paper: ClassVar[str]
     learned: ClassVar[bool] = False
+    one_rate: ClassVar[bool] = False
     transport: ClassVar[bool | str] = False
     unlocked: ClassVar[Literal["", "backward", "update", "forward"]] = ""
     feeds: ClassVar[type[Site]] = Site

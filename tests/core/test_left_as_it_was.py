@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import feedbackward as fb
+from feedbackward.model.state import training_mode
 from feedbackward.rules import WeightMirror
 
 
@@ -286,3 +287,18 @@ def test_replay_one_by_one_refuses_what_it_would_change_twice() -> None:
     learner = fb.attach(model, fb.DFA(), example=(batch(),))
     with pytest.raises(fb.AttachError, match="changes 'count' of the model"):
         learner.backward((batch(),), loss, schedule="replay", keep_inputs=True)
+
+
+def test_the_mode_of_every_module_comes_back() -> None:
+    """Whoever evaluates a model, or keeps some of its modules in another mode, finds them so."""
+    model = Model(("batch",))
+    model.eval()
+    model.act.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    with training_mode(model):
+        assert all(module.training for module in model.modules())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    learner = fb.attach(model, fb.DFA(), example=({"x": torch.randn(4, 4)},))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    fb.count_cost(learner, ({"x": torch.randn(4, 4)},))
+    assert {name: module.training for name, module in model.named_modules()} == modes

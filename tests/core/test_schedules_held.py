@@ -46,3 +46,15 @@ def test_stand_ins_of_relays_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
     batch = (torch.randn(5, 7, dtype=F64), torch.randint(3, (5,)))
     outcome(deep(), Relayed.published(relay=2), batch, "replay", hold=False)
     assert sizes == [((5, 6), 8)]
+
+
+def test_a_preparation_is_of_what_trains() -> None:
+    """It is made again for other trainable parameters, and known again when they come back."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(6, 8)
+    attached = fb.attach(model, fb.DFA(), example=x).attached
+    first = prepared(attached, x)
+    model[0].requires_grad_(False)
+    assert prepared(attached, x) is not first
+    model[0].requires_grad_(True)
+    assert prepared(attached, x) is first

@@ -133,6 +133,9 @@ def test_short_flags_switches_and_lists():
     for numbered in ("3,8", "3, 8", "[3,8]", '["3", 8]'):  # modules of a Sequential
         assert flags("--sites", numbered).sites == ["3", "8"]
     assert flags("--seeds", "0,1", "--rules", "bp,dkp", kind=CompareConfig).seeds == [0, 1]
+    for rates in ("0.1,0.2", "[0.1, 0.2]"):  # also inside another option
+        given = flags("--rules", "bp", "--search.lr", rates, kind=CompareConfig)
+        assert given.search.lr == [0.1, 0.2]
     assert flags("--rules", "dkp", kind=CompareConfig).rules == ["dkp"]
     assert flags("--search", "--search.lr", "0.1,0.2", kind=CompareConfig).search == Search(
         run=True, lr=[0.1, 0.2]

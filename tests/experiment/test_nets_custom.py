@@ -93,7 +93,8 @@ def test_unknown_name_suggests_the_nearest(name, near):
 
 def test_name_like_no_other_lists_all():
     with pytest.raises(
-        ConfigError, match=r"unknown net 'zzz'\. Known nets: .*mlp; or package\.module:callable"
+        ConfigError,
+        match=r"unknown net 'zzz'\. Known nets: .*mlp64_tanh; or package\.module:callable",
     ):
         build("zzz", (3, 32, 32), 10)
 

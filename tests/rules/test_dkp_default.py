@@ -80,5 +80,7 @@ def test_it_scales_with_the_loss_whatever_the_operator(operator: fb.Operator) ->
 
 
 def test_the_published_form_is_an_option() -> None:
-    assert fb.DKP.published() == fb.DKP(center=False, orthogonal=False, operator=fb.Dense())
+    assert fb.DKP.published() == fb.DKP(
+        center=False, whiten=False, orthogonal=False, operator=fb.Dense()
+    )
     assert fb.DKP.published(center=True).center

@@ -106,18 +106,17 @@ def cut_gradients(
         h = kept[edge.site.name]
         (B,) = (w.detach() for w in learner.weights_of(edge))
         lead = edge.leading
-        error, flat = (
-            d.reshape(d.shape[:lead].numel(), -1),
-            h.detach().flatten(0, lead - 1).flatten(1),
-        )
+        error = d.reshape(d.shape[:lead].numel(), -1)
         if isinstance(learner.rule, fb.DRTP):
             error = F.one_hot(y, d.shape[-1]).to(d).reshape(error.shape) / len(error)
         if h.requires_grad:
             outputs.append(h)
             errors.append((error @ _sent(learner.rule, B.flatten(1))).reshape(h.shape))
         if isinstance(learner.rule, fb.DKP):
-            grad = _dkp(learner.rule, error, flat).reshape(B.shape) if h.requires_grad else None
-            feedback[edge.key] = grad
+            feedback[edge.key] = None
+            if h.requires_grad:
+                seen = h.detach().flatten(0, lead - 1)
+                feedback[edge.key] = _dkp(learner.rule, edge.site, error, seen).reshape(B.shape)
     for local in learner.graph.local:
         h = kept[local.site.name]
         if not h.requires_grad:
@@ -133,9 +132,20 @@ def cut_gradients(
     return output.detach(), dict(zip(own, grads, strict=False)), feedback
 
 
-def _dkp(rule: fb.DKP, error: Tensor, h: Tensor) -> Tensor:
-    """e^T (h - mean)."""
-    return error.t() @ (h - h.mean(0) if rule.center else h)
+def _dkp(rule: fb.DKP, site: fb.Site, error: Tensor, h: Tensor) -> Tensor:
+    """e^T (h - mean) C^-1, with the covariance C of a map's channels or of the features of tokens."""
+    if rule.center:
+        error = error - error.mean(0)
+    if rule.whiten and (site.tokens or h.dim() > 2):
+        axis = h.dim() - 1 if site.tokens else 1
+        features = h.movedim(axis, 0).flatten(1)
+        features = features[:, :: max(1, features.shape[1] // (16 * len(features)))]
+        if rule.center:
+            features = features - features.mean(1, keepdim=True)
+        C = features @ features.t() / features.shape[1]
+        C = C + rule.ridge * C.trace() / len(C) * torch.eye(len(C)).to(C)
+        h = torch.tensordot(torch.linalg.inv(C), h, ([1], [axis])).movedim(0, axis)
+    return error.t() @ h.flatten(1)
 
 
 def _sent(rule: fb.Rule, B: Tensor) -> Tensor:

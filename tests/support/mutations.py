@@ -35,7 +35,7 @@ DIRECT, JACOBIAN, LIFTS = (
     "rules/test_rules_ifa.py",
 )
 FORMS, SEEDED, COST = "operators/test_operators.py", "operators/test_seeded.py", "core/test_cost.py"
-FIXED, MIXED = "rules/test_rules_fixed.py", "core/test_mixed.py"
+FIXED, MIXED, WHITE = "rules/test_rules_fixed.py", "core/test_mixed.py", "rules/test_whitening.py"
 SIGNS, ALIGNED, PRODUCTS = (
     "rules/test_rules_signs.py",
     "rules/test_rules_alignment.py",
@@ -142,6 +142,14 @@ MUTATIONS = (
     ("schedules/segmentwise.py", "    if missing:", "    if False:", "core/test_schedules.py"),
     ("engine/plan.py", "if not inner[i].isdisjoint(inner[j])", "if False", "core/test_schedules.py"),
     ("engine/target.py", ".to(source.dtype) * self.scale\n\n    def", ".to(source.dtype)\n\n    def", "rules/test_rules_local.py"),
+    ("rules/direct/whitening.py", "axis = -1 if site.tokens else 1", "axis = 1", WHITE),
+    ("rules/direct/whitening.py", "some = some - some.mean(0)", "pass", WHITE),
+    ("rules/direct/whitening.py", "// (PLACES * channels)", "// (2 * PLACES * channels)", WHITE),
+    ("rules/direct/whitening.py", "ridge * torch.where(size > 0, size, 1.0)", "ridge", WHITE),
+    ("rules/direct/whitening.py", "if h.dim() == 2 and not site.tokens", "if h.dim() == 2", WHITE),
+    ("rules/direct/dkp.py", "if self.whiten:", "if self.whiten and self.center:", WHITE),
+    ("rules/targets/dtp.py", "self.ladder(sites[:-1], as_source(sites[-1]), self.beta)", "self.ladder(sites, source, self.beta)", "rules/test_rules_targets.py"),
+    ("operators/layer.py", "B * self._size(layer)", "B * layer.std()", "core/test_mirrored.py"),
     ("rules/direct/drtp.py", "return target / len(target)", "return target", "rules/test_rules_local.py"),
     ("engine/autograd.py", "torch.ones(shape, dtype=dtype", "torch.zeros(shape, dtype=dtype", "rules/test_rules_local.py"),
     # feedback graphs and what is a site
@@ -160,7 +168,7 @@ MUTATIONS = (
     ("operators/orthogonal.py", "math.prod(source) <= LARGEST", "True", "operators/test_orthogonal.py"),
     ("operators/orthogonal.py", "math.sqrt(len(B)) / norm", "1 / norm", "operators/test_orthogonal.py"),
     ("model/state.py", 'vars(module)["forward"] = own', "pass", "core/test_state.py"),
-    ("schedules/preparation.py", "tuple(name for name, p in attached.model.named_parameters() if p.requires_grad),", "(),", "core/test_state.py"),
+    ("schedules/preparation.py", "tuple(name for name, p in attached.model.named_parameters() if p.requires_grad),", "(),", "core/test_schedules_held.py"),
     ("learner.py", "target, self._target = self._target, None", "target = self._target", "core/test_state.py"),
     ("rules/direct/sign_dfa.py", "d.sign() / len(d)", "d.sign()", ORACLES),
     ("rules/direct/sign_dfa.py", "    linear = False\n", "", DIRECT),
@@ -207,7 +215,7 @@ MUTATIONS = (
     ("rules/mixed/cdfa.py", "sites[vectors[0] :]", "sites[vectors[-1] :]", FIXED),
     ("rules/mixed/han2020.py", "dilation=skipped", "dilation=1", "rules/test_rules_han2020.py"),
     ("rules/mixed/han2020.py", "stage[max(end - most, 0) : end]", "stage[end - 1 : end]", "rules/test_rules_han2020.py"),
-    ("topologies.py", "inner = group if output is source else group[:-1]", "inner = group", FIXED),
+    ("topologies.py", "inner = group if output is source else group[:-1]", "inner = group", "rules/test_rules_han2020.py"),
     ("operators/layer_kernel.py", "padding = 2 * f.padding[i] +", "padding = f.padding[i] +", FIXED),
     ("operators/layer_kernel.py", "groups=1)", "groups=self.form.groups)", FIXED),
     ("operators/layer_kernel.py", "reversed(ends) if self.form.transposed else ends", "ends", FIXED),
@@ -287,7 +295,7 @@ MUTATIONS = (
     ("model/attributes.py", "tensor.data.copy_(values)", "pass", LAWS),
     ("model/attributes.py", "tensor.data.copy_(values)", "tensor.copy_(values)", STEPS),
     ("model/state.py", "random.setstate(self.cpu[0])", "pass", MEASURES),
-    ("model/state.py", "m.training = mode", "pass", STEPS),
+    ("model/state.py", "m.training = mode", "pass", LEFT),
     ("model/state.py", "p.data.copy_(values)", "pass", LEFT),
     ("model/attributes.py", "del space[key]", "pass", LEFT),
     ("model/attributes.py", "                _refill(container, items)", "                pass", LEFT),

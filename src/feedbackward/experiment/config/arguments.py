@@ -225,8 +225,10 @@ def _bracketed(option: Option | None, value: str, kind: type) -> str:
         return value
     if value.startswith("["):
         try:
-            items = parse_yaml(value)
-            check_keys(kind, {option.field: items}, option.flag)
+            items = nested = parse_yaml(value)
+            for name in reversed(option.field.split(".")):
+                nested = {name: nested}
+            check_keys(kind, nested, option.flag)
         except ConfigError as error:
             raise ConfigError(f"{option.flag} {value}: {error}") from error
         return json.dumps(_names(items)) if option.field == "sites" else value

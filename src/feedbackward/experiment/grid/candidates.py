@@ -26,7 +26,7 @@ class Candidate:
     """A rule of a comparison under its label.
 
     Attributes:
-        learned: whether it learns feedback, which then has a rate of its own.
+        learned: whether it learns feedback that has a rate of its own.
         trials: the trials by which its rates were picked.
         refused: why it cannot be run here.
     """
@@ -49,7 +49,7 @@ def find_candidates(config: CompareConfig) -> list[Candidate]:
         shown = {**entry.options, **entry.conditions()}
         options = ", ".join(f"{key}={value}" for key, value in shown.items())
         label = entry.label or rule.label + (f" ({options})" if options else "")
-        made.append(Candidate(entry, label, rule.learned))
+        made.append(Candidate(entry, label, rule.learned and not rule.one_rate))
     names = [slug(candidate.label) for candidate in made]
     for name, candidate in zip(names, made, strict=True):
         if names.count(name) > 1:
@@ -88,7 +88,7 @@ def trial_configs(config: CompareConfig, candidate: Candidate) -> list[tuple[str
 def trial_rates(search: Search, learned: bool) -> list[tuple[float, float | None]]:
     """The (lr, feedback_lr) to try for a rule.
 
-    A rule that learns its feedback tries every pair. A rule that does not has only the rate of W to
+    A rule whose feedback has a rate of its own tries every pair. Another has only the rate of W to
     choose. It spends the same number of trials on a finer geometric grid between the same ends. If
     only the baseline is searched, no other rule needs as many trials, and it tries the given rates.
     """

@@ -107,6 +107,14 @@ NETS: dict[str, Net] = {
         "109 conv + 1 fc: CIFAR form, parameter-free shortcuts (He et al. 2016)",
     ),
     "mlp": Net(MLP, "4 fc, three hidden layers of 1000 ReLU units (after Nøkland 2016)"),
+    "mlp64": Net(
+        partial(MLP, hidden=(64,) * 3),
+        "4 fc, three hidden layers of 64 ReLU units: too few to learn well without training them",
+    ),
+    "mlp64_tanh": Net(
+        partial(MLP, hidden=(64,) * 3, activation=nn.Tanh),
+        "mlp64 with tanh, which some rules need",
+    ),
     "transformer_small": _transformer(4, 64),
     "transformer4": _transformer(4),
     "transformer6": _transformer(6),

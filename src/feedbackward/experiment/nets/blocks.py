@@ -32,10 +32,13 @@ def conv_block(
 
 
 def linear_block(
-    widths: tuple[int, int], after: Mapping[str, nn.Module] | None = None
+    widths: tuple[int, int],
+    after: Mapping[str, nn.Module] | None = None,
+    activation: type[nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """`fc` and `relu`, then the modules of `after`: [N, widths[0]] -> [N, widths[1]]."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict(fc=nn.Linear(*widths), relu=nn.ReLU())
+    """`fc` and the activation, then the modules of `after`: [N, widths[0]] -> [N, widths[1]]."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(fc=nn.Linear(*widths))
+    layers[activation.__name__.lower()] = activation()
     layers.update(after or {})
     return nn.Sequential(layers)
 
@@ -63,7 +66,7 @@ def set_dropout(model: nn.Module, p: float) -> None:
     hidden = [
         m
         for m in model.modules()
-        if isinstance(m, nn.Sequential) and {"fc", "relu"} <= {*m._modules}
+        if isinstance(m, nn.Sequential) and "fc" in m._modules and len(m._modules) > 1
     ]
     for block in hidden if not found else ():
         block.add_module("drop", nn.Dropout(p).train(block.training))

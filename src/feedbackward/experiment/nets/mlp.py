@@ -9,9 +9,10 @@ from feedbackward.experiment.nets.blocks import Shape, linear_block
 
 
 class MLP(nn.Sequential):
-    """Flattened pixels, hidden linear layers with ReLU, a linear output: [N, *in_shape] -> [N, classes].
+    """Flattened pixels, hidden linear layers, a linear output: [N, *in_shape] -> [N, classes].
 
-    `hidden` are the hidden widths; three of 1000 units as Nøkland 2016 used on CIFAR-10 (with tanh there).
+    `hidden` are the hidden widths, each with the `activation`; three of 1000 units as Nøkland 2016 used on CIFAR-10 (with
+    tanh there).
     There is no batch norm, whatever `norm` says. PyTorch's default initialisation.
     """
 
@@ -22,11 +23,12 @@ class MLP(nn.Sequential):
         norm: bool = True,
         *,
         hidden: tuple[int, ...] = (1000, 1000, 1000),
+        activation: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
         width = math.prod(in_shape)
         for position, out in enumerate(hidden, start=1):
-            block = linear_block((width, out))
+            block = linear_block((width, out), activation=activation)
             if position == 1:  # inside the first block, so that no block lacks parameters
                 block = nn.Sequential(
                     OrderedDict(flatten=nn.Flatten(), **dict(block.named_children()))

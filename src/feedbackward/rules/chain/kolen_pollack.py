@@ -52,6 +52,7 @@ class KolenPollack(Rule):
     paper = "Kolen & Pollack 1994; Akrout et al. 2019"
     feeds = LayerInput
     learned = True
+    one_rate = True
 
     @classmethod
     def published(cls, **changes: Any) -> KolenPollack:

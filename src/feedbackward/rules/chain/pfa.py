@@ -60,6 +60,7 @@ class PFA(Rule):
     paper = "Li & Benna 2024"
     feeds = LayerInput
     learned = True
+    one_rate = True
 
     def __post_init__(self) -> None:
         if self.expand < 1 or self.kind not in PRODUCT_KINDS:

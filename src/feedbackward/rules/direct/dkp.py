@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Orthogonal, Weights
 from feedbackward.rule import Rule
+from feedbackward.rules.direct.whitening import whitened
 from feedbackward.topologies import star
 
 
@@ -20,10 +22,11 @@ class DKP(Rule):
 
     .. math::
         \delta h_l = \mathrm{strength} \cdot e\, (B_l B_l^\top)^{-1/2} B_l, \qquad
-        \nabla B_l = e^\top (h_l - \bar h_l) \quad [C, n_l], \qquad
+        \nabla B_l = e^\top (h_l - \bar h_l)\, C_l^{-1} \quad [C, n_l], \qquad
         B_l \leftarrow B_l - \eta\,(\nabla B_l + \lambda B_l)
 
-    with the batch mean :math:`\bar h_l`. `e = dLoss/da_L: [N, C]` carries the 1/N of a mean loss, so the gradient is
+    with the batch mean :math:`\bar h_l`, and the covariance :math:`C_l` of the channels of a map over samples and places
+    (:math:`C_l = I` for a site without places). `e = dLoss/da_L: [N, C]` carries the 1/N of a mean loss, so the gradient is
     a batch mean; the signal uses `B` before its update. What a site is sent depends on the directions in `B` alone
     (:class:`Orthogonal`), so that one rate and one optimizer suit the forward weights and `B`.
 
@@ -35,6 +38,9 @@ class DKP(Rule):
 
     center: subtract the batch mean of each feature. Activities after a ReLU are positive, so their mean dominates
         :math:`e^\top h_l`. Needs a batch of at least 2.
+    whiten: multiply by :math:`C_l^{-1}`, :func:`whitened`. The channels of a map are much alike, and :math:`e^\top h_l` follows
+        what they have in common; the readout that predicts best is the one without it.
+    ridge: added to :math:`C_l`, as a part of the mean variance of a channel.
     orthogonal: send by the orthogonal matrix next to `B`, not by `B`. The readout of one class is much like that of the next,
         for both follow what varies most in the activities; orthogonal signals tell classes apart.
     strength: of orthogonal signals.
@@ -62,6 +68,8 @@ class DKP(Rule):
     """
 
     center: bool = True
+    whiten: bool = True
+    ridge: float = 0.1
     orthogonal: bool = True
     strength: float = 0.2
     operator: Operator = Dense(init="zeros")
@@ -72,10 +80,18 @@ class DKP(Rule):
     unlocked = "backward"
     learned = True
 
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise AttachError(
+                f"{self.label}'s ridge is {self.ridge}: it must be above 0, for channels may be copies of each other."
+            )
+
     @classmethod
     def published(cls, **changes: Any) -> DKP:
         """The authors' form: activities as they are, a plain gradient, `B` from `kaiming_uniform`."""
-        return replace(cls(center=False, orthogonal=False, operator=Dense()), **changes)
+        return replace(
+            cls(center=False, whiten=False, orthogonal=False, operator=Dense()), **changes
+        )
 
     @property
     def least_batch(self) -> int:
@@ -86,4 +102,6 @@ class DKP(Rule):
         return star(sites, source, form)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
+        if self.whiten:
+            h = whitened(edge.site, h, self.center, self.ridge)
         return edge.operator.correlate(weights, d, h, self.center)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source
-from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Rule
+from feedbackward.graph import Site
 from feedbackward.rules.direct.dkp import DKP
 from feedbackward.rules.targets.decoding import learning, rows
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DKPPC(Rule):
+class DKPPC(DKP):
     r"""Direct Kolen-Pollack predictive coding: DKP updates the weights, and predictive coding updates them a second time.
 
     .. math::
@@ -42,7 +39,7 @@ class DKPPC(Rule):
     rate: :math:`\eta_1`, the rate of the first update.
     gamma, steps: the size and the number of the inference steps.
     ratio: :math:`\rho`, the rate of the second update relative to the first.
-    center, orthogonal, strength, operator: of the first update, as in :class:`DKP`.
+    center and the other options: of the first update, as in :class:`DKP`, which has :meth:`published` too.
 
     Casnici, Lefebvre, Dauwels & Frenkel, "Direct Kolen-Pollack predictive coding", 2026 (arXiv:2602.15571), known to us through
     another implementation, whose beliefs are pre-activations and whose first update has no f': name the layers as `sites` for
@@ -67,10 +64,6 @@ class DKPPC(Rule):
     gamma: float = 0.1
     steps: int = 1
     ratio: float = 0.01
-    center: bool = True
-    orthogonal: bool = True
-    strength: float = 0.2
-    operator: Operator = Dense(init="zeros")
 
     name = "dkp_pc"
     label = "DKP-PC"
@@ -78,34 +71,21 @@ class DKPPC(Rule):
     in_phase = True
     revises = True
     linear = False
-    unlocked = "backward"
     transport = True
-    learned = True
-
-    @classmethod
-    def published(cls, **changes: Any) -> DKPPC:
-        """The first update in the form of the authors, like :meth:`DKP.published`."""
-        return replace(cls(center=False, orthogonal=False, operator=Dense()), **changes)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.rate > 0 and self.gamma > 0 and self.ratio > 0 and self.steps >= 1):
             raise AttachError(
                 f"{self.label} needs rate, gamma, ratio above 0 and one step, got {self}."
             )
-
-    def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        return DKP(self.center, self.orthogonal, self.strength, self.operator).graph(sites, source)
-
-    @property
-    def least_batch(self) -> int:
-        return 2 if self.center else 1
 
     def feedback_step(self, phase: Phase) -> None:
         with learning(phase):
             beliefs, error = _first(phase)
             for edge in phase.edges:
                 sides = rows(edge, error), rows(edge, beliefs[edge.site].detach())
-                phase.give(edge, edge.operator.correlate(phase.weights(edge), *sides, self.center))
+                phase.give(edge, self.feedback_grad(edge, phase.weights(edge), *sides))
             moved = phase.moved(self.rate)
             n = error.shape[: 1 + phase.edges[0].source.tokens].numel()
             for _ in range(self.steps):

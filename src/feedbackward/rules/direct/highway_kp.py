@@ -70,6 +70,7 @@ class HighwayKP(Rule):
     paper = "ours"
     feeds = LayerInput
     learned = True
+    one_rate = True
 
     def __post_init__(self) -> None:
         if self.branches < 0:

@@ -85,6 +85,7 @@ class RelayedKP(Rule):
     feeds = LayerInput
     in_phase = True
     learned = True
+    one_rate = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "size", "samples"):

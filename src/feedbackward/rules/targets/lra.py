@@ -62,6 +62,7 @@ class LRA(Rule):
     receives = True
     linear = False
     learned = True
+    one_rate = True
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

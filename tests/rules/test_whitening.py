@@ -1,0 +1,155 @@
+"""The learning of DKP's feedback from activities whose channels are uncorrelated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from examples import examples
+from hypothesis import given
+from hypothesis import strategies as st
+from pairs import F64, loss_fn
+from torch import Tensor, nn
+
+import feedbackward as fb
+from feedbackward.rules.direct.whitening import PLACES, whitened
+
+MAPS = {
+    "1d": (nn.Conv1d, (3, 7)),
+    "2d": (nn.Conv2d, (3, 5, 4)),
+    "3d": (nn.Conv3d, (3, 3, 4, 2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def all_places(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All places count, unless the test is about those that do."""
+    places = PLACES if "spaced" in request.node.name else 10**6
+    with mock.patch("feedbackward.rules.direct.whitening.PLACES", places):
+        yield
+
+
+def site(shape: tuple[int, ...], tokens: int = 0) -> fb.Site:
+    return fb.Site("a", (), shape, tokens)
+
+
+def by_hand(h: np.ndarray, axis: int, ridge: float, center: bool = True) -> np.ndarray:
+    """Sample by sample and place by place; few enough for all of them to count."""
+    h = np.moveaxis(h, axis, -1)
+    rows = h.reshape(-1, h.shape[-1])
+    mean = rows.mean(0) if center else 0 * rows[0]
+    C = sum(np.outer(row - mean, row - mean) for row in rows) / len(rows)
+    inverse = np.linalg.inv(C + ridge * np.trace(C) / len(C) * np.eye(len(C)))
+    return np.moveaxis(np.array([inverse @ row for row in rows]).reshape(h.shape), -1, axis)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("ridge", [0.1, 2.0])
+def test_gradients_of_maps(kind: str, center: bool, ridge: float) -> None:
+    conv, shape = MAPS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    x, y = torch.randn(6, *shape), torch.randint(3, (6,))
+    model(x)
+    model, x = model.to(F64), x.to(F64)
+    rule = fb.DKP(operator=fb.Dense(), center=center, ridge=ridge)
+    learner = fb.attach(model, rule, example=x, sites=["1"])
+    loss_fn(y)(learner(x)).backward()
+    with torch.no_grad():
+        p, h = torch.softmax(model(x), 1).numpy(), model[:2](x).numpy()
+    e = (p - np.eye(3)[y.numpy()]) / len(x)
+    if center:
+        e = e - e.mean(0)
+    expected = np.einsum("mk,m...->k...", e, by_hand(h, 1, ridge, center))
+    (B,) = learner.feedback.parameters()
+    np.testing.assert_allclose(B.grad.numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 3)])
+def test_features_of_tokens_are_the_last_dimension(shape: tuple[int, ...]) -> None:
+    """Whatever the sizes, and whether or not the source has the tokens too."""
+    h = torch.randn(6, *shape, dtype=F64)
+    made = whitened(site(shape, len(shape) - 1), h, True, 0.1)
+    np.testing.assert_allclose(made.numpy(), by_hand(h.numpy(), -1, 0.1), atol=1e-10)
+    rows = h.flatten(0, -2)
+    made = whitened(site(shape, len(shape) - 1), rows, True, 0.1)
+    np.testing.assert_allclose(made.numpy(), by_hand(rows.numpy(), -1, 0.1), atol=1e-10)
+
+
+def test_vectors_stay() -> None:
+    h = torch.randn(6, 3)
+    assert whitened(site((3,)), h, True, 0.1) is h
+
+
+@examples(40, 2000)
+@given(
+    st.integers(2, 6), st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    st.integers(0, 2**16),
+)  # fmt: skip
+def test_an_invertible_mixture_of_channels_is_undone(
+    samples: int, channels: int, places: list[int], seed: int
+) -> None:
+    """Without a ridge, d^T h C^-1 of A h is d^T h C^-1 times A^-1, so that the readout of the activity stays."""
+    generator = torch.Generator().manual_seed(seed)
+    M = samples + channels  # enough for an invertible covariance
+    h = torch.randn(M, channels, *places, generator=generator, dtype=F64)
+    A = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=F64))[0]
+    A = A @ torch.diag(0.5 + torch.rand(channels, generator=generator, dtype=F64))
+    mixed = torch.einsum("ab,mb...->ma...", A, h)
+    shape = tuple(h.shape[1:])
+    plain, found = (whitened(site(shape), t, True, 1e-12) for t in (h, mixed))
+    torch.testing.assert_close(torch.einsum("ab,ma...->mb...", A, found), plain)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_spaced_places_become_uncorrelated(scale: float) -> None:
+    """Every second of the 150 places here, for 16 per channel are 64."""
+    h = (scale * torch.randn(50, 4, 3)).to(F64)
+    made, seen = (
+        t.movedim(1, -1).flatten(0, -2)[::2] for t in (whitened(site((4, 3)), h, True, 1e-12), h)
+    )
+    product = made.t() @ (seen - seen.mean(0)) / len(seen)
+    torch.testing.assert_close(product, torch.eye(4, dtype=F64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("h", [torch.zeros(4, 3, 2, 2), torch.ones(4, 3, 2, 2)])
+def test_what_does_not_vary_stays(h: Tensor) -> None:
+    """Centred, the gradient is zero then."""
+    torch.testing.assert_close(whitened(site((3, 2, 2)), h, True, 0.5), 2 * h)
+
+
+def test_channels_that_are_copies_are_kept_apart_by_the_ridge() -> None:
+    h = torch.randn(20, 1, 3, 3).repeat(1, 4, 1, 1)
+    assert whitened(site((4, 3, 3)), h, True, 0.1).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+    h = torch.randn(20, 4, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = whitened(site((4, 3, 3)), h.to(dtype), True, 0.1)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, whitened(site((4, 3, 3)), h, True, 0.1), atol=0.05, rtol=0.05)
+
+
+def test_the_layout_does_not_matter() -> None:
+    h = torch.randn(20, 4, 3, 3, dtype=F64)
+    last = h.contiguous(memory_format=torch.channels_last)
+    made = [whitened(site((4, 3, 3)), t, True, 0.1) for t in (h, last)]
+    torch.testing.assert_close(*made)
+
+
+def test_values_that_are_not_finite_stay_so() -> None:
+    """So that training stops for the loss, with its own words."""
+    h = torch.full((4, 3, 2, 2), float("nan"))
+    assert whitened(site((3, 2, 2)), h, True, 0.1).isnan().all()
+
+
+@pytest.mark.parametrize("ridge", [0.0, -0.1, float("nan")])
+def test_a_ridge_that_is_not_above_zero_is_refused(ridge: float) -> None:
+    with pytest.raises(fb.AttachError, match="ridge"):
+        fb.DKP(ridge=ridge)
