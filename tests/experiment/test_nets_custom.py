@@ -94,14 +94,14 @@ def test_unknown_name_suggests_the_nearest(name, near):
 def test_name_like_no_other_lists_all():
     with pytest.raises(
         ConfigError,
-        match=r"unknown net 'zzz'\. Known nets: .*mlp64_tanh; or package\.module:callable",
+        match=r"unknown net 'zzz'\. Known nets: .*mlp.*; or package\.module:callable",
     ):
         build("zzz", (3, 32, 32), 10)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "any.module:net"])
 def test_no_published_sites(name):
-    with pytest.raises(ConfigError, match=r"no published sites \(only small_cnn, alexnet have\)"):
+    with pytest.raises(ConfigError, match=r"no published sites \(only small_cnn, alexnet,.* have\)"):
         published_sites(name)
 
 
