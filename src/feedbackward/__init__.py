@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from feedbackward.schedules.delayed import Delayed
     from feedbackward.topologies import chain, star
+    from feedbackward.unrolled import unroll
 
 __version__ = "0.2.0"
 
@@ -65,6 +66,7 @@ _PUBLIC_IN = {
     """,
     "feedbackward.schedules.delayed": "Delayed",
     "feedbackward.topologies": "chain star",
+    "feedbackward.unrolled": "unroll",
 }
 _PUBLIC = {name: home for home, names in _PUBLIC_IN.items() for name in names.split()}
 _MODULES = ("errors", "operators", "parallel", "rules", "topologies")
@@ -165,4 +167,5 @@ __all__ = [
     "star",
     "step_in_backward",
     "topologies",
+    "unroll",
 ]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # the place of a call's first argument
 FIRST = "[0][0]"
+# the call of a point that stands for all calls of its module in a pass
+EVERY = -1
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class HookPoint:
     """A place in the forward pass: the input or the output of one call of one module.
 
     `leaf` counts the leaves of a structured output (tuple, dict, ModelOutput); None for a plain tensor. `place` is where an
-    input is among the call's arguments and keywords.
+    input is among the call's arguments and keywords. `call` is `EVERY` for the outputs of all calls together.
     """
 
     module: str
@@ -46,13 +48,18 @@ class Activity:
     """A tensor of the forward pass: its name, its hook points, and its shape without the batch.
 
     tokens: how many of the leading dimensions of `shape` are token dimensions. It is 0 unless the layer that made the
-        tensor works on the last dimension only.
+        tensor works on the last dimension only. Of an activity of every call (:attr:`every`) the calls are the first.
     """
 
     name: str
     points: tuple[HookPoint, ...]
     shape: tuple[int, ...]
     tokens: int = 0
+
+    @property
+    def every(self) -> bool:
+        """Whether it is what a module returns in all of its calls, stacked behind the batch: a cell's state in time."""
+        return any(point.call == EVERY for point in self.points)
 
 
 class Site(Activity):
@@ -178,12 +185,27 @@ class Edge:
 
     @property
     def leading(self) -> int:
-        """Leading dimensions kept by the edge: the batch, and the tokens where both ends are token-wise."""
+        """Leading dimensions of the source kept by the edge: the batch, and the tokens where both ends are token-wise."""
         source, site = self.source, self.site
-        kept = source.tokens
-        if kept and kept == site.tokens and source.shape[:kept] == site.shape[:kept]:
+        kept, calls = source.tokens, self.repeats
+        if (
+            kept
+            and kept == site.tokens - calls
+            and source.shape[:kept] == site.shape[calls:][:kept]
+        ):
             return 1 + kept
         return 1
+
+    @property
+    def repeats(self) -> int:
+        """1 where every call of the site's module gets the same error, because the source has no step for each; else 0.
+
+        The site has then one leading dimension more than the source: the calls, behind the batch.
+        """
+        source, site = self.source, self.site
+        kept = site.tokens
+        stepped = kept == source.tokens and site.shape[:kept] == source.shape[:kept]
+        return int(site.every and not stepped)
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -198,7 +220,7 @@ class Edge:
     @property
     def site_shape(self) -> tuple[int, ...]:
         """The site's feature dimensions."""
-        return self.site.shape[self.leading - 1 :]
+        return self.site.shape[self.leading - 1 + self.repeats :]
 
 
 _ESCAPED = str.maketrans({".": "/", "/": "%2F", ":": "%3A", "%": "%25"})

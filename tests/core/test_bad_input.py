@@ -45,7 +45,13 @@ def unused() -> nn.Module:
 
 
 def loop() -> nn.Module:
-    return Net(lambda m, x: m.out(m.a(m.a(x))), a=nn.Linear(6, 6), out=nn.Linear(6, 3))
+    return Net(
+        lambda m, x: m.out(m.a(m.b(m.a(m.c(x))))),
+        a=nn.ReLU(),
+        b=nn.Linear(5, 6),
+        c=nn.Linear(6, 5),
+        out=nn.Linear(6, 3),
+    )
 
 
 # model, what is wrong in the call, the error, what its message must say
@@ -171,7 +177,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         fb.SiteError,
         "'spare' is not called",
     ),
-    "site that is called twice": (
+    "site whose calls have several shapes": (
         loop,
         {"sites": ["a"]},
         fb.SiteError,

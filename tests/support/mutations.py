@@ -18,6 +18,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = TESTS.parent / "src" / "feedbackward"
 
+TIME = "core/test_time.py"
 CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
@@ -153,8 +154,15 @@ MUTATIONS = (
     ("rules/direct/drtp.py", "return target / len(target)", "return target", "rules/test_rules_local.py"),
     ("engine/autograd.py", "torch.ones(shape, dtype=dtype", "torch.zeros(shape, dtype=dtype", "rules/test_rules_local.py"),
     # feedback graphs and what is a site
+    ("graph.py", "int(site.every and not stepped)", "0", TIME),
+    ("engine/cuts.py", "        return tensor.detach()\n", "        return tensor\n", TIME),
+    ("engine/cuts.py", "        return h.detach()\n\n    def on_beside", "        return h\n\n    def on_beside", TIME),
+    ("engine/autograd.py", "t = t.unsqueeze(1).expand", "t = t.unsqueeze(1).div(shape[1]).expand", TIME),
+    ("model/repeated.py", "if any(first[1:]) or (any(last) and not last[-1])", "if any(last) and not last[-1]", TIME),
+    ("unrolled.py", "tuple(part * there for part in new)", "new", TIME),
+    ("unrolled.py", "torch.where(there, a, b)", "a", TIME),
     ("graph.py", "return 1 + kept", "return 1", ORACLES),
-    ("graph.py", "if kept and kept == site.tokens and", "if kept and", ORACLES),
+    ("graph.py", "and kept == site.tokens - calls", "", ORACLES),
     ("model/sites.py", "tensor is first or id(tensor) in found", "id(tensor) in found or len(found) > 1", ORACLES),
     ("model/sites.py", "if when >= self.source_end or tensor is self.source_tensor or", "if", ORACLES),
     (TRACE, "if t is tensor and v == version:", "if t is tensor:", STEPS),

@@ -50,10 +50,13 @@ class Broadcast(torch.autograd.Function):
         signals: list[Tensor | None] = []
         grads: list[Tensor | None] = []
         for i, (edge, (shape, dtype)) in enumerate(zip(ctx.edges, ctx.kinds, strict=True)):
-            lead, parts = edge.leading, len(edge.operator.parts) + bool(edge.forward_weight)
+            lead, parts = (
+                edge.leading + edge.repeats,
+                len(edge.operator.parts) + bool(edge.forward_weight),
+            )
             weights, rest = tuple(rest[:parts]), rest[parts:]
             error, y, s = (
-                None if t is None else t.to(dtype).flatten(0, lead - 1)
+                None if t is None else _rows(t.to(dtype), edge, shape)
                 for t in (d, target, activity)
             )
             message = edge.rule.message(edge, error, y, s)
@@ -79,6 +82,13 @@ class Broadcast(torch.autograd.Function):
                 for j, (w, need) in enumerate(zip(weights, wanted, strict=True))
             ]
         return (d, None, None, *signals, *grads)
+
+
+def _rows(t: Tensor, edge: Edge, shape: torch.Size) -> Tensor:
+    """What the source has for each row of a site of this shape: `[M, *source]`."""
+    if edge.repeats:
+        t = t.unsqueeze(1).expand(-1, shape[1], *t.shape[1:])
+    return t.flatten(0, edge.leading + edge.repeats - 1)
 
 
 class Join(torch.autograd.Function):

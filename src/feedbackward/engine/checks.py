@@ -18,6 +18,7 @@ def check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
         raise AttachError(
             f"{rule.label} cuts nothing here, so it would be plain backprop; its graph() must return sites."
         )
+    _check_every(rule, graph)
     made = [
         source for source in graph.sources if any(point.kind == "input" for point in source.points)
     ]
@@ -49,3 +50,15 @@ def check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
                     f"{rule.label} {does} {named!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
                     "several. Untie the weights, or use FA or a rule with direct feedback."
                 )
+
+
+def _check_every(rule: Rule, graph: Graph) -> None:
+    """Refuse what is not made for a site whose module is called many times: all but an error that comes straight to it."""
+    many = [site for site in graph.sites if site.every]
+    ends = {edge.source for edge in graph.edges if edge.source.every}
+    phased = any(edge.rule.in_phase for edge in graph.edges if edge.site.every)
+    if many and (ends or phased or graph.upward or graph.branches):
+        raise AttachError(
+            f"{rule.label} sends on the signal of {many[0].name!r}, or learns its feedback in a phase, and this module is called many "
+            "times in one pass. Use a rule that sends the output's error (DFA, DKP), or sites that are called once."
+        )

@@ -46,6 +46,8 @@ class Cuts(Hooked):
         if tape is None:
             return h.detach() if self._repeated() else h
         cut, site = tape.cut[index], self.sites[index]
+        if site.every:
+            return self._on_call(index, h, tape)
         if tape.seen[index] == len(site.points) or (cut is not None and tape.h[index] is not h):
             raise SiteError(
                 f"site {site.name!r} got a second tensor in one forward pass: the model does not run as it did "
@@ -74,6 +76,45 @@ class Cuts(Hooked):
             tape.held = h.detach()
             torch.set_grad_enabled(True)
         return cut
+
+    def _on_call(self, index: int, h: Tensor, tape: Tape) -> Tensor:
+        """One call of a module whose calls are one site: nothing of it stays attached to the calls before."""
+        if tape.h[index] is not None:
+            raise SiteError(
+                f"module {self.sites[index].name!r} is called again after the tensor whose error is sent, so this call would get "
+                "no error. Choose a later error_at, or name another site."
+            )
+        if not tape.seen[index]:
+            tape.order.append(index)
+        tape.seen[index] += 1
+        tape.steps[index].append((h, h._version))
+        return h.detach()
+
+    def on_beside(self, tensor: Tensor) -> Tensor:
+        """Detached: a state that goes round the cut of a cell (an LSTM's memory) would carry gradients through time."""
+        if self.tape is None and not self._repeated():
+            return tensor
+        return tensor.detach()
+
+    def _stack(self, tape: Tape) -> None:
+        """Make one activity `[N, calls, ...]` of the calls of each site of every call."""
+        for index, steps in enumerate(tape.steps):
+            if not steps or tape.h[index] is not None:
+                continue
+            for h, version in steps:
+                self._check_met(self.sites[index], h, version)
+            shapes = {tuple(h.shape) for h, _ in steps}
+            if len(shapes) > 1:
+                raise SiteError(
+                    f"the calls of module {self.sites[index].name!r} returned tensors of shapes {sorted(shapes)}, which are "
+                    "no steps of one activity. Pad the sequences to one batch, or name modules that are called once."
+                )
+            h = torch.stack([h for h, _ in steps], 1)
+            tape.h[index], tape.versions[index] = h, h._version
+            if index in self.local and h.requires_grad and tape.target is not None:
+                end = self.local[index]
+                loss = self.local_loss(end, h, tape.target)
+                tape.losses.setdefault(end.source.name, []).append(loss)
 
     def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
         """The loss of a site's auxiliary network, times the target's scale."""
@@ -197,6 +238,7 @@ class Cuts(Hooked):
             tape.sources[source.name] = None
             return tape.visitor.at_source(source, tensor)
         tape.sources[source.name] = tensor
+        self._stack(tape)
         for place, local in self.local.items():
             below_held = tape.h[place] is None and tape.hold is not None and tape.seen[place]
             if local.source == source and not below_held:
@@ -271,17 +313,21 @@ class Cuts(Hooked):
         site = edge.site
         self._check_met(site, h, version)
         assert h is not None
-        lead = edge.leading
-        fits = h.shape[lead:] == edge.site_shape and source.shape[lead:].numel() == edge.source_size
+        lead, calls = edge.leading, edge.repeats
+        fits = (
+            h.shape[lead + calls :] == edge.site_shape
+            and source.shape[lead:].numel() == edge.source_size
+        )
         if edge.operator.sized and not fits:
             raise SiteError(
                 f"site {site.name!r} got an activity of shape {list(h.shape)} and its source {list(source.shape)}, but its dense "
                 f"feedback was made for features {list(edge.site_shape)} and {edge.source_size} source units. Dense feedback fits one "
                 "input size: resize the inputs, or attach with an example of this size."
             )
-        if h.shape[:lead] != source.shape[:lead]:
+        kept = (*h.shape[:1], *h.shape[1 + calls :][: lead - 1])
+        if kept != source.shape[:lead]:
             raise SiteError(
-                f"site {site.name!r} has leading dimensions {list(h.shape[:lead])} and the source {edge.source.name!r} "
+                f"site {site.name!r} has leading dimensions {list(kept)} and the source {edge.source.name!r} "
                 f"{list(source.shape[:lead])}: the batch must come first and be the same at both."
             )
         if source.shape[:lead].numel() < edge.rule.least_batch:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from feedbackward.engine.target import Target
 from feedbackward.engine.transparent import Inert
 from feedbackward.errors import SiteError
-from feedbackward.graph import FIRST, Branches, HookPoint, Site, Source
+from feedbackward.graph import EVERY, FIRST, Branches, HookPoint, Site, Source
 from feedbackward.model.values import by_place
 
 
@@ -65,6 +65,8 @@ class Tape:
         # how many of a site's hook points the pass has reached
         self.seen = [0] * sites
         self.calls: dict[str, int] = {}
+        # of a site of every call: what the calls returned, each with its version
+        self.steps: list[list[tuple[Tensor, int]]] = [[] for _ in range(sites)]
         self.sources: dict[str, Tensor | None] = {}
         # local losses, by the name of their source
         self.losses: dict[str, list[Tensor]] = {}
@@ -101,6 +103,10 @@ class Hooked(ABC):
     @abstractmethod
     def on_source(self, index: int, tensor: Tensor) -> Tensor:
         """What the rest of the network gets in place of source `index`."""
+
+    def on_beside(self, tensor: Tensor) -> Tensor:
+        """What the rest of the network gets of another tensor that a module returns beside a site of every call."""
+        return tensor
 
     def on_branch(self, index: int, h: Tensor) -> Tensor:
         """What a residual branch gets in place of its input."""
@@ -272,6 +278,9 @@ class _OutputHook(Inert):
                 "attach again with an example of the form that is used in training."
             )
         old, new = leaves[leaf], replace(self.index, leaves[leaf])
+        if self.point.call == EVERY:
+            leaves = [self.cuts.on_beside(t) if isinstance(t, Tensor) else t for t in leaves]
+            leaves[leaf] = old
         return tree_unflatten([new if t is old else t for t in leaves], spec)
 
 

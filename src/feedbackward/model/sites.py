@@ -13,6 +13,7 @@ from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, Site, Source
 from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.blocks import block_names
+from feedbackward.model.repeated import every_call
 from feedbackward.model.trace import PARAMETRIC, Call, Trace
 from feedbackward.model.values import describe_type, is_opaque, tensors_in
 
@@ -83,7 +84,7 @@ class _Finder:
     """Turns tensors and module names into sites, and keeps those that lead to the source."""
 
     def __init__(self, trace: Trace, source: Source) -> None:
-        self.trace = trace
+        self.trace, self.source = trace, source
         self.source_tensor, self.source_end = source_tensor(trace, source)
         self.upstream = outputs_behind(self.source_tensor)
 
@@ -135,6 +136,11 @@ class _Finder:
         for name in names:
             if not chosen and name not in self.trace.counts:
                 continue
+            calls = self.trace.calls_of(name)
+            if len(calls) > 1:
+                site = self._every_call(calls)
+                found[id(site), 0] = calls[0].end, site
+                continue
             call = _called_once(self.trace, name)
             leaves = self._leaves(call)
             if len(leaves) > 1:
@@ -154,6 +160,17 @@ class _Finder:
                     "broadcast, does not lead to it, or depends on no parameter. Choose an earlier site or a later error_at."
                 )
         return [site for _, site in sorted(found.values(), key=lambda pair: pair[0])]
+
+    def _every_call(self, calls: list[Call]) -> Site:
+        """One site of all calls of a module, each of which must lead to the source."""
+        leaf = _float_leaf(calls[0])
+        if not all(self._reaches_source(c.outputs[leaf][0], c.end) for c in calls):
+            raise SiteError(
+                f"module {calls[0].name!r} is called {len(calls)} times in one forward pass, and not every call leads to the source "
+                f"{self.source.name!r} before it is made, so some would get an error that is not theirs. Name another module, or "
+                "choose a later error_at."
+            )
+        return every_call(self.trace, calls, leaf, self.source, self.source_tensor)
 
     def _leaves(self, call: Call) -> list[tuple[int, Tensor, int]]:
         """The distinct tensors that the call returned and that lead to the source, with their numbers and versions."""

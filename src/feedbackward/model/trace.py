@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
-from feedbackward.graph import HookPoint
+from feedbackward.graph import EVERY, HookPoint
 from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.features import CHANNELS_FIRST, CONVOLUTIONS, FEATURES_LAST, feature_axis
 from feedbackward.model.values import by_place
@@ -97,9 +97,16 @@ class Trace:
             if isinstance(t, Tensor) and t.grad_fn is not None
         }
 
+    def calls_of(self, name: str) -> list[Call]:
+        """The calls of a module, the first one first."""
+        return [call for call in self.calls if call.name == name]
+
     def tensor_at(self, point: HookPoint) -> Tensor:
-        """The tensor that the pass had at this point."""
-        call = next(c for c in self.calls if c.name == point.module and c.index == point.call)
+        """The tensor that the pass had at this point; of every call that of the last one."""
+        if point.call == EVERY:
+            call = self.calls_of(point.module)[-1]
+        else:
+            call = next(c for c in self.calls_of(point.module) if c.index == point.call)
         if point.kind == "output":
             return call.outputs[point.leaf or 0][0]
         return call.inputs[call.places.index(point.place)][0]
