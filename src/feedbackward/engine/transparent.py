@@ -24,7 +24,8 @@ class Transparent:
         if learner is None:
             return self.function
         if torch.compiler.is_compiling():
-            return MethodType(self.function, learner)
+            # a compiler does not know bound methods that it has to make
+            return functools.partial(self.function, learner)
         return _Bound(self.function, learner)
 
 
