@@ -12,6 +12,7 @@ run without a fault: checkpoint, exported weights, metrics and result, bit by bi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -261,23 +262,30 @@ class Faults:
             yield judged(f"a worker of a comparison {what}", seen, end, good, done.stdout + done.stderr)  # fmt: skip
 
     def resumes(self) -> Iterator[Row]:
-        """A thousand interruptions of one run."""
-        config = replace(_config(self.world), epochs=200, out=str(self.out))
+        """A thousand interruptions of one run: every tenth is a `kill -9` of a process, some steps after its first
+        checkpoint; the others stop it in this process, after one step."""
+        config = replace(_config(self.world), epochs=300, out=str(self.out))
         self.world.forget()
         os.environ["FEEDBACKWARD_CACHE"] = str(self.world.root / "cache")
         sys.path.insert(0, str(self.world.root))
         _train(config, Interrupts())
-        whole, stops = end_of(self.out), 0
+        whole = end_of(self.out)
         shutil.rmtree(self.out)
-        while stops < 2000:
-            try:
-                _train(replace(config, resume=True), _After(1))
-                break
-            except InterruptedRunError:
-                stops += 1
-        good = stops >= 1000 and end_of(self.out) == whole
-        what = f"a run of 1,000 steps, stopped and resumed {stops:,} times"
-        yield judged(what, "stopped after every step", "the end is bit-equal", good)
+        stops = kills = 0
+        again = ["train", f"--config={self.out}/config.yaml", "--resume"]
+        while not (self.out / "result.json").exists():
+            if stops % 10 == 9:
+                last = command(self.world, again, fault_at("step", send(signal.SIGKILL)))
+                kills += last.code == KILLED
+                assert last.code in (KILLED, 0), last.text
+            else:
+                with contextlib.suppress(InterruptedRunError):
+                    _train(replace(config, resume=True), _After(1))
+            stops += 1
+        good = stops >= 1000 and kills >= 100 and end_of(self.out) == whole
+        what = f"a run of 1,500 steps, stopped and resumed {stops:,} times"
+        seen = f"`kill -9` of the process, {kills} times; stopped after one step, {stops - kills:,} times"
+        yield judged(what, seen, "the end is bit-equal", good)
 
 
 class _After(Interrupts):

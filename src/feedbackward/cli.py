@@ -81,10 +81,11 @@ def _train(arguments: list[str]) -> int:
     config = parse(TrainConfig, arguments, "train").resolved()
     from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
     from feedbackward.experiment.training.progress import Progress
+    from feedbackward.experiment.training.runfolder import new_folder
     from feedbackward.experiment.training.train import train
 
     try:
-        with Interrupts() as interrupts, Progress() as progress:
+        with new_folder(config), Interrupts() as interrupts, Progress() as progress:
             result = train(config, progress, interrupts)
     except InterruptedRunError as stop:
         again = f"feedbackward train --config {config.out}/config.yaml --resume"

@@ -53,13 +53,13 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 class Moved(nn.Module):
     """Layers over [N, N, features] or [N, features], in each of which rows may move; and in the end they may move again."""
 
-    def __init__(self, moves: list[str]) -> None:
+    def __init__(self, moves: list[str], width: int = 5) -> None:
         super().__init__()
         *self.moves, self.last = moves
         moves = self.moves
-        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in moves)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in moves)
         self.acts = nn.ModuleList(nn.Tanh() for _ in moves)
-        self.out = nn.Linear(5, 4)
+        self.out = nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, act, move in zip(self.layers, self.acts, self.moves, strict=True):
@@ -80,15 +80,18 @@ def leads_to(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.lists(st.sampled_from(sorted(MOVES)), min_size=2, max_size=5), st.booleans(), st.integers()
+    st.lists(st.sampled_from(sorted(MOVES)), min_size=2, max_size=5),
+    st.booleans(),
+    st.sampled_from([5, 70]),
+    st.integers(),
 )
 def test_feedback_reaches_the_rows_that_made_the_error(
-    moves: list[str], tokens: bool, seed: int
+    moves: list[str], tokens: bool, width: int, seed: int
 ) -> None:
     tokens = tokens or "turns time-first" in moves
     torch.manual_seed(seed % 1000)
-    model = Moved(moves)
-    x = torch.randn((N, N, 5) if tokens else (N, 5))
+    model = Moved(moves, width)
+    x = torch.randn((N, N, width) if tokens else (N, width))
     identity = torch.eye(N, dtype=torch.bool)
     kept_apart = all(torch.equal(maps > 0, identity) for maps in leads_to(model, x))
     try:

@@ -217,6 +217,7 @@ def test_every_rule_is_in_the_table_of_rules(capsys, form):
 def test_bad_input_is_refused_with_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_damaged_checkpoint_is_refused(capsys, tmp_path):

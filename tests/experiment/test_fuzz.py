@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from examples import examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -174,6 +174,7 @@ def test_a_config_is_read_or_refused(kind: type, tmp_path: Path) -> None:
 
     @examples(120, 10_000)
     @given(text=files(kind))
+    @example(text=b"parallel: {timeout: 1" + b"0" * 400 + b"}")
     def check(text: bytes) -> None:
         nonlocal good
         try:

@@ -7,6 +7,7 @@ the second gradient of a site's row is then the first one times the code of the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Activity, Edge, Graph, LayerInput, Local, Site, Source
-from feedbackward.model.autograd_graph import outputs_behind
+from feedbackward.model.autograd_graph import leading_to, outputs_behind
 from feedbackward.model.trace import Trace, trace
 
 Activities = Mapping[Activity, Tensor]
@@ -28,6 +29,8 @@ _ROOM = 0.05
 _PROBES, _AHEAD, _ALWAYS = 4, 2.0, 1.25
 # how many training passes are looked at before a network in which nothing can be seen is taken as it is
 _TRIES = 8
+# into how many sums the gradient of a row is put
+_SUMS = 64
 # autograd's nodes of what picks rows by number
 _PICKING = ("Index", "Gather", "Scatter", "Sort", "MaskedSelect", "MaskedScatter", "Take")
 
@@ -105,12 +108,14 @@ class _Look:
     def __init__(self, end: Tensor, activities: Sequence[Tensor]) -> None:
         self.end, self.activities = end, activities
         draw = torch.Generator().manual_seed(0)
-        error = torch.randn((1, *end.shape[1:]), generator=draw)
+        error = torch.randn((1, *end.shape[1:]), generator=draw, device="cpu")
         self.error = error.to(end.device, end.dtype)
-        powers = torch.randperm(len(end), generator=draw) % 7 - 3
+        powers = torch.randperm(len(end), generator=draw, device="cpu") % 7 - 3
         self.code = (2.0**powers).to(end.device, end.dtype)
-        self.plain = self._gradients(torch.ones_like(self.code), 0)
-        self.coded = self._gradients(self.code, 0)
+        # the nodes between the source and other sites: their sites' gradients only pass by
+        self.between = leading_to(end, activities)
+        self.plain = self._sketches(torch.ones_like(self.code))
+        self.coded = self._sketches(self.code)
 
     def judge(self, source: Source, site: Site, i: int) -> bool:
         """Whether row i of the site is row i of the source; False where the gradient does not show it.
@@ -123,6 +128,9 @@ class _Look:
             return False
         if _coded(plain, coded, self.code, 0):
             return True
+        (plain,) = self._gradients(torch.ones_like(self.code), 0, [i])
+        (coded,) = self._gradients(self.code, 0, [i])
+        told = plain.flatten(1).abs().amax(1) > 0
         for dim in range(1, plain.dim()):
             if plain.shape[dim] == len(self.code) and _coded(plain, coded, self.code, dim):
                 raise _refused(
@@ -133,7 +141,7 @@ class _Look:
             raise _refused(source, site, f"row {row} of the site leads to another row")
         for dim in range(1, self.end.dim()):
             if self.end.shape[dim] == len(self.code):
-                along = self._gradients(self.code, dim, only=i)[0]
+                along = self._gradients(self.code, dim, [i])[0]
                 if _coded(plain, along, self.code, dim=0):
                     raise _refused(
                         source,
@@ -143,11 +151,35 @@ class _Look:
         self._refuse_other_rows(source, site, i)
         return True
 
-    def _gradients(self, factors: Tensor, dim: int, only: int | None = None) -> list[Tensor]:
-        """Of the sites, for the random error times these factors along a dimension of the source."""
+    def _sketches(self, factors: Tensor) -> list[Tensor]:
+        """Of every site's gradient a few random sums for each row, for an error times these factors of its rows.
+
+        No gradient is kept, so that the check takes little more memory than the pass that it looks at.
+        """
+        made: list[Tensor] = [torch.zeros(len(h), 1, device=h.device) for h in self.activities]
+
+        def keep(i: int, gradient: Tensor) -> None:
+            made[i] = _sketch(gradient)
+
+        handles = [
+            h.register_hook(functools.partial(keep, i))
+            for i, h in enumerate(self.activities)
+            if h.grad_fn in self.between
+        ]
+        ends = [i for i, h in enumerate(self.activities) if h.grad_fn not in self.between]
+        try:
+            for i, gradient in zip(ends, self._gradients(factors, 0, ends), strict=True):
+                keep(i, gradient)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return made
+
+    def _gradients(self, factors: Tensor, dim: int, only: Sequence[int]) -> list[Tensor]:
+        """Of these sites, for the random error times these factors along a dimension of the source."""
         shape = [1] * self.end.dim()
         shape[dim] = len(factors)
-        wanted = self.activities if only is None else [self.activities[only]]
+        wanted = [self.activities[i] for i in only]
         # of a number: for other outputs autograd imports a library that takes more than a second
         total = (self.end * (self.error * factors.view(shape))).sum()
         return list(torch.autograd.grad(total, wanted, retain_graph=True, materialize_grads=True))
@@ -172,7 +204,7 @@ class _Look:
         for row in probes:
             alone = torch.zeros_like(self.code)
             alone[row] = 1
-            norms = self._gradients(alone, 0, only=i)[0].flatten(1).double().norm(dim=1)
+            norms = self._gradients(alone, 0, [i])[0].flatten(1).double().norm(dim=1)
             own = max(norms[row].item(), 1e-300)
             ahead.append((norms.max().item() / own, int(norms.argmax()), row))
         far = sum(factor > _AHEAD for factor, _, _ in ahead)
@@ -180,6 +212,18 @@ class _Look:
             _, other, row = max(ahead)
             why = f"rows are mixed, and row {row} of the source depends on row {other} of the site most"
             raise _refused(source, site, why)
+
+
+def _sketch(gradient: Tensor) -> Tensor:
+    """`[N, k]`: sums of each row's numbers under random signs. Rows of one direction have sums of that direction."""
+    rows = gradient.flatten(1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    each = rows.shape[1] // _SUMS
+    whole, rest = rows[:, : _SUMS * each], rows[:, _SUMS * each :]
+    draw = torch.Generator().manual_seed(each)
+    signs = torch.randint(2, (_SUMS, each), generator=draw, device="cpu").to(rows) * 2 - 1
+    sums = torch.einsum("nkf,kf->nk", whole.unflatten(1, signs.shape), signs)
+    return torch.cat([sums, rest], 1)
 
 
 def _coded(plain: Tensor, coded: Tensor, code: Tensor, dim: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -88,6 +88,16 @@ def outputs_behind(tensor: Tensor) -> set[Output]:
         return [edge for edge in output[0].next_functions if edge[0] is not None]
 
     return set(walk([(tensor.grad_fn, tensor.output_nr)], onward))
+
+
+def leading_to(tensor: Tensor, ends: Sequence[Tensor]) -> set[Node]:
+    """The nodes of the tensor's graph that lead down to one of these tensors, but for those that made it."""
+    outputs = {(end.grad_fn, end.output_nr) for end in ends}
+    found = set[Node]()
+    for node in reversed(walk([tensor.grad_fn])):
+        if any(parent in found or (parent, n) in outputs for parent, n in node.next_functions):
+            found.add(node)
+    return found
 
 
 def parameter_behind(node: Node) -> Tensor | None:

@@ -77,6 +77,8 @@ def read(
         given = parser.parse_args(flags, defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise ConfigError(_sentence(error, kind)) from error
+    except OverflowError as error:
+        raise ConfigError(TOO_LARGE) from error
     return files, given
 
 
@@ -89,6 +91,9 @@ def validated(kind: type[C], values: Mapping[str, Any], where: str) -> C:
     return from_dict(kind, _checked(kind, values, where), where)
 
 
+TOO_LARGE = "an integer of more than 308 digits stands where a floating-point number belongs"
+
+
 def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_keys(kind, values, where)
     if "sites" in values:
@@ -97,6 +102,8 @@ def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any
         given = _parser(kind, "").parse_object(copy.deepcopy(dict(values)), defaults=False)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{where}: {_sentence(error, kind)}") from error
+    except OverflowError as error:
+        raise ConfigError(f"{where}: {TOO_LARGE}") from error
     return dict(given.as_dict())
 
 

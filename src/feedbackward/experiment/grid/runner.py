@@ -331,7 +331,7 @@ def opened(
     Selection(plan, only)
     lock = _claim(plan)
     try:
-        plan, facts, missing = survey(plan, interrupts.check)
+        plan, facts, missing = survey(plan, interrupts)
         if plan.single and missing:
             raise DataError(missing[""])
         count = workers or default_workers(plan.device)

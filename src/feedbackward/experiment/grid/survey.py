@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from feedbackward.experiment.data.dataset import DataConfig
 from feedbackward.experiment.data.sources import DATASETS
 from feedbackward.experiment.grid.plan import Comparison, Plan
 from feedbackward.experiment.training.building import forget_data, shared_data
+from feedbackward.experiment.training.interrupts import Interrupts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Facts:
         return asdict(self)
 
 
-def survey(plan: Plan, check: Callable[[], None]) -> tuple[Plan, dict[str, Facts], dict[str, str]]:
+def survey(plan: Plan, interrupts: Interrupts) -> tuple[Plan, dict[str, Facts], dict[str, str]]:
     """Look at every data set, once.
 
     Returns the plan with the number of training images that its scale asks for, and by the comparisons' folders the facts,
@@ -43,11 +43,12 @@ def survey(plan: Plan, check: Callable[[], None]) -> tuple[Plan, dict[str, Facts
     seen: dict[tuple[str, DataConfig], Facts | str] = {}
     sized: dict[str, Comparison] = {}
     for folder, comparison in plan.comparisons.items():
-        check()
+        interrupts.check()
         task = comparison.config.task
         whole = task, replace(comparison.config.data, train_limit=None)
         if whole not in seen:
-            seen[whole] = _look(*whole)
+            with interrupts.at_once():
+                seen[whole] = _look(*whole)
         found, config = seen[whole], comparison.config
         if isinstance(found, str):
             missing[folder] = found

@@ -159,11 +159,8 @@ class _WorkerInterrupts(Interrupts):
 
     def __enter__(self) -> _WorkerInterrupts:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._noted)
+        signal.signal(signal.SIGTERM, self._note)
         return self
-
-    def _noted(self, signum: int, frame: Any) -> None:
-        self._signum = signum
 
 
 def _work(pipe: Connection) -> None:

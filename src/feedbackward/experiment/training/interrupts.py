@@ -1,17 +1,21 @@
-"""Ctrl-C and termination: finish the step, then stop."""
+"""Ctrl-C and termination: finish the step, then stop; where there is nothing to finish, stop at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 
-class InterruptedRunError(Exception):
+class InterruptedRunError(BaseException):
     """A run was asked to stop, and stopped between two steps.
+
+    It is no `Exception`: a signal may raise it within a library, whose handlers must not catch it.
 
     Attributes:
         signum: the signal; the exit code is 128 + signum, as in a shell.
@@ -25,12 +29,15 @@ class InterruptedRunError(Exception):
 class Interrupts:
     """While entered, SIGINT and SIGTERM are noted, and `check` raises; a second SIGINT stops at once.
 
+    Within `at_once()` the first signal raises where it comes.
+
     Only the main thread of a process can catch signals; elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
         self._signum: int | None = None
         self._before: dict[int, Any] = {}
+        self._waits = True
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread() and not self._before:
@@ -55,10 +62,25 @@ class Interrupts:
         if self._signum is not None:
             raise InterruptedRunError(self._signum)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A context whose work may be broken off anywhere (data that are decoded): a signal raises InterruptedRunError."""
+        self._waits = False
+        try:
+            if self._signum is not None:
+                raise InterruptedRunError(self._signum)
+            yield
+        finally:
+            self._waits = True
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self._signum = signum
+        if not self._waits:
+            # once: what this breaks off cleans up behind itself
+            self._waits = True
+            raise InterruptedRunError(signum)
         if (
             sys.stderr.isatty()
         ):  # by the bare system call: a handler must not wait for a lock that it interrupted

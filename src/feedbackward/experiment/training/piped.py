@@ -134,7 +134,9 @@ def _train(
     if config.threads:
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
-    run = PipedRun(config, shared_data(config.data, config.task), device, folder is not None)
+    with interrupts.at_once():
+        data = shared_data(config.data, config.task)
+    run = PipedRun(config, data, device, folder is not None)
     saved = None
     if folder is not None:
         folder.add_environment(environment(device))

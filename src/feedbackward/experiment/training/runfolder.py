@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from feedbackward.errors import ConfigError
+from feedbackward.errors import ConfigError, FeedbackError
 from feedbackward.experiment.config.files import (
     differences,
     from_dict,
@@ -35,6 +36,24 @@ OWN = (
 # may change when a run is resumed: they say where and how fast it runs, not what it computes
 FREE = {"out", "device", "threads", "tensorboard", "compile", "channels_last"}
 FREE |= {"parallel.pipeline", "parallel.cut", "parallel.timeout", "parallel.trace"}
+
+
+@contextlib.contextmanager
+def new_folder(config: TrainConfig) -> Iterator[None]:
+    """If the run within is refused before it has saved anything, the folder that it made for itself is removed."""
+    folder = RunFolder(Path(str(config.out)))
+    made = not folder.path.exists() and os.environ.get("RANK", "0") == "0"
+    try:
+        yield
+    except FeedbackError:
+        if made and not (folder.checkpoint.exists() or folder.result_file.exists()):
+            with contextlib.suppress(FeedbackError, OSError):
+                folder.lock()
+                folder.clear()
+                (folder.path / ".lock").unlink()
+                folder.close()
+                folder.path.rmdir()
+        raise
 
 
 class RunFolder:

@@ -83,7 +83,9 @@ def _train(
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
     folder.add_environment(environment(device))
-    run = Run(config, shared_data(config.data, config.task), device)
+    with interrupts.at_once():
+        data = shared_data(config.data, config.task)
+    run = Run(config, data, device)
     if folder.checkpoint.exists():
         run.load(checkpoint.load(folder.checkpoint), folder.checkpoint)
         progress.say(
