@@ -33,7 +33,7 @@ from parallel_schedules import RULES, SUBJECTS, Subject, Times, contestant, slee
 
 import feedbackward as fb
 from feedbackward.experiment.benchmark.pipeline_plots import plot_timeline
-from feedbackward.parallel import Link, StageCost, simulate
+from feedbackward.parallel import StageCost, simulate
 from feedbackward.parallel.division import divide
 from feedbackward.parallel.recording import record
 from feedbackward.parallel.segment import StageModule
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", nargs="*", help=f"of {', '.join(GROUPS)}, actions, sleeping")
-    parser.add_argument("--scale", type=float, default=0.25, help="of the times that stages sleep")
+    parser.add_argument("--scale", type=float, default=0.5, help="of the times that stages sleep")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=Path("timeline.png"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -103,6 +103,8 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Time everything that was asked for, and save it."""
     wanted = options.only or ["actions", *GROUPS, "sleeping"]
+    if not options.only:
+        options.results.unlink(missing_ok=True)
     for name in wanted:
         started = time.monotonic()
         if name == "actions":
@@ -227,13 +229,16 @@ def split_times(saved: dict[str, Any], net: str, ranks: int) -> list[Times]:
 
 
 def simulated(
-    times: list[Times], who: list[str], parts: int, sends: int, link: Link
-) -> dict[str, Any]:
-    """What the simulator says of one step and of many."""
+    times: list[Times], who: list[str], parts: int, sends: int, steps: int
+) -> dict[str, list[float]]:
+    """What the simulator says of one step, and of one of so many without a barrier."""
     costs = [StageCost(*t, sends=sends) for t in times]
     known = {"1f1b": "1f1b", "gpipe": "gpipe", "zero-bubble": "zero-bubble", "dkp": "star"}
-    made = {w: simulate(known[w], costs, parts, links=link) for w in who if w in known}  # type: ignore[arg-type]
-    return {name: [s.isolated, s.steady] for name, s in made.items()}
+    made = {w: simulate(known[w], costs, parts) for w in who if w in known}  # type: ignore[arg-type]
+    return {
+        name: [s.isolated, (s.isolated + (steps - 1) * s.steady) / steps]
+        for name, s in made.items()
+    }
 
 
 def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +253,7 @@ def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
             "who": PIPELINES, "times": times,
         }  # fmt: skip
         sends = FEATURES * BATCH["vgg16"] // MICRO_BATCHES * 4
-        made = simulated(times, PIPELINES, MICRO_BATCHES, sends, Link())  # type: ignore[arg-type]
+        made = simulated(times, PIPELINES, MICRO_BATCHES, sends, plan["steps"])  # type: ignore[arg-type]
         found[f"sleeping {ranks}"] = {**plan, "simulated": made, **launch(plan)}
     return found
 

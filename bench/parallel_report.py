@@ -126,9 +126,10 @@ def _simulated(found: dict[str, Any], key: str, value: dict[str, Any]) -> dict[s
     """From the CPU time of the actions, where the micro-batches are as large as these were."""
     if f"actions {key} 2" not in found:
         return {}
-    from parallel import Link, simulated, split_times
+    from parallel import simulated, split_times
 
-    return simulated(split_times(found, key, 2), list(value["seconds"]), value["parts"], 0, Link())
+    steps = value["steps"]
+    return simulated(split_times(found, key, 2), list(value["seconds"]), value["parts"], 0, steps)
 
 
 def _why(found: dict[str, Any], key: str, made: dict[str, Any]) -> list[str]:

@@ -70,6 +70,11 @@ def _dispatch(arguments: list[str]) -> int:
     command, rest = renamed(arguments[0], arguments[1:])
     if command not in COMMANDS:
         raise errors.ConfigError(unknown(command, [*COMMANDS]))
+    if command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise errors.ConfigError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and {command} runs in one, as only train is divided: start it "
+            "without torchrun. `compare --workers` runs several trainings at once; the numbers of a pipeline are those of one process"
+        )
     return COMMANDS[command](rest)
 
 

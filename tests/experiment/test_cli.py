@@ -208,6 +208,7 @@ def test_every_rule_is_in_the_table_of_rules(capsys, form):
         (["train", "--out", "/dev/null/run"], "cannot be written"),
         (["compare", "--config", "dmeo"], "no config file dmeo"),
         (["compare", "--rules", "bp,dpk"], "unknown rule 'dpk'"),
+        (["compare", "--parallel.pipeline", "2"], "only train divides a run"),
         (["probe"], "required: run"),
         (["probe", "nowhere"], "nowhere is not the folder of a run"),
         (["rules", "--format", "csv"], "csv"),
@@ -218,6 +219,14 @@ def test_bad_input_is_refused_with_one_sentence(capsys, tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *arguments)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_only_train_is_divided_over_processes(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("compare", "probe", "cost", "rules"):
+        message = refused(capsys, command)
+        assert f"{command} runs in one" in message
+        assert "without torchrun" in message
 
 
 def test_a_damaged_checkpoint_is_refused(capsys, tmp_path):

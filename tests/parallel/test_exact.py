@@ -102,6 +102,14 @@ def test_what_was_refused(found: dict[int, list[dict[str, Any]]]) -> None:
     assert refused >= in_phase
 
 
+def test_phases_are_refused_on_one_process_too() -> None:
+    """Nobody would call the phase, so that the feedback would not learn."""
+    for name in ("weight_mirror", "fdfa", "relayed_kp"):
+        case = Case("plain", fb.RULES[name](), rows=(10,))
+        with pytest.raises(fb.AttachError, match="phase of its own, which a pipeline does not run"):
+            fb.parallel.pipeline(case.learner(), case.batch(0)[0])
+
+
 def test_one_process_equals_the_learner() -> None:
     """Without dropout, a pipeline of one process is the naive loop."""
     for name in ("dkp", "bp", "kp"):

@@ -97,8 +97,7 @@ def pipeline(
     check_delay(learner, delay)
     groups = make_groups(mesh, timeout)
     named = [] if cut == "auto" else [cut] if isinstance(cut, str) else list(cut)
-    if groups.size > 1:
-        refuse_rule(learner.rule, learner.graph)
+    refuse_rule(learner.rule, learner.graph, groups.size)
     options = f"micro_batches={micro_batches}, cut={cut}, in_flight={in_flight}, delay={delay}"
     rule = f"{learner.rule} with seed {learner.seed}"
     agree(groups.up, facts(learner.model, learner.feedback, rule=rule, options=options))

@@ -71,10 +71,17 @@ class Routes:
         return self.site_stage[end.site.name] == stage == self.source_stage[end.source.name]
 
 
-def refuse_rule(rule: Rule, graph: Graph) -> None:
-    """Refuse, by name, the rules that several stages cannot follow."""
+def refuse_rule(rule: Rule, graph: Graph, stages: int) -> None:
+    """Refuse, by name, the rules that a pipeline, or one of several stages, cannot follow."""
     why = ""
     rules = graph.rules or (rule,)
+    if stages == 1:
+        if any(each.in_phase for each in rules):
+            raise AttachError(
+                f"{rule.label} learns its feedback in a phase of its own, which a pipeline does not run, not even on one process: "
+                "train the learner itself, and call `learner.feedback_step(x)`."
+            )
+        return
     if any(each.sends_activity for each in rules):
         why = "sends activities, which would travel down as well"
     elif graph.upward:

@@ -223,6 +223,8 @@ def _find(name: str, known: Mapping[str, Option]) -> tuple[str, Option | None, b
     ends = [flag for flag in known if flag.endswith(f".{dashed[2:]}")]
     near = ends or difflib.get_close_matches(dashed, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+    if dashed.startswith("--parallel."):
+        hint = "only train divides a run over processes, and its numbers are those of the one process that this command takes"
     raise ConfigError(f"unknown option {dashed}: {hint}")
 
 

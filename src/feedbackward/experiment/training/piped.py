@@ -31,7 +31,7 @@ from feedbackward.experiment.training.progress import Progress
 from feedbackward.experiment.training.record import Record
 from feedbackward.experiment.training.run import Run
 from feedbackward.experiment.training.runfolder import RunFolder
-from feedbackward.experiment.training.train import Loop, failed_result
+from feedbackward.experiment.training.train import Loop
 from feedbackward.parallel import Loss, pipeline, start
 
 # what these settings do needs the whole network in one process, by their values that do nothing
@@ -147,25 +147,12 @@ def _train(
         progress.say(f"resumed {config.out} in epoch {run.position.epoch + 1}")
     if folder is not None:  # only now: a resumed run has been found to have its own data
         folder.write_json(folder.data_file, data_identity(run.data))
-    done = run.position.epoch * len(run.loader) + run.position.batch
-    run.pipe.step = done
-    progress.begin_run(run.epochs * len(run.loader), done)
+    run.pipe.step = run.position.epoch * len(run.loader) + run.position.batch
     record: Any = NoRecord(run.position.rows)
     if folder is not None:
         record = Record(folder, run.position.rows, config.tensorboard)
-    with record:
-        loop = PipedLoop(run, record, progress, cast(Interrupts, SharedInterrupts(run, interrupts)))
-        try:
-            loop.epochs()
-            result = loop.finish(test)
-        except InterruptedRunError:
-            loop.save()
-            raise
-        except DivergenceError as error:
-            kept = folder if folder is not None else RunFolder(Path(str(config.out)))
-            result = failed_result(run, kept, error)
-        finally:
-            progress.end_run()
+    loop = PipedLoop(run, record, progress, cast(Interrupts, SharedInterrupts(run, interrupts)))
+    result = loop.complete(folder or RunFolder(Path(str(config.out))), test)
     if folder is not None:
         folder.write_json(folder.result_file, result)
     return result

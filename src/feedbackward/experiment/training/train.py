@@ -92,21 +92,8 @@ def _train(
             f"resumed {folder.path} in epoch {run.position.epoch + 1}, batch {run.position.batch + 1}"
         )
     folder.write_json(folder.data_file, data_identity(run.data))
-    progress.begin_run(
-        run.epochs * len(run.loader), run.position.epoch * len(run.loader) + run.position.batch
-    )
-    with Record(folder, run.position.rows, config.tensorboard) as record:
-        loop = Loop(run, record, progress, interrupts)
-        try:
-            loop.epochs()
-            result = loop.finish(test)
-        except InterruptedRunError:
-            loop.save()
-            raise
-        except DivergenceError as error:
-            result = failed_result(run, folder, error)
-        finally:
-            progress.end_run()
+    loop = Loop(run, Record(folder, run.position.rows, config.tensorboard), progress, interrupts)
+    result = loop.complete(folder, test)
     folder.write_json(folder.result_file, result)
     return result
 
@@ -119,6 +106,23 @@ class Loop:
     ) -> None:
         self.run, self.record, self.progress, self.interrupts = run, record, progress, interrupts
         self.since = time.perf_counter()
+
+    def complete(self, folder: RunFolder, test: bool) -> dict[str, Any]:
+        """From the run's position to its end; returns the result, also of a run that diverges."""
+        run, position = self.run, self.run.position
+        batches = len(run.loader)
+        self.progress.begin_run(run.epochs * batches, position.epoch * batches + position.batch)
+        with self.record:
+            try:
+                self.epochs()
+                return self.finish(test)
+            except InterruptedRunError:
+                self.save()
+                raise
+            except DivergenceError as error:
+                return failed_result(run, folder, error)
+            finally:
+                self.progress.end_run()
 
     def epochs(self) -> None:
         """From the run's position to the end, with a checkpoint after every epoch."""
