@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.engine.attached import refuse_input_gradients, refuse_wrapped
-from feedbackward.engine.description import in_bytes
+from feedbackward.engine.size import in_bytes
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError
 from feedbackward.graph import LayerInput
@@ -21,11 +22,12 @@ from feedbackward.model.trace import trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import within
 from feedbackward.rule import Rule
+from feedbackward.rules import RULES
 
 
 def attach(
     model: M,
-    rule: Rule,
+    rule: Rule | str,
     *,
     example: Any,
     sites: Sites = "layers",
@@ -42,7 +44,7 @@ def attach(
 
     Args:
         model: any module whose first dimension is the batch.
-        rule: a rule instance, for example `DKP()`.
+        rule: a rule instance, for example `DKP()`, or its name in `fb.RULES`, for its defaults: `"dkp"`.
         example: inputs that the model accepts (a tensor, a tuple of arguments or a dict of keywords), of the shape used in
             training. The model runs on them twice, in training mode; buffers, modes and random state are restored.
         sites: where the network is cut. `"layers"`: the activity that enters each Linear layer or convolution after the
@@ -74,6 +76,8 @@ def attach(
         >>> [site.name for site in learner.sites]
         ['1', '3']
     """
+    if isinstance(rule, str):
+        rule = _named(rule)
     if not isinstance(rule, Rule):
         hint = f"{rule.__name__}()" if isinstance(rule, type) else "fb.DKP()"
         raise AttachError(
@@ -105,6 +109,16 @@ def attach(
     return learner
 
 
+def _named(name: str) -> Rule:
+    """The rule of this name with its defaults."""
+    if name not in RULES:
+        near = difflib.get_close_matches(name, RULES, n=3, cutoff=0.4) or list(RULES)[:6]
+        raise AttachError(
+            f"there is no rule {name!r}: nearest names are {', '.join(near)}; all are in fb.RULES."
+        )
+    return RULES[name]()
+
+
 def _warn(learner: Learner) -> None:
     """Warn of parameters that nothing trains, and of feedback that is larger than the model and whose form the user chooses."""
     if learner.plan.unreached:
@@ -124,6 +138,6 @@ def _warn(learner: Learner) -> None:
     if feedback > own:
         warnings.warn(
             f"the feedback weights take {in_bytes(feedback)}, the model's own parameters {in_bytes(own)}. Smaller feedback: "
-            "operator=fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense()), fb.Sparse(1) or fb.LowRank(r).",
+            'operator="auto", fb.Sparse(1) or fb.LowRank(r).',
             stacklevel=3,
         )

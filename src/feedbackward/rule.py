@@ -9,13 +9,15 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 from torch import Tensor
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
-from feedbackward.operators.base import Weights, within
+from feedbackward.operators import OPERATORS, Weights
+from feedbackward.operators.base import within
 
 if TYPE_CHECKING:
     from feedbackward.engine.phase import Phase
@@ -79,7 +81,8 @@ class Rule(ABC):
     @final
     def connect(self, sites: Sequence[Site], source: Source) -> Graph:
         """The rule's graph, whose edges and local losses carry the rule."""
-        return self.graph(sites, source).of_rule(self)
+        rule = with_operator(self)
+        return rule.graph(sites, source).of_rule(rule)
 
     @property
     def least_batch(self) -> int:
@@ -130,6 +133,24 @@ class Rule(ABC):
         raise NotImplementedError(
             f"{type(self).__name__} says that its feedback learns in a phase, but not how."
         )
+
+
+def with_operator(rule: Rule) -> Rule:
+    """The rule with its operator, if that was given by its name."""
+    name = getattr(rule, "operator", None)
+    if not isinstance(name, str):
+        return rule
+    if name not in OPERATORS:
+        raise AttachError(
+            f"{rule.label} has no operator {name!r}: choose one of {', '.join(OPERATORS)}, or give an instance (fb.Dense())."
+        )
+    try:
+        return replace(rule, operator=OPERATORS[name]())  # type: ignore[type-var]
+    except TypeError as error:
+        kind = OPERATORS[name].__name__
+        raise AttachError(
+            f"operator={name!r} needs options ({error}): write operator=fb.{kind}(...)."
+        ) from error
 
 
 def refuse_zeros(label: str, holder: object) -> None:

@@ -101,7 +101,9 @@ def test_name_like_no_other_lists_all():
 
 @pytest.mark.parametrize("name", ["vgg16", "any.module:net"])
 def test_no_published_sites(name):
-    with pytest.raises(ConfigError, match=r"no published sites \(only small_cnn, alexnet,.* have\)"):
+    with pytest.raises(
+        ConfigError, match=r"no published sites \(only small_cnn, alexnet,.* have\)"
+    ):
         published_sites(name)
 
 

@@ -352,7 +352,7 @@ def test_the_probe_reads_every_form(operator: fb.Operator) -> None:
 
 
 def test_operators_by_name() -> None:
-    names = "dense shared sparse binary low_rank pooled per_shape kernel seeded"
+    names = "dense shared sparse binary low_rank pooled per_shape kernel seeded auto"
     assert list(fb.operators.OPERATORS) == names.split()
     assert make_operator("seeded") == fb.operators.Seeded()
     assert make_operator({"name": "low_rank", "rank": 4}) == fb.LowRank(4)
@@ -371,7 +371,6 @@ def test_operators_by_name() -> None:
             "unknown feedback operator 'pool'",
         ),
         ({"name": "per_shape", "maps": "pooled"}, "'per_shape' needs its option 'vectors'"),
-        ("low_rank", "'low_rank' needs its option 'rank'"),
         ({"name": "seeded", "seed": 3}, "'seeded' has no option 'seed'"),
         ({"name": "sparse", "nonzero": 1}, "'sparse' has no option 'nonzero'.*nonzeros"),
     ],

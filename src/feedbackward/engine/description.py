@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from feedbackward.engine.attached import Attached
+from feedbackward.engine.size import in_bytes
 from feedbackward.engine.weights import count_bytes
 from feedbackward.graph import LayerInput
 
@@ -82,11 +83,3 @@ def _list(names: Sequence[str]) -> str:
         if len(names) <= 4
         else f"{', '.join(names[:3])}, ... ({len(names)} tensors)"
     )
-
-
-def in_bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

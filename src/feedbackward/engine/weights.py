@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from feedbackward.engine.size import refuse_too_large
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, LayerInput
 from feedbackward.operators.base import Weights, within
@@ -50,6 +51,7 @@ def make_feedback(
     reference = next(p for p in model.parameters() if p.is_floating_point())
     if dtype is None:
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    refuse_too_large(graph, dtype, reference.device)
     drawn = partial(_draw, graph, seed, dtype, reference.dtype)
     return drawn(reference.device, model, Feedback(drawn))
 

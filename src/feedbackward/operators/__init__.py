@@ -10,6 +10,7 @@ Example:
     Sparse(nonzeros=2, scale=1.0)
 """
 
+from feedbackward.operators.auto import Auto
 from feedbackward.operators.base import Operator, Shape, Weights
 from feedbackward.operators.binary import Binary
 from feedbackward.operators.dense import Dense
@@ -37,10 +38,12 @@ OPERATORS: dict[str, type[Operator]] = {
     "per_shape": PerShape,
     "kernel": Kernel,
     "seeded": Seeded,
+    "auto": Auto,
 }
 
 __all__ = [
     "OPERATORS",
+    "Auto",
     "Binary",
     "Dense",
     "FixedSigned",

@@ -95,6 +95,12 @@ class Operator(ABC):
         )
         return products / (len(d) * places.clamp_min(1))
 
+    def gram(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
+        """The product `B B^T: [C, C]` of the matrix that the weights stand for."""
+        B = self.dense(weights, source, site)
+        B = B.to(torch.promote_types(B.dtype, torch.float32))
+        return B @ B.t()
+
     def dense(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
         """The matrix `B: [C, n]` that the weights stand for, its columns in any order."""
         like = weights[0]

@@ -45,7 +45,7 @@ class LowRank(Operator):
     parts = ("U", "V")
     learnable = 2
 
-    rank: int
+    rank: int = 8
     init: str = "kaiming_uniform"
     scale: float = 1.0
 

@@ -68,11 +68,13 @@ class Orthogonal(Operator):
         self.form.renew(weights)
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
-        B = self.form.dense(weights, tuple(d.shape[1:]), site)
-        wide = B.to(torch.promote_types(B.dtype, torch.float32))
+        source = tuple(d.shape[1:])
         if self.steps:
-            turned = rows(d) @ (self.strength * _inverse_root(wide, self.steps)).to(d.dtype)
+            gram = self.form.gram(weights, source, site)
+            turned = rows(d) @ (self.strength * _inverse_root(gram, self.steps)).to(d.dtype)
         else:
+            B = self.form.dense(weights, source, site)
+            wide = B.to(torch.promote_types(B.dtype, torch.float32))
             turned = rows(d) * (self.strength * _inverse_norm(wide)).to(d.dtype)
         return self.form.send(weights, turned.reshape(d.shape), site)
 
@@ -102,9 +104,8 @@ def _inverse_norm(B: Tensor) -> Tensor:
     return torch.where(norm > 0, math.sqrt(len(B)) / norm, 1.0)
 
 
-def _inverse_root(B: Tensor, steps: int) -> Tensor:
-    """(B B^T)^(-1/2), `[C, C]`, of `B: [C, n]`, as so many steps leave it; zero for B = 0."""
-    gram = B @ B.t()
+def _inverse_root(gram: Tensor, steps: int) -> Tensor:
+    """(B B^T)^(-1/2) of `B B^T: [C, C]`, as so many steps leave it; zero for B = 0."""
     total = gram.trace()
     scale = torch.where(total > 0, total, 1.0)
     gram = gram / scale

@@ -69,6 +69,14 @@ class Pooled(Operator):
         shape = (math.prod(source), site[0], *self._patches(site))
         return (draw(self.init, shape, math.prod(site), generator).mul_(self.scale),)
 
+    def gram(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
+        if self.size is not None:
+            return super().gram(weights, source, site)
+        # every place has the same weights, and their matrix may be too large to make
+        B = rows(weights[0])
+        B = B.to(torch.promote_types(B.dtype, torch.float32))
+        return math.prod(site[1:]) * (B @ B.t())
+
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         (B,) = weights
         signal = (rows(d) @ rows(B)).reshape(len(d), *B.shape[1:])

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from feedbackward.attaching import attach
-from feedbackward.engine.description import in_bytes
+from feedbackward.engine.size import in_bytes
 from feedbackward.errors import AttachError
 from feedbackward.experiment import nets
 from feedbackward.measure.cost import Cost, count_cost
