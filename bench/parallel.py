@@ -53,11 +53,11 @@ MBIT = 100.0
 LONGEST = 1800.0
 PIPELINES = ["1f1b", "zero-bubble", "dkp"]
 # of whose steps fewer are made without a barrier, to save time
-FEWER = {"zero-bubble": 4}
+FEWER = {"zero-bubble": 3}
 # what is timed side by side: net, micro-batches, those compared, and the part of the rounds
 GROUPS: dict[str, dict[str, Any]] = {
     "vgg16": {"parts": 4, "who": [*PIPELINES, "bp alone", "dkp alone", "bp ddp", "dkp ddp"]},
-    "vgg16 one": {"parts": 1, "who": ["gpipe", "zero-bubble", "dkp"], "steps": 3, "part": 0.4},
+    "vgg16 one": {"parts": 1, "who": ["gpipe", "zero-bubble", "dkp"], "steps": 2, "part": 0.4},
     "vgg16 link": {
         "parts": 4,
         "who": ["1f1b", "dkp", "bp ddp", "dkp ddp"],
@@ -249,7 +249,7 @@ def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
             tuple(options.scale * t for t in stage) for stage in split_times(saved, "vgg16", ranks)
         ]
         plan = {
-            "net": "sleeping", "ranks": ranks, "parts": MICRO_BATCHES, "rounds": 3, "steps": 3,
+            "net": "sleeping", "ranks": ranks, "parts": MICRO_BATCHES, "rounds": 2, "steps": 3,
             "who": PIPELINES, "times": times,
         }  # fmt: skip
         sends = FEATURES * BATCH["vgg16"] // MICRO_BATCHES * 4
