@@ -122,9 +122,53 @@ class Faults:
             yield judged(what, said(first), end, good, first.text + again.text)
 
     def disk(self) -> Iterator[Row]:
-        """A full disk, at every size from nothing to enough."""
+        """A disk, for run and cache, that fills up in each phase; and one of every size from nothing to enough."""
+        for phase in PHASES:
+            yield self._filled(phase)
+        yield self._filled_at_the_report()
         yield self._disk("false", 32, "")
         yield self._disk("true", 64, ", TensorBoard's file too")
+
+    def _filled(self, phase: str) -> Row:
+        place = self.world.root / "disk"
+        arguments = self.world.train(out=place / "run")
+        with mounted(place, "64m"):
+            first = command(self.world, arguments, self._filling(phase, place))
+            (place / "filler").unlink()
+            again = command(self.world, arguments)
+            # what needs no more space than there is ends as it would have
+            ended = first.code == 0 or (first.code == 2 and "space" in first.text)
+            good = ended and first.clean and self.ends_whole(again, place / "run")
+        what = f"the disk is full from here on: {phase}"
+        return judged(what, said(first), RESUMED, good, first.text + again.text)
+
+    def _filled_at_the_report(self) -> Row:
+        place = self.world.root / "disk"
+        PHASES["report"] = ("feedbackward.experiment.report.report", "replace_whole", 1, "before")
+        arguments = self.world.compare("tiny_net:net", "--workers=1", f"--out={place / 'run'}")
+        with mounted(place, "64m"):
+            first = command(self.world, arguments, self._filling("report", place))
+            (place / "filler").unlink()
+            done = {file: file.stat().st_mtime_ns for file in place.rglob("result.json")}
+            again = command(self.world, arguments)
+            kept = len(done) == 6 and all(f.stat().st_mtime_ns == t for f, t in done.items())
+            there = (place / "run" / "report.html").is_file() and again.code == 0
+            good = first.code == 2 and "space" in first.text and first.clean and kept and there
+        end = "the same command writes the report; no run is trained again"
+        what = "the disk is full from here on: report"
+        return judged(what, said(first), end, good, first.text + again.text)
+
+    def _filling(self, phase: str, place: Path) -> Callable[[], None]:
+        def fill() -> None:
+            with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+        def before() -> None:
+            os.environ["FEEDBACKWARD_CACHE"] = str(place / "cache")
+            fault_at(phase, fill)()
+
+        return before
 
     def _disk(self, board: str, step: int, more: str) -> Row:
         place = self.world.root / "disk"
@@ -262,7 +306,7 @@ class Faults:
             yield judged(f"a worker of a comparison {what}", seen, end, good, done.stdout + done.stderr)  # fmt: skip
 
     def resumes(self) -> Iterator[Row]:
-        """A thousand interruptions of one run: every tenth is a `kill -9` of a process, some steps after its first
+        """A thousand interruptions of one run: every ninth is a `kill -9` of a process, some steps after its first
         checkpoint; the others stop it in this process, after one step."""
         config = replace(_config(self.world), epochs=300, out=str(self.out))
         self.world.forget()
@@ -274,7 +318,7 @@ class Faults:
         stops = kills = 0
         again = ["train", f"--config={self.out}/config.yaml", "--resume"]
         while not (self.out / "result.json").exists():
-            if stops % 10 == 9:
+            if stops % 9 == 8:
                 last = command(self.world, again, fault_at("step", send(signal.SIGKILL)))
                 kills += last.code == KILLED
                 assert last.code in (KILLED, 0), last.text
@@ -285,7 +329,7 @@ class Faults:
         good = stops >= 1000 and kills >= 100 and end_of(self.out) == whole
         what = f"a run of 1,500 steps, stopped and resumed {stops:,} times"
         seen = f"`kill -9` of the process, {kills} times; stopped after one step, {stops - kills:,} times"
-        yield judged(what, seen, "the end is bit-equal", good)
+        yield judged(what, seen, "the end is bit-equal", good, f"{kills} kills")
 
 
 class _After(Interrupts):

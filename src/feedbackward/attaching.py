@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.engine.attached import refuse_input_gradients, refuse_wrapped
+from feedbackward.engine.in_place import refuse_other_learners
 from feedbackward.engine.size import in_bytes
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError
@@ -84,6 +85,7 @@ def attach(
             f"the rule must be an instance of a Rule, for example {hint}, not {rule!r}."
         )
     refuse_wrapped(model)
+    refuse_other_learners(model, in_place)
     refuse_input_gradients(example)
     recorded = trace(model, example)
     refuse_unrecorded(recorded)

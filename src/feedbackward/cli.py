@@ -229,5 +229,7 @@ def _warn(message: Warning | str, *where: object, **more: object) -> None:
 
 
 def _fail(text: str) -> int:
-    print(f"feedbackward: error: {' '.join(text.split())}", file=sys.stderr)
+    # a text of the command line may hold bytes that are no characters
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    print(f"feedbackward: error: {text}", file=sys.stderr)
     return 2

@@ -116,3 +116,40 @@ def test_the_models_zero_grad_clears_the_feedback_too() -> None:
     model.zero_grad()
     model(x).square().sum().backward()
     assert_close(B.grad, once)
+
+
+@pytest.mark.parametrize("first", RULES, ids=lambda rule: rule.name)
+def test_learners_of_one_model_train_it_as_if_each_were_alone(first: fb.Rule) -> None:
+    pair = PAIRS[0]
+    x, y = pair.batch()
+    model, rules = pair.model(), (first, fb.DFA(), fb.DKP())
+    alone = [
+        fb.attach(copy.deepcopy(model), rule, example=x, seed=i) for i, rule in enumerate(rules)
+    ]
+    shared = [fb.attach(model, rule, example=x, seed=i) for i, rule in enumerate(rules)]
+    for i in (0, 1, 2, 0):
+        found = []
+        for learner in (alone[i], shared[i]):
+            learner.zero_grad()
+            torch.manual_seed(0)
+            give_gradients(learner, x, y, lambda out, y: loss_fn(y)(out))
+            found.append(grads(learner))
+        assert found[0].keys() == found[1].keys()
+        for name, gradient in found[0].items():
+            assert (gradient is None) == (found[1][name] is None), name
+            assert gradient is None or torch.equal(gradient, found[1][name]), name
+
+
+def test_a_model_in_place_has_one_learner() -> None:
+    pair = PAIRS[0]
+    (x, _), model = pair.batch(), pair.model()
+    placed = fb.attach(model, fb.DFA(), example=x, in_place=True)
+    for in_place in (False, True):
+        with pytest.raises(fb.AttachError, match="trains in place by another learner"):
+            fb.attach(model, fb.DKP(), example=x, in_place=in_place)
+    placed.detach()
+    learner = fb.attach(model, fb.DKP(), example=x)
+    with pytest.raises(fb.AttachError, match="has a learner already"):
+        fb.attach(model, fb.DFA(), example=x, in_place=True)
+    learner.detach()
+    fb.attach(model, fb.DFA(), example=x, in_place=True)

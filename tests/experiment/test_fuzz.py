@@ -175,6 +175,9 @@ def test_a_config_is_read_or_refused(kind: type, tmp_path: Path) -> None:
     @examples(120, 10_000)
     @given(text=files(kind))
     @example(text=b"parallel: {timeout: 1" + b"0" * 400 + b"}")
+    @example(text=b"rule_options: {5: 1}")
+    @example(text=b"rule: ':'")
+    @example(text=b"rules: [dkp, {rule: ':'}]")
     def check(text: bytes) -> None:
         nonlocal good
         try:

@@ -14,7 +14,27 @@ from feedbackward.engine.attached import Attached
 from feedbackward.engine.outside import average_in_backward, several_processes
 from feedbackward.engine.target import Target
 from feedbackward.engine.transparent import Inert
+from feedbackward.errors import AttachError
 from feedbackward.model.example import Given
+
+
+def refuse_other_learners(model: nn.Module, in_place: bool) -> None:
+    """Refuse a model that trains in place already, and to train one in place that has a learner.
+
+    Learners that are called by themselves may share a model: only the hooks of the one that is called do something.
+    A model that trains in place would cut the passes of the others too.
+    """
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(hook, _Hook):
+                raise AttachError(
+                    f"{type(module).__name__} trains in place by another learner already: call `detach()` of that learner first."
+                )
+            if in_place and isinstance(hook, Inert):
+                raise AttachError(
+                    f"{type(model).__name__} has a learner already, whose passes would be cut twice if the model trained in place: "
+                    "call `detach()` of that learner first."
+                )
 
 
 class InPlace:

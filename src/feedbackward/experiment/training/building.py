@@ -38,7 +38,7 @@ def find_rule(name: str) -> type[Rule]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"the rule '{name}' cannot be imported ({error}): check its spelling"
         ) from error
@@ -53,7 +53,7 @@ def make_rule(name: str, options: dict[str, Any]) -> Rule:
     fields = getattr(kind, "__dataclass_fields__", {})
     for key in options:
         if key not in fields:
-            known = hint(key, fields) if fields else "it has no options"
+            known = hint(str(key), fields) if fields else "it has no options"
             raise ConfigError(f"the rule '{name}' has no option '{key}': {known}")
     given = dict(options)
     if "operator" in fields and "operator" in given:
@@ -111,7 +111,7 @@ def make_operator(spec: Any) -> Operator:
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     for key in options:
         if key not in fields:
-            known = hint(key, fields) if fields else "it has no options"
+            known = hint(str(key), fields) if fields else "it has no options"
             raise ConfigError(f"the operator '{name}' has no option '{key}': {known}")
     absent = [f.name for f in fields.values() if f.name not in options and f.default is MISSING]
     if absent:

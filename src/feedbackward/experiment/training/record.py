@@ -6,6 +6,7 @@ import json
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from feedbackward.errors import CheckpointError
 from feedbackward.experiment.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -44,8 +45,13 @@ class Record:
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         """Append ``{"kind": kind, **row}``; ``row["epoch"]`` is the number of finished epochs."""
-        with self.folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **row}) + "\n")
+        try:
+            with self.folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, **row}) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write {self.folder.metrics} ({error}): free some space, then go on with --resume"
+            ) from error
         self.rows += 1
         if self._writer:
             for name, value in _scalars(kind, row):
