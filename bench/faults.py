@@ -306,8 +306,7 @@ class Faults:
             yield judged(f"a worker of a comparison {what}", seen, end, good, done.stdout + done.stderr)  # fmt: skip
 
     def resumes(self) -> Iterator[Row]:
-        """A thousand interruptions of one run: every ninth is a `kill -9` of a process, some steps after its first
-        checkpoint; the others stop it in this process, after one step."""
+        """A thousand interruptions of one run: every ninth a `kill -9`, the others in this process, after one step."""
         config = replace(_config(self.world), epochs=300, out=str(self.out))
         self.world.forget()
         os.environ["FEEDBACKWARD_CACHE"] = str(self.world.root / "cache")
