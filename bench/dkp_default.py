@@ -39,6 +39,7 @@ class Scaled(fb.DKP):
 
     factor: Callable[[Tensor], Tensor] = torch.ones_like
     orthogonal: bool = False
+    whiten: bool = False
 
     def feedback_grad(self, edge: fb.Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         scaled = d * self.factor(spread(h)).to(d.dtype)
@@ -58,10 +59,12 @@ FORMS: dict[str, fb.Rule] = {
     "dfa": fb.DFA(),
     "published": fb.DKP.published(),
     "default": fb.DKP(),
+    "strength 0.2": fb.DKP(strength=0.2),
+    "not whitened, strength 0.2": fb.DKP(whiten=False, strength=0.2),
     "not orthogonal": fb.DKP(whiten=False, orthogonal=False),
-    "orthogonal, strength 0.5": fb.DKP(strength=0.5),
-    "orthogonal, strength 0.1": fb.DKP(strength=0.1),
-    "orthogonal, random start": fb.DKP(operator=fb.Dense()),
+    "orthogonal, strength 0.5": fb.DKP(whiten=False, strength=0.5),
+    "orthogonal, strength 0.1": fb.DKP(whiten=False, strength=0.1),
+    "orthogonal, random start": fb.DKP(whiten=False, strength=0.2, operator=fb.Dense()),
     "30 / (s^2 + 30 s)": Scaled(factor=lambda s: 30 / (s.square() + 30 * s)),
     "1 / s": Scaled(factor=lambda s: 1 / s),
     "30 / s^2": Scaled(factor=lambda s: 30 / s.square()),

@@ -135,13 +135,10 @@ def cut_gradients(
 def _dkp(rule: fb.DKP, site: fb.Site, error: Tensor, h: Tensor) -> Tensor:
     """e^T (h - mean) C^-1, with the covariance C of a map's channels or of the features of tokens."""
     if rule.center:
-        error = error - error.mean(0)
+        h = h - h.mean(0)
     if rule.whiten and (site.tokens or h.dim() > 2):
         axis = h.dim() - 1 if site.tokens else 1
         features = h.movedim(axis, 0).flatten(1)
-        features = features[:, :: max(1, features.shape[1] // (16 * len(features)))]
-        if rule.center:
-            features = features - features.mean(1, keepdim=True)
         C = features @ features.t() / features.shape[1]
         C = C + rule.ridge * C.trace() / len(C) * torch.eye(len(C)).to(C)
         h = torch.tensordot(torch.linalg.inv(C), h, ([1], [axis])).movedim(0, axis)

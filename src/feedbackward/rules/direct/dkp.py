@@ -71,7 +71,7 @@ class DKP(Rule):
     whiten: bool = True
     ridge: float = 0.1
     orthogonal: bool = True
-    strength: float = 0.2
+    strength: float = 0.1
     operator: Operator = Dense(init="zeros")
 
     name = "dkp"

@@ -7,30 +7,27 @@ from torch import Tensor
 
 from feedbackward.graph import Site
 
-PLACES = 16  # for each channel: enough beside the ridge, and few beside the work of a convolution
-
 
 def whitened(site: Site, h: Tensor, center: bool, ridge: float) -> Tensor:
     r"""The activity times the inverse covariance of its channels, `[M, *site]`, in float32 or wider.
 
-    .. math:: (C + \mathrm{ridge} \cdot \bar v\, I)^{-1} h, \qquad
-        C = \operatorname{mean}_{m,p}\, (h_{mp} - \bar h) (h_{mp} - \bar h)^\top \quad [c, c]
+    .. math:: (C + \mathrm{ridge} \cdot \bar v\, I)^{-1} (h - \bar h), \qquad
+        C = \operatorname{mean}_{m,p}\, (h_{mp} - \bar h_p) (h_{mp} - \bar h_p)^\top \quad [c, c]
 
-    over samples m and places p of a map `[c, *places]` (or tokens `[*tokens, c]`), evenly spaced if there are more than
-    `PLACES` for each channel. :math:`\bar h` is the mean of each channel there (0 if not `center`) and :math:`\bar v` the mean
-    variance of a channel. A vector comes back as it is, for a batch has too few samples of it.
+    over samples m and places p of a map `[c, *places]` (or tokens `[*tokens, c]`). :math:`\bar h` is the mean over samples
+    (0 if not `center`) and :math:`\bar v` the mean variance of a channel. A vector comes back as it is, for a batch has too few
+    samples of it.
     """
     if h.dim() == 2 and not site.tokens:
         return h
     axis = -1 if site.tokens else 1
     x = h.to(torch.promote_types(h.dtype, torch.float32)).movedim(axis, -1)
+    if center:
+        x = x - x.mean(0)
     channels = x.shape[-1]
     with torch.autocast(h.device.type, enabled=False):
         flat = x.reshape(-1, channels)
-        some = flat[:: max(1, len(flat) // (PLACES * channels))]
-        if center:
-            some = some - some.mean(0)
-        covariance = some.t() @ some / len(some)
+        covariance = flat.t() @ flat / len(flat)
         size = covariance.diagonal().mean()
         covariance.diagonal().add_(ridge * torch.where(size > 0, size, 1.0))
         # no check of the root, for which the host would wait for the device
