@@ -26,7 +26,7 @@ unit: .venv/dev
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# every one-line defect of tests/mutations.py must be caught: about ten minutes on an idle core
+# every one-line defect of tests/support/mutations.py must be caught: about half an hour on an idle core
 mutations: .venv/dev
 	MUTATIONS=1 $(BIN)/pytest -n 0 tests/core/test_mutations.py
 

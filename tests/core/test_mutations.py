@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from mutations import MUTATIONS, PACKAGE, TESTS, place
+from mutate import PACKAGE, TESTS, place
+from mutations import MUTATIONS
 
 
 @pytest.mark.parametrize(("file", "old", "new", "test"), MUTATIONS)
@@ -23,7 +24,7 @@ def test_mutation_applies(file: str, old: str, new: str, test: str) -> None:
 @pytest.mark.timeout(3600)
 def test_every_mutation_is_caught() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "support" / "mutations.py")]
+    command = [sys.executable, str(TESTS / "support" / "mutate.py")]
     result = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=TESTS.parent
     )
