@@ -61,12 +61,17 @@ def param_groups(
     learner: Learner | Pipeline,
     model: dict[str, Any] | None = None,
     feedback: dict[str, Any] | None = None,
+    no_decay: bool | Callable[[str, nn.Parameter], bool] = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: one for the model's parameters and one for the learned feedback weights.
 
-    model, feedback: options of the groups, for example `model={"lr": 0.1}` and `feedback={"lr": 0.01}`.
+    Each group has a `name`. For a rule without learned feedback there is no group `"feedback"`. To clip `B` apart from the
+    weights, clip `learner.model.parameters()` and `learner.feedback.parameters()` one by one.
 
-    For a rule without learned feedback there is only the first group.
+    model, feedback: options of the groups, for example `model={"lr": 0.1}` and `feedback={"lr": 0.01, "weight_decay": 0.0}`.
+    no_decay: with True, biases and the parameters of norms are in a group `"model without decay"`, whose `weight_decay` is 0,
+        as Hugging Face's Trainer has it. Or a function `(name, parameter) -> bool` that chooses what does not decay, by the
+        model's own names.
 
     Example:
         >>> import torch
@@ -80,10 +85,32 @@ def param_groups(
         [0.1, 0.01]
     """
     named = list(learner.named_parameters())
-    own = [p for name, p in named if not name.startswith("feedback.")]
     learned = [p for name, p in named if name.startswith("feedback.")]
-    groups = [{"params": own, **(model or {})}]
-    return [*groups, {"params": learned, **(feedback or {})}] if learned else groups
+    own = [(n.removeprefix("model."), p) for n, p in named if not n.startswith("feedback.")]
+    spared = no_decay if callable(no_decay) else _spared(learner) if no_decay else _nothing
+    decayed = [p for name, p in own if not spared(name, p)]
+    rest = [p for name, p in own if spared(name, p)]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "name": "model", **(model or {})},
+        {"params": rest, "name": "model without decay", **(model or {}), "weight_decay": 0.0},
+        {"params": learned, "name": "feedback", **(feedback or {})},
+    ]
+    return [group for i, group in enumerate(groups) if i == 0 or group["params"]]
+
+
+def _nothing(name: str, parameter: nn.Parameter) -> bool:
+    return False
+
+
+def _spared(learner: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+    """Biases, and what belongs to a norm of whatever class (`LlamaRMSNorm`)."""
+    norms = {
+        id(p)
+        for m in learner.modules()
+        if "norm" in type(m).__name__.lower()
+        for p in m.parameters(recurse=False)
+    }
+    return lambda name, p: "bias" in name.rpartition(".")[2] or id(p) in norms
 
 
 def step_in_backward(
