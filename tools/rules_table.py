@@ -29,7 +29,8 @@ UNBROKEN = {"break_long_words": False, "break_on_hyphens": False}
 PLACE = re.compile(r"(<!-- rules -->\n).*?(<!-- end of rules -->)", re.S)
 MEASURED_LEGEND = {
     "MLP": "test accuracy in % on the embedded images, mean and standard deviation over 3 seeds, with rates picked on "
-    "held-out images ([report](../bench/results/all-rules-mlp/report.md)); `dkp` and `kp` are their authors' forms there. "
+    "held-out images ([report](../bench/results/all-rules-mlp/report.md)); `dkp` and `kp` are their authors' forms there, "
+    "the feedback of the chains began larger than the weights, and `dtp` had a decoder at its top. "
     "*not above Frozen*: it does not beat the control there by two standard errors, so it has not been shown to train "
     "hidden layers; [Recipes](recipes.md) has reasons and other settings."
 }

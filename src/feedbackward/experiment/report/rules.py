@@ -47,7 +47,7 @@ def facts() -> dict[str, dict[str, Any]]:
             "label": rule.label,
             "tier": tiers.get(name, ""),
             "unlocked": rule.unlocked,
-            "transport": rule.transport,
+            "transport": rule().transport,
             "learned": rule().learned,
             "paper": rule.paper,
         }
