@@ -75,7 +75,7 @@ RECIPES: dict[str, Recipe] = {
         rates={  # as configs/embedded.yaml picked them, with equal trials for every rule
             "bp": Rates(0.025),
             "relayed_kp": Rates(0.025),  # backprop's, for W and B
-            "dkp": Rates(0.02, 0.02),  # one rate for W and B: bench/results/embedded-one-rate
+            "dkp": Rates(0.05, 0.05),  # one rate for W and B: bench/results/embedded-one-rate
             "dfa": Rates(0.006),
             "frozen": Rates(0.2),
         },
