@@ -24,7 +24,7 @@ with fb.parallel.start() as rank:
     learner = fb.attach(model, fb.DKP(), example=images[:8])
     # from here on, this process holds its own part of the net
     pipe = fb.parallel.pipeline(learner, images[:8], micro_batches=4)
-    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.02, momentum=0.9)
     for epoch in range(10):
         for x, y in zip(images.split(32), labels.split(32), strict=True):
             loss = pipe.backward(x, F.cross_entropy, y)

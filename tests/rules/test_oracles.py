@@ -142,11 +142,6 @@ def test_module_called_twice(row: Row) -> None:
     check(learner, expected, signals(learner, x, y))
 
 
-def test_module_called_twice_is_refused_by_name_as_a_site() -> None:
-    with pytest.raises(fb.SiteError, match="shared"):
-        fb.attach(Twice().to(F64), fb.DKP.published(), example=MLP.batch()[0], sites=["shared"])
-
-
 @pytest.mark.parametrize("row", DIRECT, ids=str)
 @pytest.mark.parametrize("frozen", ["first", "middle"])
 def test_frozen_layers(row: Row, frozen: str) -> None:

@@ -41,6 +41,11 @@ class _Bound:
         model: Any = self.__self__.model
         return inspect.signature(model.forward)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__code__":
+            raise AttributeError(name)
+        return getattr(self.__func__, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
 

@@ -38,7 +38,7 @@ class DKP(Rule):
 
     center: subtract the batch mean of each feature. Activities after a ReLU are positive, so their mean dominates
         :math:`e^\top h_l`. Needs a batch of at least 2.
-    whiten: multiply by :math:`C_l^{-1}`, :func:`whitened`. The channels of a map are much alike, and :math:`e^\top h_l` follows
+    whiten: multiply by :math:`C_l^{-1}`. The channels of a map are much alike, and :math:`e^\top h_l` follows
         what they have in common; the readout that predicts best is the one without it.
     ridge: added to :math:`C_l`, as a part of the mean variance of a channel.
     orthogonal: send by the orthogonal matrix next to `B`, not by `B`. The readout of one class is much like that of the next,
@@ -104,4 +104,5 @@ class DKP(Rule):
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         if self.whiten:
             h = whitened(edge.site, h, self.center, self.ridge)
+            d = d.to(h.dtype)
         return edge.operator.correlate(weights, d, h, self.center)
