@@ -318,6 +318,11 @@ class Graph:
         return tuple(dict.fromkeys(end.source for end in self._ends))
 
     @property
+    def repeated(self) -> tuple[Site, ...]:
+        """The sites whose modules are called many times in a pass."""
+        return tuple(site for site in self.sites if site.every)
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules of the edges and local losses, each once."""
         return tuple({id(end.rule): end.rule for end in self._ends}.values())

@@ -166,8 +166,8 @@ class Attached:
         if self.without_phase == PASSES_WITHOUT_PHASE and self.learns_in_phase:
             warnings.warn(
                 f"{self.rule.label} learns its feedback in a phase of its own, and {self.without_phase} training passes ran without "
-                "one: its feedback stays as it began. Call `learner.feedback_step(x)` before `optimizer.step()` "
-                "(feedbackward.integrations does so in Trainer and Lightning), or freeze the feedback.",
+                "one: its feedback stays as it began. Call `learner.feedback_step(x)` before `optimizer.step()`, "
+                "or freeze the feedback.",
                 stacklevel=5,
             )
 

@@ -54,7 +54,7 @@ def check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
 
 def _check_every(rule: Rule, graph: Graph) -> None:
     """Refuse what is not made for a site whose module is called many times: all but an error that comes straight to it."""
-    many = [site for site in graph.sites if site.every]
+    many = graph.repeated
     ends = {edge.source for edge in graph.edges if edge.source.every}
     phased = any(edge.rule.in_phase for edge in graph.edges if edge.site.every)
     if many and (ends or phased or graph.upward or graph.branches):

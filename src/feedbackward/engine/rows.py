@@ -19,6 +19,7 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Activity, Edge, Graph, LayerInput, Local, Site, Source
 from feedbackward.model.autograd_graph import leading_to, outputs_behind
 from feedbackward.model.trace import Trace, trace
+from feedbackward.operators.base import widened
 
 Activities = Mapping[Activity, Tensor]
 
@@ -216,8 +217,7 @@ class _Look:
 
 def _sketch(gradient: Tensor) -> Tensor:
     """`[N, k]`: sums of each row's numbers under random signs. Rows of one direction have sums of that direction."""
-    rows = gradient.flatten(1)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = widened(gradient.flatten(1))
     each = rows.shape[1] // _SUMS
     whole, rest = rows[:, : _SUMS * each], rows[:, _SUMS * each :]
     draw = torch.Generator().manual_seed(each)

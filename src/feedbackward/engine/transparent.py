@@ -41,10 +41,10 @@ class _Bound:
         model: Any = self.__self__.model
         return inspect.signature(model.forward)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__code__":
-            raise AttributeError(name)
-        return getattr(self.__func__, name)
+    @property
+    def __code__(self) -> Any:
+        # torch.export asks for it
+        return self.__func__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)

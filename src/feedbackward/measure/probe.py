@@ -137,11 +137,11 @@ def probe(
         raise FeedbackError(
             f"probe needs the learner that `attach` returned, not a {type(learner).__name__}."
         )
-    many = [site.name for site in learner.sites if site.every]
+    many = learner.graph.repeated
     if many:
         raise FeedbackError(
-            f"the probe compares the signals of sites that are called once in a pass, and {many[0]!r} is called many times. Compare "
-            "the gradients of parameters with those within learner.exact()."
+            "the probe compares the signals of sites that are called once in a pass, and "
+            f"{many[0].name!r} is called many times. Compare the gradients of parameters with those within learner.exact()."
         )
     params = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
     rule_signals, rule_grads, _ = _gradients(learner, loss_fn, batch, params, exact=False)

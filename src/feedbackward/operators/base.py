@@ -14,6 +14,11 @@ Shape = tuple[int, ...]
 Weights = tuple[Tensor, ...]
 
 
+def widened(t: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 class Operator(ABC):
     """The form of a feedback connection. It holds hyper-parameters only, never tensors.
 
@@ -97,8 +102,7 @@ class Operator(ABC):
 
     def gram(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
         """The product `B B^T: [C, C]` of the matrix that the weights stand for."""
-        B = self.dense(weights, source, site)
-        B = B.to(torch.promote_types(B.dtype, torch.float32))
+        B = widened(self.dense(weights, source, site))
         return B @ B.t()
 
     def dense(self, weights: Weights, source: Shape, site: Shape) -> Tensor:

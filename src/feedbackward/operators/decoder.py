@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.base import Operator, Shape, Weights, widened
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda a: a,
@@ -27,7 +27,7 @@ def pair(s: Tensor, step: Tensor) -> Tensor:
 
     It is float32 or wider, because half precision would lose a small step in `s`.
     """
-    s, step = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s, step))
+    s, step = (widened(t) for t in (s, step))
     return torch.stack([s, s - step], 1)
 
 

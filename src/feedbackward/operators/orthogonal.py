@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.base import Operator, Shape, Weights, widened
 from feedbackward.operators.dense import Dense, rows
 from feedbackward.operators.options import check_scale
 
@@ -73,9 +73,8 @@ class Orthogonal(Operator):
             gram = self.form.gram(weights, source, site)
             turned = rows(d) @ (self.strength * _inverse_root(gram, self.steps)).to(d.dtype)
         else:
-            B = self.form.dense(weights, source, site)
-            wide = B.to(torch.promote_types(B.dtype, torch.float32))
-            turned = rows(d) * (self.strength * _inverse_norm(wide)).to(d.dtype)
+            B = widened(self.form.dense(weights, source, site))
+            turned = rows(d) * (self.strength * _inverse_norm(B)).to(d.dtype)
         return self.form.send(weights, turned.reshape(d.shape), site)
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:

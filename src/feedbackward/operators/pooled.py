@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feedbackward.errors import AttachError
-from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.base import Operator, Shape, Weights, widened
 from feedbackward.operators.dense import INITS, draw, outer, rows
 from feedbackward.operators.options import check_count, check_init, check_scale
 
@@ -73,8 +73,7 @@ class Pooled(Operator):
         if self.size is not None:
             return super().gram(weights, source, site)
         # every place has the same weights, and their matrix may be too large to make
-        B = rows(weights[0])
-        B = B.to(torch.promote_types(B.dtype, torch.float32))
+        B = widened(rows(weights[0]))
         return math.prod(site[1:]) * (B @ B.t())
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:

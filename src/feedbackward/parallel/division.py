@@ -54,10 +54,10 @@ def divide(learner: Learner, recording: Recording, cut: tuple[int, ...], example
 
     Raises AttachError where they do not, and where stages would train one parameter.
     """
-    many = [site.name for site in learner.graph.sites if site.every]
+    many = learner.graph.repeated
     if many:
         raise AttachError(
-            f"the calls of {many[0]!r} are one site, which cannot be divided over processes: choose sites that are called once."
+            f"the calls of {many[0].name!r} are one site, which cannot be divided over processes: choose sites that are called once."
         )
     routes = _routes(learner, recording, cut)
     empty = Division(recording, cut, routes, (), {})

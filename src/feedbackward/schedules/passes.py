@@ -142,10 +142,10 @@ def finish(loss: Tensor) -> Tensor:
 
 
 def refuse_overlaps(attached: Attached, schedule: str) -> None:
-    many = [site.name for site in attached.graph.sites if site.every]
+    many = attached.graph.repeated
     if many:
         raise AttachError(
-            f'schedule="{schedule}" runs each segment\'s backward by itself, and the calls of {many[0]!r} are one site. Give the '
+            f'schedule="{schedule}" runs each segment\'s backward by itself, and the calls of {many[0].name!r} are one site. Give the '
             "sequence in pieces instead, with the state detached between them: memory is then that of a piece, and gradients add up."
         )
     for first, second in attached.plan.overlaps:

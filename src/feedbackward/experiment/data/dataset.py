@@ -20,6 +20,7 @@ from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.config.data import DataConfig
 from feedbackward.experiment.data.cache import cached, fingerprint
 from feedbackward.experiment.data.decode import Decoded, Images, decode
+from feedbackward.experiment.data.digest import digests_of
 from feedbackward.experiment.data.fashion_mini import fashion_mini
 from feedbackward.experiment.data.loader import AUGMENTATIONS, Loader, check_augment
 from feedbackward.experiment.data.sources import DATASETS, DatasetSpec, Source, find_source
@@ -74,8 +75,7 @@ class Data:
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 over the pixels and the labels of each split, in order."""
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: images.digest() for name, images in splits.items()}
+        return digests_of(self)
 
     @property
     def num_classes(self) -> int:

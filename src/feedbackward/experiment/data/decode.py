@@ -1,6 +1,5 @@
 """Images of a source -> uint8 tensors, through the `datasets` package and Pillow."""
 
-import hashlib
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from feedbackward.errors import DataError
 from feedbackward.experiment.data.decode_progress import Progress, quiet_unless_terminal
+from feedbackward.experiment.data.digest import digest_of
 from feedbackward.experiment.data.sources import Source
 
 ORIENTATION = 0x0112  # the EXIF tag by which cameras say how to turn a photograph
@@ -43,10 +43,7 @@ class Images:
 
     def digest(self) -> str:
         """SHA-256 over shape, pixels and labels, in order."""
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        return digest_of(self.images, self.labels)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.config.data import DataConfig
+from feedbackward.experiment.data.digest import digest_of, digests_of
 from feedbackward.experiment.data.loader import Batches
 
 # texts known by name, and where they lie below the data root
@@ -38,10 +39,7 @@ class Sequences:
 
     def digest(self) -> str:
         """SHA-256 over shape and tokens, in order."""
-        digest = hashlib.sha256(repr(tuple(self.inputs.shape)).encode())
-        for tensor in (self.inputs, self.targets):
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        return digest_of(self.inputs, self.targets)
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ class TextData:
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 over the tokens of each split, in order."""
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: sequences.digest() for name, sequences in splits.items()}
+        return digests_of(self)
 
     @property
     def form(self) -> dict[str, Any]:

@@ -71,10 +71,6 @@ class Task:
         return (*target.shape, data.num_classes)
 
 
-def _image_batches(split: Any, data: Any, *options: Any, **named: Any) -> Batches:
-    return Loader(split, data, *options, **named)
-
-
 def _text_batches(
     split: Any, data: Any, *options: Any, augment: str = "none", **named: Any
 ) -> Batches:
@@ -82,6 +78,6 @@ def _text_batches(
 
 
 TASKS: dict[str, Task] = {
-    "classification": Task("classification", load_data, fingerprint_data, _image_batches, 250),
+    "classification": Task("classification", load_data, fingerprint_data, Loader, 250),
     "language_model": Task("language_model", load_text, fingerprint_text, _text_batches, 64),
 }

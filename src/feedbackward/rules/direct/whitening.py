@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.graph import Site
+from feedbackward.operators.base import widened
 
 
 def whitened(site: Site, h: Tensor, center: bool, ridge: float) -> Tensor:
@@ -21,7 +22,7 @@ def whitened(site: Site, h: Tensor, center: bool, ridge: float) -> Tensor:
     if h.dim() == 2 and not site.tokens:
         return h
     axis = -1 if site.tokens else 1
-    x = h.to(torch.promote_types(h.dtype, torch.float32)).movedim(axis, -1)
+    x = widened(h).movedim(axis, -1)
     if center:
         x = x - x.mean(0)
     channels = x.shape[-1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, LayerInput, PreActivation, Site, Source
+from feedbackward.operators.base import widened
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule
 
@@ -99,6 +99,6 @@ class LRA(Rule):
     def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
         assert isinstance(edge.site, PreActivation)
         f = edge.site.activation
-        a, d = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (h, sent))
+        a, d = (widened(t) for t in (h, sent))
         n = len(d)  # the error of a mean loss carries 1/N
         return (f(a) - f(a - n * d)) / n

@@ -11,6 +11,7 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Weights
+from feedbackward.operators.base import widened
 from feedbackward.rule import Rule
 from feedbackward.topologies import star
 
@@ -79,7 +80,7 @@ class RecLRA(Rule):
         return star(sites, source, self.operator)
 
     def receive(self, edge: Edge, sent: Tensor, h: Tensor) -> Tensor:
-        h, d = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (h, sent))
+        h, d = (widened(t) for t in (h, sent))
         n = len(d)  # the error of a mean loss carries 1/N
         return _CHANGES[self.activation](h, self.beta * n * d) / n
 
