@@ -14,7 +14,8 @@ class Awaited:
     """A receive that the thread waits for."""
 
     def __init__(self, work: dist.Work) -> None:
-        self._work, self._ended = work, threading.Event()
+        self._work: dist.Work | None = work
+        self._ended = threading.Event()
         self._error: RuntimeError | None = None
 
     @property
@@ -28,12 +29,14 @@ class Awaited:
             raise self._error
 
     def end(self, timeout: timedelta) -> None:
-        """In the thread: wait."""
+        """In the thread: wait. Nothing of the receive is kept: freed while Python ends, it would abort the process."""
+        assert self._work is not None
         try:
             self._work.wait(timeout)
         except RuntimeError as error:
             self._error = error
         finally:
+            self._work = None
             self._ended.set()
 
 
@@ -43,8 +46,6 @@ class Arrivals:
     def __init__(self, timeout: timedelta) -> None:
         self._timeout, self._queue = timeout, SimpleQueue[Awaited | None]()
         self._thread: threading.Thread | None = None
-        # the thread ends with the object
-        weakref.finalize(self, self._queue.put, None)
 
     def notice(self, work: dist.Work) -> Awaited:
         """Wait for this one too."""
@@ -52,11 +53,20 @@ class Arrivals:
             arguments = self._queue, self._timeout
             self._thread = threading.Thread(target=_wait_for_all, args=arguments, daemon=True)
             self._thread.start()
+            # the thread ends with the object, or before Python does
+            weakref.finalize(self, _stop, self._queue, self._thread)
         awaited = Awaited(work)
         self._queue.put(awaited)
         return awaited
 
 
+def _stop(queue: SimpleQueue[Awaited | None], thread: threading.Thread) -> None:
+    queue.put(None)
+    # it may still wait for a message that will never come
+    thread.join(1.0)
+
+
 def _wait_for_all(queue: SimpleQueue[Awaited | None], timeout: timedelta) -> None:
     while (awaited := queue.get()) is not None:
         awaited.end(timeout)
+        del awaited
