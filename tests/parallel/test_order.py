@@ -28,16 +28,19 @@ def awaited(path: Path, seconds: float) -> bool:
 
 
 def held(rank: int, folder: Path, rule: str, seconds: float) -> Any:
-    """Rank 1 holds its first backward until rank 0 has ended its own and begun the next step; it
-    returns whether it saw both."""
+    """Rank 1 holds its first backward after its last forward until rank 0 has ended its own and begun
+    the next step; it returns whether it saw both."""
     case = Case("plain", RULES[rule], rows=(8,), micro_batches=4)
     x, y = case.batch(0)
     pipe = fb.parallel.pipeline(case.learner(), x, micro_batches=4, timeout=120)
     seen: list[bool] = []
     if rank == 1:
+        forwards: list[int] = []
+        pipe.module.model[-1].register_forward_hook(lambda *call: forwards.append(1))
 
         def hold(p: torch.Tensor) -> None:
-            if not seen:
+            # where this rank waited for its inputs it has run a backward before: then errors were due
+            if len(forwards) == 4 and not seen:
                 seen.append(awaited(folder / "ended", seconds))
                 seen.append(awaited(folder / "next", seconds))
 

@@ -33,6 +33,9 @@ class Failure:
     kind: str
     text: str
 
+    def __getitem__(self, key: str) -> Any:
+        raise AssertionError(f"a rank raised {self.kind}: {self.text}")
+
 
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """`work(rank, *args)` on every rank, in one gloo group; what each returned, a `Failure` where it
