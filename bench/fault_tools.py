@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,13 @@ import torch
 from PIL import Image
 
 from feedbackward import cli
+from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.data import DataConfig
 from feedbackward.experiment.training import checkpoint
+from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
+from feedbackward.experiment.training.progress import Console, Progress
 from feedbackward.experiment.training.runfolder import RunFolder
+from feedbackward.experiment.training.train import train
 
 NET = """
 import multiprocessing, os, signal, torch
@@ -72,6 +78,13 @@ PHASES = {
     "export": (f"{TRAINING}.train", "save_file", 1, "after"),
     "test evaluation": (f"{TRAINING}.run", "Run.evaluate", 4, "before"),
     "result": (f"{TRAINING}.runfolder", "RunFolder.write_json", 2, "before"),
+}
+# the same of a run that has been resumed, counted from there
+AGAIN = {
+    "again, checkpoint": (f"{TRAINING}.checkpoint", "save_file", 1, "after"),
+    "again, just moved": (f"{TRAINING}.checkpoint", "_sync_folder", 4, "before"),
+    "again, metrics": (f"{TRAINING}.record", "Record.add", 1, "after"),
+    **{f"again, step {n}": (f"{TRAINING}.run", "Run.step", n, "after") for n in range(1, 7)},
 }
 
 
@@ -162,7 +175,7 @@ def ended(child: int, log: str) -> Ended:
 
 def fault_at(phase: str, action: Callable[[], Any]) -> Callable[[], None]:
     """For `command`: do `action()` in that phase."""
-    where, name, count, when = PHASES[phase]
+    where, name, count, when = (PHASES | AGAIN)[phase]
 
     def patch() -> None:
         owner: Any = importlib.import_module(where)
@@ -228,3 +241,28 @@ def mounted(place: Path, size: str) -> Iterator[None]:
 
 def mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
+
+
+class After(Interrupts):
+    """Stops a run after so many looks."""
+
+    def __init__(self, checks: int) -> None:
+        super().__init__()
+        self.left = checks
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise InterruptedRunError(signal.SIGINT)
+
+
+def config_of(world: World) -> TrainConfig:
+    """The run of `trained`."""
+    data = DataConfig(str(world.root / "pets"), augment="crop-flip")
+    return TrainConfig(model="tiny_net:net", data=data, batch_size=16, tensorboard=False)
+
+
+def trained(config: TrainConfig, interrupts: Interrupts) -> None:
+    """Train in this process."""
+    with Progress(Console(quiet=True)) as progress:
+        train(config, progress, interrupts)
