@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hosts import Hosts, bytes_sent, processes, why_not
 from parallel_report import write_report
-from parallel_schedules import RULES, SUBJECTS, Subject, Times, contestant, sleeping
+from parallel_schedules import OWN, RULES, SUBJECTS, Subject, Times, contestant, sleeping
 
 import feedbackward as fb
 from feedbackward.experiment.benchmark.pipeline_plots import plot_timeline
@@ -40,11 +40,12 @@ from feedbackward.parallel.segment import StageModule
 from feedbackward.parallel.split import find_places
 
 RESULTS = Path(__file__).parent / "results" / "parallel.json"
-BATCH = {"vgg16": 128, "transformer": 64}
+BATCH = {"vgg16": 128, "transformer": 64, "inside": 64}
 MICRO_BATCHES, STEPS = 4, 10
 CUTS = {
     "vgg16": {2: ["block7"], 3: ["block5", "block8"], 4: ["block4", "block7", "block9"]},
     "transformer": {2: ["block4"]},
+    "inside": {2: ["block4"]},
 }
 # features of the activity that stages which sleep send on: 2.1 MB in a micro-batch of 32, as VGG-16 does
 FEATURES = 16384
@@ -56,7 +57,10 @@ PIPELINES = ["1f1b", "zero-bubble", "dkp"]
 FEWER = {"zero-bubble": 3}
 # what is timed side by side: net, micro-batches, those compared, and the part of the rounds
 GROUPS: dict[str, dict[str, Any]] = {
-    "vgg16": {"parts": 4, "who": [*PIPELINES, "bp alone", "dkp alone", "bp ddp", "dkp ddp"]},
+    "vgg16": {
+        "parts": 4,
+        "who": [*PIPELINES, "dkp-plain", "bp alone", "dkp alone", "bp ddp", "dkp ddp"],
+    },
     "vgg16 one": {"parts": 1, "who": ["gpipe", "zero-bubble", "dkp"], "steps": 2, "part": 0.4},
     "vgg16 link": {
         "parts": 4,
@@ -67,6 +71,11 @@ GROUPS: dict[str, dict[str, Any]] = {
     "transformer": {
         "parts": 4,
         "who": [*PIPELINES, "bp alone", "dkp alone", "bp ddp", "dkp ddp"],
+        "steps": 5,
+    },
+    "inside": {
+        "parts": 4,
+        "who": ["1f1b", "zero-bubble", "dkp-plain", "dkp", "bp alone", "bp ddp", "dkp-plain ddp"],
         "steps": 5,
     },
 }
@@ -157,7 +166,7 @@ def actions(rounds: int) -> dict[str, Any]:
     for net, cuts in CUTS.items():
         for ranks, cut in cuts.items():
             subject = SUBJECTS[net](BATCH[net] // MICRO_BATCHES, cut)
-            staged = {rule: Staged(subject, RULES[rule]) for rule in ("bp", "dkp")}
+            staged = {rule: Staged(subject, RULES[rule]) for rule in ("bp", OWN[net])}
             samples: dict[str, list[Any]] = {rule: [] for rule in staged}
             for _ in range(rounds):
                 for rule, stages in staged.items():
@@ -224,16 +233,16 @@ def split_times(saved: dict[str, Any], net: str, ranks: int) -> list[Times]:
     found = saved[f"actions {net} {ranks}"]["cpu seconds"]
     return [
         (min(bp[0], dkp[0]), max(0.0, bp[1] - dkp[1]), dkp[1])
-        for bp, dkp in zip(found["bp"], found["dkp"], strict=True)
+        for bp, dkp in zip(found["bp"], found[OWN[net]], strict=True)
     ]
 
 
 def simulated(
-    times: list[Times], who: list[str], parts: int, sends: int, steps: int
+    times: list[Times], who: list[str], parts: int, sends: int, steps: int, own: str = "dkp"
 ) -> dict[str, list[float]]:
     """What the simulator says of one step, and of one of so many without a barrier."""
     costs = [StageCost(*t, sends=sends) for t in times]
-    known = {"1f1b": "1f1b", "gpipe": "gpipe", "zero-bubble": "zero-bubble", "dkp": "star"}
+    known = {"1f1b": "1f1b", "gpipe": "gpipe", "zero-bubble": "zero-bubble", own: "star"}
     made = {w: simulate(known[w], costs, parts) for w in who if w in known}  # type: ignore[arg-type]
     return {
         name: [s.isolated, (s.isolated + (steps - 1) * s.steady) / steps]

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from parallel_schedules import OWN
+
 NAMES = {
     "gpipe": "backprop, GPipe (of one micro-batch, 1F1B is the same)",
     "1f1b": "backprop, 1F1B",
@@ -15,12 +17,15 @@ NAMES = {
     "dkp alone": "DKP, one process",
     "bp ddp": "backprop, DDP",
     "dkp ddp": "DKP, DDP",
+    "dkp-plain": "DKP without whitening, fb.parallel",
+    "dkp-plain ddp": "DKP without whitening, DDP",
 }
 TITLES = {
     "vgg16": "VGG-16, batch 128, 4 micro-batches",
     "vgg16 one": "VGG-16, batch 128, one micro-batch",
     "vgg16 link": "VGG-16, batch 128, 4 micro-batches, two hosts on a link",
-    "transformer": "Transformer of 8 blocks, width 256, 32 tokens, batch 64, 4 micro-batches",
+    "transformer": "Transformer of 8 blocks, width 256, 32 tokens, batch 64, 4 micro-batches, a site at the end of each block",
+    "inside": "The same transformer, with sites in the blocks too, at the inputs of all Linear modules",
 }
 ISOLATED, STEADY = "isolated", "steady"
 # group, against what, in which of its times and of DKP's, how much faster DKP's pipeline was to be
@@ -44,6 +49,12 @@ BARS = [
     ("transformer", "bp alone", ISOLATED, STEADY, 2.2),
     ("transformer", "bp ddp", ISOLATED, STEADY, None),
     ("transformer", "dkp ddp", ISOLATED, STEADY, None),
+    ("inside", "1f1b", ISOLATED, ISOLATED, 1.45),
+    ("inside", "1f1b", STEADY, STEADY, 1.55),
+    ("inside", "zero-bubble", STEADY, STEADY, 1.3),
+    ("inside", "bp alone", ISOLATED, STEADY, 2.2),
+    ("inside", "bp ddp", ISOLATED, STEADY, None),
+    ("inside", "dkp-plain ddp", ISOLATED, STEADY, None),
 ]
 
 
@@ -80,7 +91,10 @@ def _has(found: dict[str, Any], group: str, other: str) -> bool:
 def ratios(found: dict[str, Any], group: str, other: str, theirs: str, own: str) -> list[float]:
     """Of every round, how many times as fast DKP's pipeline is."""
     seconds = found[group]["seconds"]
-    return [a / b for a, b in zip(seconds[other][theirs], seconds["dkp"][own], strict=True)]
+    return [
+        a / b
+        for a, b in zip(seconds[other][theirs], seconds[OWN[group.split()[0]]][own], strict=True)
+    ]
 
 
 def _bar_row(
@@ -129,7 +143,8 @@ def _simulated(found: dict[str, Any], key: str, value: dict[str, Any]) -> dict[s
     from parallel import simulated, split_times
 
     steps = value["steps"]
-    return simulated(split_times(found, key, 2), list(value["seconds"]), value["parts"], 0, steps)
+    who, own = list(value["seconds"]), OWN[key.split()[0]]
+    return simulated(split_times(found, key, 2), who, value["parts"], 0, steps, own)
 
 
 def _why(found: dict[str, Any], key: str, made: dict[str, Any]) -> list[str]:
@@ -137,9 +152,10 @@ def _why(found: dict[str, Any], key: str, made: dict[str, Any]) -> list[str]:
     if not made:
         return []
     actions = found[f"actions {key} 2"]["cpu seconds"]
-    own, theirs = ([4 * sum(stage) for stage in actions[rule]] for rule in ("dkp", "bp"))
+    rule = OWN[key.split()[0]]
+    own, theirs = ([4 * sum(stage) for stage in actions[name]] for name in (rule, "bp"))
     allowed = " and ".join(
-        f"{made['1f1b'][i] / made['dkp'][i]:.2f} ({words})"
+        f"{made['1f1b'][i] / made[rule][i]:.2f} ({words})"
         for i, words in enumerate(("one step", "many"))
     )
     return [

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import feedbackward as fb
 from feedbackward.experiment import nets
+from feedbackward.experiment.nets.transformer import Block
 
 CLASSES = 10
-RULES = {"bp": fb.BP(), "dfa": fb.DFA(), "dkp": fb.DKP()}
+RULES = {"bp": fb.BP(), "dfa": fb.DFA(), "dkp": fb.DKP(), "dkp-plain": fb.DKP(whiten=False)}
+# whose pipeline the ratios are of; whitening the 1,024 features of an FFN costs more than its layers
+OWN = {"vgg16": "dkp", "transformer": "dkp", "inside": "dkp-plain"}
 # seconds of forward, gradients of inputs, gradients of weights
 Times = tuple[float, float, float]
 
@@ -74,9 +78,14 @@ class Mean(nn.Module):
         return h.mean(1)
 
 
-def transformer(batch: int, cut: list[str]) -> Subject:
-    """Eight blocks of width 256 on sequences of 32 tokens."""
-    blocks, width, tokens = 8, 256, 32
+BLOCKS = 8
+# the inputs of all Linear modules of a block, and its end, which cuts the skip path
+INSIDE = ["norm1", "attention.out.input", "norm2", "ffn.act", ""]
+
+
+def transformer(batch: int, cut: list[str], inside: bool = False) -> Subject:
+    """Eight pre-norm blocks of width 256 on sequences of 32 tokens. inside: with sites in the blocks too."""
+    width, tokens = 256, 32
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, tokens, 48, generator=generator)
     y = torch.randint(CLASSES, (batch,), generator=generator)
@@ -84,14 +93,14 @@ def transformer(batch: int, cut: list[str]) -> Subject:
     def make() -> nn.Sequential:
         torch.manual_seed(0)
         layers: dict[str, nn.Module] = {"embed": nn.Linear(48, width)}
-        for i in range(1, blocks + 1):
-            layers[f"block{i}"] = nn.TransformerEncoderLayer(
-                width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-            )
+        for i in range(1, BLOCKS + 1):
+            layers[f"block{i}"] = Block(width, 4, dropout=0.0)
         layers |= {"mean": Mean(), "head": nn.Linear(width, CLASSES)}
         return nn.Sequential(OrderedDict(layers))
 
-    return Subject(make, x, y, cut, [f"block{i}" for i in range(1, blocks + 1)])
+    parts = INSIDE if inside else [""]
+    sites = [f"block{i}.{part}".rstrip(".") for i in range(1, BLOCKS + 1) for part in parts]
+    return Subject(make, x, y, cut, sites)
 
 
 class _Sleep(torch.autograd.Function):
@@ -138,7 +147,11 @@ def sleeping(times: list[Times], batch: int, features: int) -> Subject:
     return Subject(make, x, y, names, names, times)
 
 
-SUBJECTS = {"vgg16": vgg16, "transformer": transformer}
+SUBJECTS: dict[str, Callable[[int, list[str]], Subject]] = {
+    "vgg16": vgg16,
+    "transformer": transformer,
+    "inside": partial(transformer, inside=True),
+}
 
 
 class Contestant:

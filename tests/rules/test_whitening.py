@@ -12,7 +12,7 @@ from pairs import F64, loss_fn
 from torch import Tensor, nn
 
 import feedbackward as fb
-from feedbackward.rules.direct.whitening import whitened
+from feedbackward.rules.direct import whitening
 
 MAPS = {
     "1d": (nn.Conv1d, (3, 7)),
@@ -23,6 +23,12 @@ MAPS = {
 
 def site(shape: tuple[int, ...], tokens: int = 0) -> fb.Site:
     return fb.Site("a", (), shape, tokens)
+
+
+def whitened(site: fb.Site, h: Tensor, center: bool, ridge: float) -> Tensor:
+    """With a source of as many units as samples, whose product with the activity is the activity."""
+    _, x = whitening.whitened(site, torch.eye(len(h), dtype=h.dtype), h, center, ridge)
+    return x
 
 
 def by_hand(h: np.ndarray, axis: int, ridge: float, center: bool = True) -> np.ndarray:
@@ -41,17 +47,29 @@ def test_gradients_of_maps(kind: str, center: bool, ridge: float) -> None:
     conv, shape = MAPS[kind]
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
-    x, y = torch.randn(6, *shape), torch.randint(3, (6,))
+    x, e = torch.randn(6, *shape), torch.randn(6, 3, dtype=F64)
     model(x)
     model, x = model.to(F64), x.to(F64)
     rule = fb.DKP(operator=fb.Dense(), center=center, ridge=ridge)
     learner = fb.attach(model, rule, example=x, sites=["1"])
-    loss_fn(y)(learner(x)).backward()
+    (learner(x) * e).sum().backward()
     with torch.no_grad():
-        p, h = torch.softmax(model(x), 1).numpy(), model[:2](x).numpy()
-    e = (p - np.eye(3)[y.numpy()]) / len(x)
-    expected = np.einsum("mk,m...->k...", e, by_hand(h, 1, ridge, center))
+        h = model[:2](x).numpy()
+    expected = np.einsum("mk,m...->k...", e.numpy(), by_hand(h, 1, ridge, center))
     (B,) = learner.feedback.parameters()
+    np.testing.assert_allclose(B.grad.numpy(), expected, atol=1e-10)
+
+
+def test_gradients_of_tokens() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).to(F64)
+    x, e = torch.randn(6, 7, 4, dtype=F64), torch.randn(6, 7, 3, dtype=F64)
+    learner = fb.attach(model, fb.DKP(), example=x)
+    (learner(x) * e).sum().backward()
+    with torch.no_grad():
+        h = model[:2](x).flatten(0, 1).numpy()
+    (B,) = learner.feedback.parameters()
+    expected = np.einsum("mk,mn->kn", e.flatten(0, 1).numpy(), by_hand(h, -1, 0.1))
     np.testing.assert_allclose(B.grad.numpy(), expected, atol=1e-10)
 
 
@@ -67,8 +85,40 @@ def test_features_of_tokens_are_the_last_dimension(shape: tuple[int, ...]) -> No
 
 
 def test_vectors_stay() -> None:
-    h = torch.randn(6, 3)
-    assert whitened(site((3,)), h, True, 0.1) is h
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(F64)
+    x, y = torch.randn(6, 4, dtype=F64), torch.randint(3, (6,))
+    learner = fb.attach(model, fb.DKP(), example=x)
+    loss_fn(y)(learner(x)).backward()
+    with torch.no_grad():
+        e, h = (torch.softmax(model(x), 1) - torch.eye(3, dtype=F64)[y]) / 6, model[:2](x)
+    (B,) = learner.feedback.parameters()
+    torch.testing.assert_close(B.grad, e.T @ (h - h.mean(0)))
+
+
+@examples(60, 2000)
+@given(
+    st.integers(2, 30), st.lists(st.integers(1, 4), min_size=1, max_size=2), st.integers(1, 4),
+    st.lists(st.integers(1, 4), min_size=1, max_size=2), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_few_units_or_few_samples_give_the_same_product(
+    samples: int, source: list[int], channels: int, places: list[int], tokens: bool, center: bool
+) -> None:
+    generator = torch.Generator().manual_seed(samples)
+    shape = (*places, channels) if tokens else (channels, *places)
+    h = torch.randn(samples, *shape, generator=generator, dtype=F64)
+    e = torch.randn(samples, *source, generator=generator, dtype=F64)
+    at = site(shape, len(places) if tokens else 0)
+    d, x = whitening.whitened(at, e, h, center, 0.1)
+    assert tuple(d.shape[1:]) == tuple(source)
+    assert tuple(x.shape[1:]) == shape
+    expected = by_hand(h.numpy(), -1 if tokens else 1, 0.1, center)
+    np.testing.assert_allclose(
+        np.einsum("mk,mn->kn", d.flatten(1).numpy(), x.flatten(1).numpy()),
+        np.einsum("mk,mn->kn", e.flatten(1).numpy(), expected.reshape(samples, -1)),
+        atol=1e-9,
+    )
+    assert len(d) <= samples
 
 
 @examples(40, 2000)

@@ -12,7 +12,7 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Orthogonal, Weights
 from feedbackward.rule import Rule
-from feedbackward.rules.direct.whitening import whitened
+from feedbackward.rules.direct.whitening import has_places, whitened
 from feedbackward.topologies import star
 
 
@@ -102,7 +102,8 @@ class DKP(Rule):
         return star(sites, source, form)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        if self.whiten:
-            h = whitened(edge.site, h, self.center, self.ridge)
-            d = d.to(h.dtype)
-        return edge.operator.correlate(weights, d, h, self.center)
+        center = self.center
+        if self.whiten and has_places(edge.site, h):
+            d, h = whitened(edge.site, d, h, center, self.ridge)
+            center = False  # it is done
+        return edge.operator.correlate(weights, d, h, center)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,29 +11,41 @@ from feedbackward.graph import Site
 from feedbackward.operators.base import widened
 
 
-def whitened(site: Site, h: Tensor, center: bool, ridge: float) -> Tensor:
-    r"""The activity times the inverse covariance of its channels, `[M, *site]`, in float32 or wider.
+def has_places(site: Site, h: Tensor) -> bool:
+    """Whether the channels are seen in many places, so that a batch tells their covariance."""
+    return h.dim() > 2 or site.tokens > 0
 
-    .. math:: (C + \mathrm{ridge} \cdot \bar v\, I)^{-1} (h - \bar h), \qquad
+
+def whitened(site: Site, d: Tensor, h: Tensor, center: bool, ridge: float) -> tuple[Tensor, Tensor]:
+    r"""Errors `[K, *source]` and activities `[K, *site]`, in float32 or wider, whose product is `d^T h C^-1`.
+
+    .. math:: d^\top (h - \bar h)\, (C + \mathrm{ridge} \cdot \bar v\, I)^{-1}, \qquad
         C = \operatorname{mean}_{m,p}\, (h_{mp} - \bar h_p) (h_{mp} - \bar h_p)^\top \quad [c, c]
 
     over samples m and places p of a map `[c, *places]` (or tokens `[*tokens, c]`). :math:`\bar h` is the mean over samples
-    (0 if not `center`) and :math:`\bar v` the mean variance of a channel. A vector comes back as it is, for a batch has too few
-    samples of it.
+    (0 if not `center`) and :math:`\bar v` the mean variance of a channel.
+
+    K is M, the samples, with `d` as it is; or the units of the source, with :math:`d^\top (h - \bar h)` in place of the
+    activity and the identity in place of the error, where it is less work to whiten those.
     """
-    if h.dim() == 2 and not site.tokens:
-        return h
-    axis = -1 if site.tokens else 1
-    x = widened(h).movedim(axis, -1)
+    x = widened(h if site.tokens else h.movedim(1, -1)).contiguous()
     if center:
         x = x - x.mean(0)
-    channels = x.shape[-1]
+    d = d.to(x.dtype)
+    units, channels = math.prod(d.shape[1:]), x.shape[-1]
     with torch.autocast(h.device.type, enabled=False):
-        flat = x.reshape(-1, channels)
-        covariance = flat.t() @ flat / len(flat)
-        size = covariance.diagonal().mean()
-        covariance.diagonal().add_(ridge * torch.where(size > 0, size, 1.0))
-        # no check of the root, for which the host would wait for the device
-        root, _ = torch.linalg.cholesky_ex(covariance)
-        inverse = torch.cholesky_solve(torch.eye(channels, dtype=x.dtype, device=x.device), root)
-        return (flat @ inverse).reshape(x.shape).movedim(-1, axis)
+        inverse = _inverse_covariance(x.reshape(-1, channels), ridge)
+        if (len(d) - units) * channels > units**2:
+            x = (d.reshape(-1, units).t() @ x.flatten(1)).reshape(units, *x.shape[1:])
+            d = torch.eye(units, dtype=d.dtype, device=d.device).reshape(units, *d.shape[1:])
+        x = x @ inverse
+    return d, x if site.tokens else x.movedim(-1, 1)
+
+
+def _inverse_covariance(flat: Tensor, ridge: float) -> Tensor:
+    covariance = flat.t() @ flat / len(flat)
+    size = covariance.diagonal().mean()
+    covariance.diagonal().add_(ridge * torch.where(size > 0, size, 1.0))
+    # no check of the root, for which the host would wait for the device
+    root, _ = torch.linalg.cholesky_ex(covariance)
+    return torch.cholesky_solve(torch.eye(len(root), dtype=root.dtype, device=root.device), root)
