@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
 
+from feedbackward.experiment.data import DataConfig, load_data
 from feedbackward.experiment.data.decode import image_to_array
 
 # value -> what to do to the stored pixels [H, W, ...], from the table of the EXIF standard (2.32, tag 274):
@@ -27,6 +31,7 @@ UPRIGHT = {
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
 INVERSE = {**{k: k for k in (1, 2, 3, 4, 5, 7)}, 6: 8, 8: 6}
+QUARTERS = np.array([[250, 170], [90, 10]], np.uint8)
 LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {},
     "WEBP": {"lossless": True, "exact": True},
@@ -83,14 +88,34 @@ def test_every_pixel_comes_to_its_place(container, value, height, width, seed, g
 )
 def test_quarters_come_to_their_places(container, value, size) -> None:
     """Lossy containers, and decoding at a fraction of the scale."""
-    quarters = np.array([[250, 170], [90, 10]], np.uint8)
-    upright = np.kron(quarters, np.ones((32, 48), np.uint8))[..., None].repeat(3, 2)
+    upright = np.kron(QUARTERS, np.ones((32, 48), np.uint8))[..., None].repeat(3, 2)
     opened = packed(stored(upright, value), container, LOSSY[container], exif=exif(value))
     found = image_to_array(opened, "RGB", size)
     height, width = found.shape[1:]
     assert (height, width) == ((size, size) if size else (64, 96))
     middles = found[:, [height // 4, 3 * height // 4]][:, :, [width // 4, 3 * width // 4]]
-    assert np.abs(middles.astype(int) - quarters).max() < 30
+    assert np.abs(middles.astype(int) - QUARTERS).max() < 30
+
+
+PIXELS = {"PNG": ["L", "P", "RGB", "RGBA"], "TIFF": ["L", "P", "RGB", "RGBA", "CMYK"]}
+
+
+@pytest.mark.parametrize("container", sorted(PIXELS))
+def test_files_of_a_folder_come_upright(container: str, tmp_path: Path, cache_folder: Path) -> None:
+    """Every mode that a container stores, each turned in every way; a class is a picture."""
+    upright, modes = np.kron(QUARTERS, np.ones((4, 6), np.uint8)), PIXELS[container]
+    for value, mode in itertools.product(range(1, 9), modes):
+        shades = Image.fromarray(np.ascontiguousarray(stored(upright, value)))
+        picture = (shades if mode in "LP" else shades.convert("RGB")).convert(mode)
+        (tmp_path / "set" / "train" / f"{mode} {value}").mkdir(parents=True)
+        for number in range(4):
+            file = tmp_path / "set" / "train" / f"{mode} {value}" / f"{number}.{container.lower()}"
+            picture.save(file, container, exif=exif(value))
+    data = load_data(DataConfig(str(tmp_path / "set"), size=16))
+    shown = torch.cat([part.images for part in (data.train, data.validation, data.test)])
+    middles = shown[:, :, [4, 12]][:, :, :, [4, 12]].int() - torch.from_numpy(QUARTERS).int()
+    assert len(shown) == 32 * len(modes)
+    assert int(middles.abs().max()) < 30
 
 
 def xmp(value: int) -> PngImagePlugin.PngInfo:

@@ -21,7 +21,7 @@ from feedbackward.experiment.data.decode import Decoded, Images
 from feedbackward.experiment.data.sources import Source
 
 ABANDONED = 3600  # seconds after which an unfinished write belongs to nobody
-VERSION = 2  # of the decoding: raise it whenever the same files would give other tensors
+VERSION = 3  # of the decoding: raise it whenever the same files would give other tensors
 
 
 def cache_folder() -> Path:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,7 +242,7 @@ def _pixels(
 ) -> tuple[np.ndarray, bool]:
     """One encoded image -> uint8 [C, H, W], and whether its file holds no other."""
     try:
-        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as opened:
+        with Image.open(_encoded(cell)) as opened:
             if opened.mode.startswith("I") or opened.mode == "F":
                 raise DataError(
                     f"{name} has more than 8 bits per channel: save it as an 8-bit image."
@@ -260,6 +261,11 @@ def _pixels(
         raise DataError(
             f"{name} cannot be decoded ({error}): the file is damaged; replace or remove it."
         ) from error
+
+
+def _encoded(cell: dict[str, Any]) -> io.BytesIO:
+    # never a file of its own: Pillow maps some TIFF files into memory, and scrambles those that are turned by 90 degrees
+    return io.BytesIO(cell["bytes"] or Path(cell["path"]).read_bytes())
 
 
 def image_to_array(image: Image.Image, mode: str, size: int | None) -> np.ndarray:
