@@ -216,7 +216,7 @@ def test_image_folder_splits(tmp_path):
     folder_of(base, "test", {"cat": 4, "dog": 4})
     whole = load_data(DataConfig(str(base)))
     assert (len(whole.train), len(whole.validation), len(whole.test)) == (40, 6, 8)
-    with pytest.raises(ConfigError, match="validation/ folder"):
+    with pytest.raises(ConfigError, match="folder of validation images"):
         load_data(DataConfig(str(base), validation=3))
 
 

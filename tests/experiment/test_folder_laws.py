@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 import unicodedata
 import warnings
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from PIL import Image
 
 from feedbackward.errors import DataError
 from feedbackward.experiment.data import Data, DataConfig, load_data
+from feedbackward.experiment.data.folders import printable
 
 CLASSES = [
     "cat",
@@ -35,10 +39,19 @@ CLASSES = [
     "naïve",
     "y" * 120,
 ]
-CLASSES += ["{a,b}", "!no", "日本", "cat.png", "~", "#1", "e\u0301t\u00e9"]
+CLASSES += ["a\nb\x1b[1m", "{a,b}", "!no", "日本", "cat.png", "~", "#1", "e\u0301t\u00e9"]
 SUFFIXES = [".png", ".PNG", ".bmp", ".tga", ".tif", ".ppm", ".gif", ".ico", ".qoi", ".dib", ".pcx"]
 STEMS = ["{}", "{} (1)", "[{}]", "{}*", "é{}", "{}.jpg", "_{}", "{}" + "z" * 150, "-{}", "~{}"]
-OTHERS = ["notes.txt", "labels.csv", "photo.heic", "no_suffix", "movie.mpg", "array.npy"]
+OTHERS = [
+    ".hidden.png",
+    "copy.png~",
+    "notes.txt",
+    "labels.csv",
+    "photo.heic",
+    "no_suffix",
+    "movie.mpg",
+    "array.npy",
+]
 SILENT = [".DS_Store", "Thumbs.db", "._0.png", "desktop.ini"]
 
 
@@ -66,7 +79,7 @@ class Tree:
 def trees(draw: st.DrawFn) -> list[tuple]:
     """Steps that make a tree: (split, class, linked, images, others) per class folder."""
     names = draw(st.lists(st.sampled_from(CLASSES), min_size=2, max_size=4, unique=True))
-    splits = draw(st.sampled_from([["train"], ["train", "test"], ["train", "val", "test"]]))
+    splits = draw(st.sampled_from([["train"], ["train", "test"], ["train", "val", "tests"]]))
     steps = []
     for split in splits:
         for name in names:
@@ -124,9 +137,13 @@ def check(tree: Tree) -> None:
     truth = sum(tree.images.values(), Counter())
     assert read(data) == truth
     assert data.classes == sorted({name for name, _ in truth})
+    assert data.note.isprintable()
+    for split, images in tree.images.items():
+        lacks = {name for name, _ in truth} - {name for name, _ in images}
+        assert (f"{split}/ has no image of" in data.note) == bool(lacks)
     if tree.named:
-        shown = [name for name in tree.named if name in data.note]
-        assert len(shown) == min(5, len(tree.named))
+        shown = [name for name in tree.named if printable(name) in data.note]
+        assert min(5, len(tree.named)) <= len(shown) <= len(tree.named)
     else:
         assert "left out" not in data.note
 
@@ -180,6 +197,41 @@ def link_in_a_circle(root: Path) -> None:
     (root / "train" / "emu").symlink_to("emu")
 
 
+def link_to_the_parent(root: Path) -> None:
+    (root / "train" / "cat" / "up").symlink_to("..")
+
+
+def link_to_the_root(root: Path) -> None:
+    (root / "train" / "emu").symlink_to(root)
+
+
+def deeper(root: Path) -> None:
+    folder_of(root, "train/emu", {"images": 1})
+    (root / "train" / "emu" / "images" / "round").symlink_to(root)
+
+
+def flat(root: Path) -> None:
+    Image.new("RGB", (8, 8)).save(root / "train" / "cat.png")
+
+
+def elsewhere(root: Path) -> None:
+    folder_of(root, "test", {"cat": 1, "dog": 1, "e\nmu": 1})
+
+
+def broken(content: bytes) -> Callable[[Path], None]:
+    def breaks(root: Path) -> None:
+        (root / "train" / "cat" / "a\nb.png").write_bytes(content)
+
+    return breaks
+
+
+def too_large(root: Path) -> None:
+    file = root / "train" / "cat" / "0.png"
+    whole = file.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + whole[24:29]
+    file.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+
+
 def same_class_twice(root: Path) -> None:
     (root / "train" / "kitten").symlink_to(root / "train" / "cat")
 
@@ -215,11 +267,20 @@ def not_utf8(root: Path) -> None:
     [
         (broken_link, r"lost\.png is a link to .*nowhere\.png, which is not there"),
         (link_in_a_circle, "emu is a link to emu, which is not there"),
+        (link_to_the_parent, "up is a link to .*train, a folder that holds it: remove"),
+        (link_to_the_root, "emu is a link to .*pets, a folder that holds it: remove"),
+        (deeper, r"images/0\.png does not lie directly in a class folder"),
+        (flat, r"train/cat\.png does not lie directly in a class folder"),
+        (elsewhere, r"Class 'e\\nmu' .* has no training image \(it has images in test/\)"),
+        (broken(b""), r"a\\nb\.png cannot be decoded: the file is empty"),
+        (broken(b"<html>"), "cannot be decoded: it is no image of a format that Pillow reads"),
+        (broken(b"version https://git-lfs.github.com/spec/v1"), "run git lfs pull"),
+        (too_large, r"0\.png is larger than Pillow opens"),
         (same_class_twice, "'cat' and 'kitten' are the same folder"),
         (split_is_a_link, "'test' and 'train' are the same folder"),
         (two_forms, r"two folders for the class 'café'.*Unicode form"),
         (empty_class, "Class 'emu' .* has no training image"),
-        (unreadable_class, r"no training image \(what it holds cannot be read: train/emu/a\.heic"),
+        (unreadable_class, r"no training image \(left out: train/emu/a\.heic, without the suffix"),
         (other_case, r"Class 'Cat' .* has no training image \('cat' is another class\)"),
         (not_utf8, r"caf\\xe9 is not UTF-8"),
     ],
@@ -227,8 +288,9 @@ def not_utf8(root: Path) -> None:
 def test_what_cannot_be_told_apart_or_read_is_refused(tmp_path, cache_folder, break_it, message):
     root = folder_of(tmp_path / "pets", "train", {"cat": 9, "dog": 9})
     break_it(root)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as refused:
         load_data(DataConfig(str(root)))
+    assert str(refused.value).isprintable()
 
 
 def test_further_pictures_of_a_file_are_named(tmp_path: Path, cache_folder: Path) -> None:

@@ -110,7 +110,11 @@ def load_data(config: DataConfig) -> Data:
             f"'{config.name}' has {len(validation)} validation and {len(test)} test images of the classes "
             f"{', '.join(classes)}: complete these splits, or choose other classes."
         )
-    notes = [source.spec.note, *_missing(decoded, source.spec.official), *_warned(source, decoded)]
+    notes = [
+        source.spec.note,
+        *_missing(decoded, source.spec.official),
+        *_warned(source, decoded, config.classes),
+    ]
     if chosen["test"][0] == "train":
         notes.append(f"there is no test folder: test is {len(test):,} images held out of train")
     mean, std = _mean_std(train.images)
@@ -123,9 +127,10 @@ def fingerprint_data(config: DataConfig) -> str:
     return fingerprint(find_source(config.name, config.root), config.size)
 
 
-def _warned(source: Source, decoded: Decoded) -> list[str]:
+def _warned(source: Source, decoded: Decoded, first: int | None) -> list[str]:
     """What of a folder is not used, in words, after a warning that says it."""
-    notes = [note for note in (source.listing and source.listing.note, decoded.note) if note]
+    listed = source.listing.note(first) if source.listing else ""
+    notes = [note for note in (listed, decoded.note) if note]
     if notes:
         warnings.warn(f"Of {source}: {'; '.join(notes)}.", RuntimeWarning, stacklevel=3)
     return notes
@@ -185,7 +190,7 @@ def _split(decoded: Decoded, config: DataConfig) -> dict[str, tuple[str, Tensor]
         validation = ("validation", order["validation"])
     else:
         raise ConfigError(
-            f"'{config.name}' has its own validation/ folder: leave out the option validation."
+            f"'{config.name}' has a folder of validation images: leave out the option validation."
         )
     limited = (test[0], test[1][: config.test_limit])
     return {

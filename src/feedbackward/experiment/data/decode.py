@@ -1,6 +1,7 @@
 """Images of a source -> uint8 tensors, through the `datasets` package and Pillow."""
 
 import io
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from feedbackward.errors import DataError
 from feedbackward.experiment.data.decode_progress import Progress, quiet_unless_terminal
 from feedbackward.experiment.data.digest import digest_of
+from feedbackward.experiment.data.folders import printable
 from feedbackward.experiment.data.sources import Source
 
 ORIENTATION = 0x0112  # the EXIF tag by which cameras say how to turn a photograph
@@ -64,7 +66,12 @@ def decode(source: Source, size: int | None) -> Decoded:
     several: list[str] = []
     try:
         classes, cells = _listed(source) if source.listing else _from_library(source)
-        with Progress(f"Decoding {source.name}", _count(source)) as progress:
+        with (
+            Progress(f"Decoding {source.name}", _count(source)) as progress,
+            warnings.catch_warnings(),
+        ):
+            # a picture that is large is the user's own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             splits = {
                 split: _decode_split(
                     source,
@@ -217,7 +224,11 @@ def _decode_split(
 ) -> Images:
     pixels, labels, shape = bytearray(), [], (0, 0, 0)
     for index, (cell, label) in enumerate(cells):
-        name = cell["path"] if source.kind == "images" else f"Image {index} of split {where}"
+        name = (
+            printable(cell["path"])
+            if source.kind == "images"
+            else f"Image {index} of split {where}"
+        )
         array, alone = _pixels(cell, name, source.spec.mode, size)
         several += [] if alone else [name]
         if index == 0:
@@ -242,7 +253,8 @@ def _pixels(
 ) -> tuple[np.ndarray, bool]:
     """One encoded image -> uint8 [C, H, W], and whether its file holds no other."""
     try:
-        with Image.open(_encoded(cell)) as opened:
+        encoded = _encoded(cell)
+        with Image.open(encoded) as opened:
             if opened.mode.startswith("I") or opened.mode == "F":
                 raise DataError(
                     f"{name} has more than 8 bits per channel: save it as an 8-bit image."
@@ -250,14 +262,11 @@ def _pixels(
             # the further pictures of MPO are other views of the same photograph
             alone = opened.format == "MPO" or not getattr(opened, "is_animated", False)
             return image_to_array(opened, mode, size), alone
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        Image.DecompressionBombError,
-    ) as error:
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name} is larger than Pillow opens ({error}): scale it down.") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} cannot be decoded: {_instead_of_image(encoded)}.") from error
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{name} cannot be decoded ({error}): the file is damaged; replace or remove it."
         ) from error
@@ -266,6 +275,16 @@ def _pixels(
 def _encoded(cell: dict[str, Any]) -> io.BytesIO:
     # never a file of its own: Pillow maps some TIFF files into memory, and scrambles those that are turned by 90 degrees
     return io.BytesIO(cell["bytes"] or Path(cell["path"]).read_bytes())
+
+
+def _instead_of_image(encoded: io.BytesIO) -> str:
+    """What a file holds that is none, and what to do about it."""
+    start = encoded.getvalue()[:100]
+    if not start:
+        return "the file is empty; replace or remove it"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; run git lfs pull"
+    return "it is no image of a format that Pillow reads here, or damaged; replace or remove it"
 
 
 def image_to_array(image: Image.Image, mode: str, size: int | None) -> np.ndarray:

@@ -1,14 +1,13 @@
 """Which data sets are known, and where the images of a chosen one lie."""
 
 import difflib
-import os
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from feedbackward.errors import ConfigError, DataError
-from feedbackward.experiment.data.folders import Listing, list_images
+from feedbackward.experiment.data.folders import Listing, files_below, list_images, printable
 
 
 @dataclass(frozen=True)
@@ -92,24 +91,12 @@ class Source:
         if self.listing is not None:
             return sorted(path for rows in self.listing.images.values() for path, _ in rows)
         # `datasets` reads the card beside the parquet files too, and follows links
-        found = (Path(base, name) for base, name in _walk(self.folder))
-        return sorted(path for path in found if path.is_file())
+        return sorted(path for path in map(Path, files_below(self.folder)) if path.is_file())
 
     @property
     def parquet(self) -> list[Path]:
         """Those of `files` that hold images in the hub's form."""
         return [path for path in self.files if path.suffix == ".parquet"]
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every file below, links to folders followed, each folder once."""
-    seen: set[str] = set()
-    for base, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(base))
-        folders[:] = [
-            f for f in folders if f[0] != "." and os.path.realpath(f"{base}/{f}") not in seen
-        ]
-        yield from ((base, name) for name in names)
 
 
 def find_source(name: str, root: str | None) -> Source:
@@ -155,34 +142,62 @@ def _known(name: str, root: str | None) -> Source:
 
 
 def _image_folder(folder: Path) -> Source:
-    splits = _split_folders(folder)
-    if "train" not in splits:
-        raise DataError(f"Image folder {folder} has no train/: put the images in train/<class>/.")
+    try:
+        splits, note = _split_folders(folder), ""
+        if "train" not in splits:
+            raise DataError(f"Image folder {folder} has no train/: {_instead_of_train(folder)}.")
+    except OSError as error:
+        raise DataError(f"Image folder {folder} cannot be listed ({error.strerror}).") from error
     if splits.keys() == {"train", "validation"}:
         splits = {"train": splits["train"], "test": splits["validation"]}
-    return Source(
-        folder.name, "images", DatasetSpec(None), splits, folder, list_images(folder, splits)
+        note = f"there is no test folder: test is {splits['test']}/, and held-out images are taken out of train"
+    spec = DatasetSpec(None, note=note)
+    return Source(folder.name, "images", spec, splits, folder, list_images(folder, splits))
+
+
+def _instead_of_train(folder: Path) -> str:
+    """What to do about a folder without a train split, by what it holds."""
+    inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    wrapped = [
+        path for path in inner if any(_split_called(p.name) == "train" for p in path.iterdir())
+    ]
+    if len(wrapped) == 1:
+        return f"did you mean {wrapped[0]}"
+    if any(name.endswith(".parquet") for name in files_below(folder)):
+        return "it holds parquet files, which are read for known data sets only: give the name of one, and --data-root"
+    held = (
+        f", where now there are {', '.join(printable(p.name) for p in inner[:3])}" if inner else ""
     )
+    return f"put the images in train/<class>/{held}"
 
 
-# what people call the folders of a split, in any case
+# what people call the folders of a split, in any case, alone or before "set", "images" and the like
 _SPLIT_NAMES = {
     "train": ("train", "training", "trn"),
     "validation": ("validation", "val", "valid", "dev", "development", "eval", "evaluation"),
     "test": ("test", "testing", "tst"),
 }
+_ENDINGS = re.compile(r"[\s_.-]*(sets?|images|imgs|data|split|s)?\s*$")
 
 
 def _split_folders(folder: Path) -> dict[str, str]:
     """Our name of each split and its folder's. Raises DataError where two folders are the same split."""
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
-        for split, names in _SPLIT_NAMES.items():
-            if path.name.lower() in names and path.is_dir():
-                if split in found:
-                    raise DataError(
-                        f"Image folder {folder} has two folders for the {split} split, {found[split]}/ and "
-                        f"{path.name}/: keep one of them."
-                    )
-                found[split] = path.name
-    return dict(sorted(found.items()))
+        if path.is_dir() and (split := _split_called(path.name)):
+            found.setdefault(split, []).append(path.name)
+    chosen = {}
+    for split, names in sorted(found.items()):
+        # train/ is meant where train_images/ stands beside it
+        plain = [name for name in names if name.lower() in _SPLIT_NAMES[split]] or names
+        if len(plain) > 1:
+            raise DataError(
+                f"Image folder {folder} has two folders for the {split} split, {plain[0]}/ and {plain[1]}/: keep one of them."
+            )
+        chosen[split] = plain[0]
+    return chosen
+
+
+def _split_called(name: str) -> str | None:
+    stems = (name.lower(), _ENDINGS.sub("", name.lower()))
+    return next((s for s, names in _SPLIT_NAMES.items() if {*stems} & {*names}), None)
