@@ -124,6 +124,45 @@ def test_an_activity_and_a_style_that_is_learned_are_both_cut() -> None:
     assert loud(net, learner, X) == {"out"}
 
 
+# what a layer may be given that is a weight and no activity
+WEIGHTS: dict[str, Callable[[nn.Parameter], Tensor]] = {
+    "a number of a softmax": lambda p: p.softmax(0)[1],
+    "a number times another": lambda p: (2 * p.sum()).exp(),
+    "a softmax": lambda p: p.softmax(0),
+    "a squared norm": lambda p: p.square() / p.square().sum(),
+    "a table that is turned": lambda p: p.view(6, 1).t().tanh(),
+    "the parameter": lambda p: p,
+}
+
+
+@pytest.mark.parametrize("size", [7, 6])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_that_is_given_first_is_no_activity(name: str, size: int) -> None:
+    """Also where it is as long as the batch."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(6))
+            self.a, self.b = Wrapped(condition, 4), Wrapped(condition, 6)
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in (self.a, self.b):
+                x = F.relu(layer(WEIGHTS[name](self.scale), x))
+            return self.out(x)
+
+    torch.manual_seed(0)
+    net = Mixed()
+    learner = fb.attach(net, fb.DFA(), example=X[:size])
+    assert [site.name for site in learner.sites] == ["b.input", "out.input"]
+    assert loud(net, learner, X[:size]) == {"out"}
+    for edge in learner.graph.edges:
+        learner.feedback_of(edge).data.normal_()
+    learner(X[:size]).square().sum().backward()
+    assert net.scale.grad.any()
+
+
 def test_a_call_without_the_activity_is_refused() -> None:
     class Loose(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from torch import nn
+from torch import Tensor, nn
 from wired import Net, X
 
 import feedbackward as fb
@@ -55,6 +55,20 @@ def loop() -> nn.Module:
 
 
 # model, what is wrong in the call, the error, what its message must say
+MAP = torch.randn(4, 3, 4, 4)
+WINDOWS = r"'fc.input' has leading dimensions \[16\] .*\[4\]: .*name modules around that part"
+
+
+def windows() -> nn.Module:
+    """A layer over the windows of a map."""
+
+    def call(m: Net, x: Tensor) -> Tensor:
+        h = m.conv(x).unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1).reshape(-1, 4, 6)
+        return m.out(m.fc(h).relu().unflatten(0, (len(x), 4)).mean((1, 2)))
+
+    return Net(call, conv=nn.Conv2d(3, 6, 1), fc=nn.Linear(6, 6), out=nn.Linear(6, 3))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = {
     "no layer": (
         lambda: nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.LayerNorm(6)),
@@ -223,6 +237,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         {"example": torch.randn(4, 5, 6), "sites": ["mix"]},
         fb.SiteError,
         r"'mix' has leading dimensions \[4\] .*\[5\]: the batch must come first",
+    ),
+    "a complex output": (
+        lambda: Net(
+            lambda m, x: m.fc(m.mix(x).relu()) * torch.tensor(1j),
+            mix=nn.Linear(6, 6),
+            fc=nn.Linear(6, 3),
+        ),
+        {},
+        fb.SiteError,
+        r"'output' is complex, .*error_at",
+    ),
+    "windows, which are more than samples": (windows, {"example": MAP}, fb.SiteError, WINDOWS),
+    "windows, a local loss": (
+        windows,
+        {"example": MAP, "rule": fb.DGL()},
+        fb.SiteError,
+        WINDOWS,
     ),
 }
 

@@ -144,6 +144,39 @@ def test_lazy_layers_are_refused_until_they_have_run(
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("made", ["parameter", "module", "deep", "in place of another"])
+def test_what_the_first_pass_makes_is_refused_and_taken_away(made: str) -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Sequential(nn.Linear(4, 6)), nn.Linear(6, 3)
+            self.scale, self.done = None, False
+            self.register_parameter("bias", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x))
+            if not self.done:
+                self.done = True
+                if made == "parameter":
+                    self.bias = nn.Parameter(torch.ones(3))
+                elif made == "module":
+                    self.scale = nn.Linear(6, 6)
+                elif made == "deep":
+                    self.a.append(nn.Linear(6, 6))
+                else:
+                    self.out = nn.Linear(6, 3)
+            return self.out(h if self.scale is None else self.scale(h))
+
+    model = Late()
+    before = dict(model.named_modules()), dict(model.named_parameters())
+    with pytest.raises(fb.FeedbackError, match="is made in the first forward pass"):
+        fb.attach(model, fb.DFA(), example=X)
+    assert (dict(model.named_modules()), dict(model.named_parameters())) == before
+    assert not model.done
+    model(X)
+    fb.attach(model, fb.DFA(), example=X)(X).square().sum().backward()
+
+
 def test_a_parent_that_notes_the_new_buffer_forgets_it_too() -> None:
     class Parent(nn.Module):
         def __init__(self) -> None:

@@ -57,6 +57,19 @@ def test_gradients_are_those_without_checkpointing(rule: fb.Rule, sites) -> None
     assert_same(step(repeated), step(kept))
 
 
+@pytest.mark.parametrize("schedule", ["joint", "eager"])
+@pytest.mark.parametrize("rule", [fb.DGL(hidden=4), fb.DRTP()], ids=str)
+def test_local_losses_are_not_repeated(rule: fb.Rule, schedule: str) -> None:
+    y, made = torch.arange(len(X)) % 3, []
+    for mode in ("kept", "repeated"):
+        learner = fb.attach(net(mode), rule, example=X)
+        torch.manual_seed(1)
+        learner.target(y)
+        learner.backward(X, lambda out: nn.functional.cross_entropy(out, y), schedule)
+        made.append([p.grad for p in learner.parameters()] + list(learner.feedback.buffers()))
+    assert_same(*made)
+
+
 def test_an_evaluation_between_forward_and_backward() -> None:
     sites = ["1", "2.act", "3"]
     kept, repeated = (

@@ -108,6 +108,44 @@ NETS: dict[str, tuple[Net, Tensor, int]] = {
             into=nn.Linear(4, 6), beside=nn.Conv1d(4, 6, 3), out=nn.Linear(6, 3),
         ), SEQUENCE, 1,
     ),
+    "channels pooled to a map, after a gate": (
+        Net(
+            lambda m, x: m.out(
+                (h := m.conv(x) * m.gate(pooled(x))[..., None, None]).mean(1, True) + h.amax(1, True)
+            ),
+            conv=nn.Conv2d(2, 6, 3), gate=nn.Linear(2, 6), out=nn.Conv2d(1, 3, 1),
+        ), MAP, 0,
+    ),
+    "weights of a convolution made by a style": (
+        Net(
+            lambda m, x: m.out(
+                F.conv2d(
+                    x.flatten(0, 1)[None], m.style(pooled(x)).view(-1, 1, 1, 1), groups=len(x) * 2
+                ).unflatten(1, x.shape[:2])[0]
+            ),
+            style=nn.Linear(2, 2), out=nn.Conv2d(2, 3, 1),
+        ), MAP, 0,
+    ),
+    "points turned by a matrix that is learned": (
+        Net(
+            lambda m, x: m.out(m.turn(x.mean(1)).view(-1, 4, 4).bmm(x.transpose(1, 2)).tanh()).mean(2),
+            turn=nn.Linear(4, 16), out=nn.Conv1d(4, 3, 1),
+        ), SEQUENCE, 0,
+    ),
+    "tokens mixed by a matrix that is learned": (
+        Net(
+            lambda m, x: m.out(m.mix(x.mean(2)).view(-1, 9, 9).bmm(x).tanh()).mean(1),
+            mix=nn.Linear(9, 81), out=nn.Linear(4, 3),
+        ), SEQUENCE, 1,
+    ),
+    "a convolution that no module applies, after a gate": (
+        Net(
+            lambda m, x: m.out(
+                F.conv2d(x, m.weight.weight.view(6, 2, 1, 1)) * m.gate(pooled(x))[..., None, None]
+            ).mean((2, 3)),
+            weight=nn.Linear(2, 6, bias=False), gate=nn.Linear(2, 6), out=nn.Conv2d(6, 3, 1),
+        ), MAP, 0,
+    ),
 }  # fmt: skip
 
 

@@ -57,6 +57,19 @@ class Child(Slots):
     __slots__ = ("more",)
 
 
+class Fields(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+class Several(list[Tensor]):
+    pass
+
+
+class Callback(Thing):
+    def __call__(self) -> Tensor:
+        return self.logits
+
+
 Pair = collections.namedtuple("Pair", "logits hidden")
 
 # how a net wraps its tensors, and how to get the logits back
@@ -72,11 +85,17 @@ WRAPS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]
     "object with inherited slots": (Child, lambda o: o.logits),
     "namespace": (lambda z, h: types.SimpleNamespace(logits=z, hidden=h), lambda o: o.logits),
     "object that holds a list": (lambda z, h: Thing([z, h], h), lambda o: o.logits[0]),
+    "subclass of dict": (lambda z, h: Fields(logits=z, hidden=h), lambda o: o.logits),
+    "user dict": (lambda z, h: collections.UserDict(logits=z, hidden=h), lambda o: o["logits"]),
+    "subclass of list": (lambda z, h: Several([z, h]), lambda o: o[0]),
+    "subclass of dict in a tuple": (lambda z, h: (Fields(z=z), [h]), lambda o: o[0].z),
+    "object to call": (Callback, lambda o: o()),
     "named tuple": (Pair, lambda o: o.logits),
     "tuple": (lambda z, h: (z, h), lambda o: o[0]),
     "distribution": (lambda z, h: torch.distributions.Normal(z, 1.0), lambda o: o.loc),
 }
-OPAQUE = [name for name in WRAPS if "tuple" not in name and name != "distribution"]
+PLAIN = ("named tuple", "tuple", "distribution", "subclass of dict in a tuple", "object to call")
+OPAQUE = [name for name in WRAPS if name not in PLAIN and "subclass" not in name]
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -132,3 +151,12 @@ def test_a_tensor_that_no_module_makes_is_refused_with_the_class(name: str) -> N
     learner = fb.attach(net, fb.DFA(), example=X, error_at="head")
     pick(learner(X)).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "pick"),
+    [(lambda z, h: lambda: z, lambda o: o()), (lambda z, h: iter([z]), next)],
+)
+def test_an_output_that_hides_its_tensors_leaves_the_plan_true(wrap: Any, pick: Any) -> None:
+    expected = told(lambda z, h: (z,), lambda o: o[0])
+    assert told(wrap, pick) == expected

@@ -43,7 +43,7 @@ MUTATIONS = (
     (FUNCTIONS, "weights, message, activities[i]", "weights, message, activities[0]", ORACLES),
     (CUTS, "if h is not None and (h.requires_grad or place in self.upward):", "if h is not None:", ORACLES),
     (HOOKS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
-    (CUTS, "if source.shape[:lead].numel() < edge.rule.least_batch:", "if False:", ORACLES),
+    (CUTS, "if 0 < source.shape[:lead].numel() < edge.rule.least_batch:", "if False:", ORACLES),
     (CUTS, "and h._version != version:", "and False:", STEPS),
     (FUNCTIONS, "return source.detach()  # not a view", "return source.view_as(source)  # not a view", STEPS),
     (CUTS, "if edge.operator.sized and not fits:", "if False:", STEPS),
@@ -310,7 +310,7 @@ MUTATIONS = (
     ("engine/structure.py", "if parts or self._lifted or _lost(module, new) or", "if", CHANGED),
     ("engine/structure.py", "and self._count() == self._tensors", "", CHANGED),
     ("engine/plan.py", "heirs.get(n, set()) & there", "False", CHANGED),
-    ("engine/cuts.py", "self._check_met(local.site, tape.h[place], tape.versions[place])", "pass", "rules/test_rules_local.py"),
+    ("engine/cuts.py", "self._check_met(end.site, h, tape.versions[place])", "pass", "rules/test_rules_local.py"),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

@@ -64,11 +64,6 @@ class Cuts(Hooked):
             if tape.visitor is not None:
                 self.flush()
                 tape.pending = (index, h, h._version)
-            elif index in self.local and h.requires_grad and tape.target is not None:
-                end = self.local[index]
-                tape.losses.setdefault(end.source.name, []).append(
-                    self.local_loss(end, h, tape.target)
-                )
         kept = tape.visitor is None and torch.is_grad_enabled()
         if not kept and tape.seen[index] == len(site.points):
             tape.h[index] = tape.cut[index] = None
@@ -111,15 +106,30 @@ class Cuts(Hooked):
                 )
             h = torch.stack([h for h, _ in steps], 1)
             tape.h[index], tape.versions[index] = h, h._version
-            if index in self.local and h.requires_grad and tape.target is not None:
-                end = self.local[index]
-                loss = self.local_loss(end, h, tape.target)
-                tape.losses.setdefault(end.source.name, []).append(loss)
 
     def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
         """The loss of a site's auxiliary network, times the target's scale."""
-        output = self.feedback.get_submodule(end.key)(h)
-        return end.loss(output, target.raw) * target.scale
+        network = self.feedback.get_submodule(end.key)
+        own = next((p for p in network.parameters() if p.is_floating_point()), h)
+        if not torch.is_autocast_enabled(h.device.type):
+            # a part of the model may compute in another precision than its first parameter has
+            h = h.to(own.dtype)
+        return end.loss(network(h), target.raw) * target.scale
+
+    def _local_losses(self, source: Source, tensor: Tensor, tape: Tape) -> list[Tensor]:
+        """The losses of the sites that start with this source: a checkpoint round a site must not repeat them."""
+        losses = []
+        for place, end in self.local.items():
+            h = tape.h[place]
+            below_held = h is None and tape.hold is not None and tape.seen[place]
+            if end.source != source or below_held:
+                continue
+            self._check_met(end.site, h, tape.versions[place])
+            assert h is not None
+            self._check_rows(end.site, h.shape[:1], source, tensor.shape[:1])
+            if h.requires_grad and tape.target is not None:
+                losses.append(self.local_loss(end, h, tape.target))
+        return losses
 
     def site_of(self, source: Source) -> int | None:
         """The number of the site that is the same tensor as the source, if there is one."""
@@ -239,12 +249,9 @@ class Cuts(Hooked):
             return tape.visitor.at_source(source, tensor)
         tape.sources[source.name] = tensor
         self._stack(tape)
-        for place, local in self.local.items():
-            below_held = tape.h[place] is None and tape.hold is not None and tape.seen[place]
-            if local.source == source and not below_held:
-                self._check_met(local.site, tape.h[place], tape.versions[place])
-        if source.name in tape.losses:
-            tensor = Join.apply(tensor, *tape.losses[source.name])
+        losses = self._local_losses(source, tensor, tape)
+        if losses:
+            tensor = Join.apply(tensor, *losses)
         edges, activities = [], []
         for place, edge in self.routes[index]:
             h = tape.h[place]
@@ -308,11 +315,29 @@ class Cuts(Hooked):
                 "feedback would learn from the wrong tensor. Use inplace=False there, or choose the changed tensor as site."
             )
 
+    def _check_rows(
+        self, site: Site, kept: Sequence[int], source: Source, rows: Sequence[int]
+    ) -> None:
+        """Refuse a site whose rows are not as many as those of its source."""
+        if tuple(kept) != tuple(rows):
+            raise SiteError(
+                f"site {site.name!r} has leading dimensions {list(kept)} and the source {source.name!r} {list(rows)}: the batch must "
+                "come first and be the same at both, as row i of the source is fed back to row i of the site. Where the rows "
+                "between are others (windows, frames, experts, a batch that comes second), name modules around that part as "
+                "sites, or the module that makes the site's rows as `error_at`."
+            )
+
     def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
         """Refuse an edge whose site was not reached, was changed in place, or does not fit its source."""
         site = edge.site
         self._check_met(site, h, version)
         assert h is not None
+        if h.is_complex() or source.is_complex():
+            name = site.name if h.is_complex() else edge.source.name
+            raise SiteError(
+                f"{name!r} is complex, and feedback weights are real: name other sites (`sites=`), or the module that makes real "
+                "numbers of it as `error_at`."
+            )
         lead, calls = edge.leading, edge.repeats
         fits = (
             h.shape[lead + calls :] == edge.site_shape
@@ -325,12 +350,9 @@ class Cuts(Hooked):
                 "input size: resize the inputs, or attach with an example of this size."
             )
         kept = (*h.shape[:1], *h.shape[1 + calls :][: lead - 1])
-        if kept != source.shape[:lead]:
-            raise SiteError(
-                f"site {site.name!r} has leading dimensions {list(kept)} and the source {edge.source.name!r} "
-                f"{list(source.shape[:lead])}: the batch must come first and be the same at both."
-            )
-        if source.shape[:lead].numel() < edge.rule.least_batch:
+        self._check_rows(site, kept, edge.source, source.shape[:lead])
+        # a layer that gets no rows (an expert) gets no gradient either
+        if 0 < source.shape[:lead].numel() < edge.rule.least_batch:
             raise SiteError(
                 f"{edge.rule.label} with these options needs a batch of at least {edge.rule.least_batch}, got "
                 f"{source.shape[0]} (center=True subtracts the batch mean). Drop the last smaller batch."

@@ -68,8 +68,6 @@ class Tape:
         # of a site of every call: what the calls returned, each with its version
         self.steps: list[list[tuple[Tensor, int]]] = [[] for _ in range(sites)]
         self.sources: dict[str, Tensor | None] = {}
-        # local losses, by the name of their source
-        self.losses: dict[str, list[Tensor]] = {}
         # the inputs of residual branches, each with what its `Defer` holds
         self.deferred: list[tuple[Tensor, list[Tensor]]] = []
         self.target, self.visitor, self.hold = target, visitor, hold

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.engine.cuts import Cuts
-from feedbackward.engine.hooks import Observer
+from feedbackward.engine.hooks import Observer, Tape
 from feedbackward.graph import Site
 from feedbackward.model.autograd_graph import below, is_leaf, walk
 from feedbackward.model.example import as_in_training, run_example
@@ -128,7 +128,7 @@ def make_plan(cuts: Cuts, sites: Sequence[Site], example: Any, whole: bool = Tru
         cuts.recording() as tape,
     ):
         output = run_example(model, example)
-    above = [t for t in tensors_in(output) if t.requires_grad]
+    above = [t for t in [*tensors_in(output), *_top(tape)] if t.requires_grad]
     ends = [[h] if h is not None else [] for h in tape.h]
     nodes = [_nodes(tensors) for tensors in (*ends, above)]
     names_of_sites = [site.name for site in cuts.sites]
@@ -147,6 +147,12 @@ def make_plan(cuts: Cuts, sites: Sequence[Site], example: Any, whole: bool = Tru
     return Plan(
         tuple(segments), head, unreached, _overlaps(labels, nodes, names), stages, tuple(tape.order)
     )
+
+
+def _top(tape: Tape) -> list[Tensor]:
+    """The source that no cut lies above: the output may hide its tensors (a closure, an object of its own)."""
+    top = tape.sources.get(str(tape.order[-1])) if tape.order else None
+    return [] if top is None else [top]
 
 
 def _uncut(

@@ -14,6 +14,8 @@ Output = tuple[Node, int]
 
 # how the nodes of matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
+# what may be picked by the data, or is repeated for every sample
+_PICKED = ("Embedding", "Index", "Gather", "Take", "Expand", "Repeat")
 # views and casts of a single tensor
 _PASSING = frozenset(
     [
@@ -108,6 +110,24 @@ def parameter_behind(node: Node) -> Tensor | None:
             return None
         node = node.next_functions[0][0]
     return None if node is None else node.variable
+
+
+def of_parameters(tensor: Tensor) -> bool:
+    """Whether a tensor is a weight of its own: a number, or made of parameters by operations that take nothing else.
+
+    Products count as layers, and what is picked by number may have been picked by the data.
+    """
+    if tensor.dim() == 0:
+        return True
+    stack, seen = [tensor.grad_fn], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node is None or is_product(node) or node.name().startswith(_PICKED):
+            return False
+        if node not in seen and not is_leaf(node):
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return True
 
 
 def dominators(tensor: Tensor) -> set[Node]:

@@ -42,10 +42,14 @@ def feature_axis(tensor: Tensor, made: dict[Output, nn.Module]) -> int | None:
             continue
         seen.add(output)
         layer = made.get(output)
+        product = layer is None and output[0].name().startswith(_PRODUCTS)
         if layer is not None and isinstance(layer, _NORMS_LAST):
             norms.append((output, path))
-        elif layer is not None:
-            axis = 1 if isinstance(layer, CHANNELS_FIRST) else len(_shape(output)) - 1
+        elif layer is not None or product:
+            first = isinstance(layer, CHANNELS_FIRST) or (
+                product and output[0].name().startswith("Convolution")
+            )
+            axis = 1 if first else len(_shape(output)) - 1
             found = _through(axis, _shape(output), path)
             if found is not None:
                 return found
@@ -99,6 +103,8 @@ def _after(node: Any, axis: int, before: tuple[int, ...], after: tuple[int, ...]
     return axis if same else None
 
 
+# products with a weight that no module applies
+_PRODUCTS = ("Convolution", "Addmm", "Linear")
 _VIEWS = ("View", "UnsafeView", "Reshape", "Alias", "Squeeze", "Unsqueeze", "Flatten", "Unflatten")
 
 

@@ -62,6 +62,31 @@ class PassState:
             copy_back(buffer, values)
 
 
+class Parts:
+    """The modules and parameters that a module consists of; a forward pass may make others."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts = [(m, dict(m._parameters), dict(m._modules)) for m in module.modules()]
+        self._names = {id(m): name for name, m in module.named_modules()}
+
+    def made(self) -> str | None:
+        """The name of a parameter or module that was not there before."""
+        for m, parameters, modules in self._parts:
+            now: dict[str, object] = {**m._parameters, **m._modules}
+            for name, part in now.items():
+                if part is not None and {**parameters, **modules}.get(name) is not part:
+                    return f"{self._names[id(m)]}.{name}".lstrip(".")
+        return None
+
+    def restore(self) -> None:
+        """Take away what was made, and put back what was there."""
+        for m, parameters, modules in self._parts:
+            m._parameters.clear()
+            m._parameters.update(parameters)
+            m._modules.clear()
+            m._modules.update(modules)
+
+
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[PassState]:
     """Restore buffers, attributes and random number generators after a pass nobody asked for."""

@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import EVERY, HookPoint
+from feedbackward.model.autograd_graph import of_parameters
 from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.features import CHANNELS_FIRST, CONVOLUTIONS, FEATURES_LAST, feature_axis
+from feedbackward.model.state import Parts
 from feedbackward.model.values import by_place
 
 PARAMETRIC = (nn.Linear, *CONVOLUTIONS)
@@ -63,15 +65,17 @@ class Call:
 
     @property
     def activities(self) -> list[tuple[int, Tensor, int]]:
-        """The inputs that depend on parameters, as (number, tensor, version), or the first input if none does.
+        """The inputs that depend on parameters, as (number, tensor, version), or the first other input if none does.
 
-        Other inputs, such as a mask or an adjacency matrix, may stand before or after the activity.
+        Other inputs, such as a mask, an adjacency matrix or a weight that was made of parameters alone, may stand before or
+        after the activity.
         """
         found: dict[int, tuple[int, Tensor, int]] = {}
         for number, (tensor, version) in enumerate(self.inputs):
-            if tensor.grad_fn is not None:
+            if tensor.grad_fn is not None and not of_parameters(tensor):
                 found.setdefault(id(tensor), (number, tensor, version))
-        return list(found.values()) or [(0, *self.inputs[0])]
+        others = [(n, t, v) for n, (t, v) in enumerate(self.inputs) if t.grad_fn is None]
+        return list(found.values()) or others[:1] or [(0, *self.inputs[0])]
 
     @property
     def activity(self) -> tuple[int, Tensor, int]:
@@ -129,27 +133,24 @@ class Trace:
     def tokens(self, tensor: Tensor, when: int) -> int:
         """How many token dimensions the tensor has: those between the batch and the features, if these come last.
 
-        The layer that made the tensor says which dimension holds the features. If the graph leads to no layer, the last
-        layer that ran before decides.
+        The layer that made the tensor says which dimension holds the features. If the graph leads to no layer, the one that
+        takes the tensor decides, and if there is none, the last layer that ran before.
         """
         if tensor.dim() < 3:
             return 0
         axis = feature_axis(tensor, self.layers)
         if axis is not None:
             return tensor.dim() - 2 if axis == tensor.dim() - 1 else 0
-        last = None
-        for call in self.by_end:
-            if call.end > when:
-                break
-            if isinstance(call.module, CHANNELS_FIRST + FEATURES_LAST):
-                last = call.module
-        return tensor.dim() - 2 if isinstance(last, FEATURES_LAST) else 0
+        layers = [c for c in self.by_end if isinstance(c.module, CHANNELS_FIRST + FEATURES_LAST)]
+        takers = [c for c in layers if any(t is tensor for t, _ in c.inputs)]
+        near = takers[:1] or [c for c in layers if c.end <= when][-1:]
+        return tensor.dim() - 2 if near and isinstance(near[0].module, FEATURES_LAST) else 0
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
     """Run the model once on the example and record every module call; nothing of the model changes.
 
-    Raises AttachError where the model cannot run on the example.
+    Raises AttachError where the model cannot run on the example, or makes its parameters while it does.
     """
     if torch.is_inference_mode_enabled():
         raise AttachError(
@@ -181,7 +182,9 @@ def trace(model: nn.Module, example: Any) -> Trace:
             (t, t._version) if isinstance(t, Tensor) else (t, -1) for t in tree_leaves(output)
         ]
 
+    parts = Parts(model)
     with ExitStack() as stack:
+        stack.callback(parts.restore)
         stack.enter_context(as_in_training(model, batch_norms=False))
         for name, module in model.named_modules():
             pre = module.register_forward_pre_hook(
@@ -191,6 +194,12 @@ def trace(model: nn.Module, example: Any) -> Trace:
             stack.callback(pre.remove)
             stack.callback(post.remove)
         output = run_example(model, example)
+        made = parts.made()
+    if made is not None:
+        raise AttachError(
+            f"{made!r} is made in the first forward pass, so attach would have to undo it and could not see its gradients. Run the "
+            "model once on a batch before attaching, and make the optimizer after that."
+        )
     return Trace(calls, output)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_is_leaf, tree_leaves
 
 
@@ -21,19 +23,30 @@ def by_place(args: Any, kwargs: Any) -> tuple[dict[str, Any], TreeSpec]:
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in tuples, lists, dicts and dataclasses, and in the value itself if it is an object with attributes.
 
-    Other objects inside it are not searched: a cache of keys and values is no prediction.
+    Subclasses of these count as well. Other objects inside it are not searched: a cache of keys and values is no prediction.
     """
     found: list[Tensor] = []
     seen = set[int]()
-    stack = list(attributes(value).values()) if is_opaque(value) else [value]
+    stack = [value]
     while stack:
         for leaf in tree_leaves(stack.pop()):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
-            elif dataclasses.is_dataclass(leaf) and is_opaque(leaf) and id(leaf) not in seen:
+            elif id(leaf) not in seen:
                 seen.add(id(leaf))
-                stack += list(attributes(leaf).values())
+                stack += _parts(leaf, leaf is value)
     return found
+
+
+def _parts(leaf: Any, whole: bool) -> list[Any]:
+    """What is in a value that PyTorch does not look into. Of objects, only the whole output and dataclasses are opened."""
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    if isinstance(leaf, (list, tuple, set, deque)):
+        return list(leaf)
+    if isinstance(leaf, (type, nn.Module)) or not (whole or dataclasses.is_dataclass(leaf)):
+        return []
+    return list(attributes(leaf).values())
 
 
 def is_opaque(value: Any) -> bool:

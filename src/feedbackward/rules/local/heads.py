@@ -35,7 +35,8 @@ def local_losses(rule: LocalRule, sites: Sequence[Site], source: Source) -> Grap
 
 def per_token(site: Site, source: Source) -> bool:
     """Whether every token of the site has a target."""
-    return bool(site.tokens) and site.tokens == source.tokens
+    kept = source.tokens
+    return bool(kept) and kept == site.tokens and source.shape[:kept] == site.shape[:kept]
 
 
 def count_classes(label: str, site: Site, source: Source) -> int:
