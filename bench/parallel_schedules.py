@@ -80,7 +80,7 @@ class Mean(nn.Module):
 
 BLOCKS = 8
 # the inputs of all Linear modules of a block, and its end, which cuts the skip path
-INSIDE = ["norm1", "attention.out.input", "norm2", "ffn.act", ""]
+INSIDE = ["norm1", "attention.mixed", "norm2", "ffn.act", ""]
 
 
 def transformer(batch: int, cut: list[str], inside: bool = False) -> Subject:

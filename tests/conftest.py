@@ -1,11 +1,39 @@
 """One thread per test process: the nets are tiny, and tests run in parallel processes."""
 
+from __future__ import annotations
+
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="no test marked nightly, and a third of the variations of each test marked sampled",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The sample is the same on every machine, and has the first variation of each test."""
+    if not config.getoption("--quick"):
+        return
+    chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    seen = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        sampled = item.get_closest_marker("sampled") is not None
+        lucky = zlib.crc32(item.nodeid.encode()) % 3 == 0 or name not in seen
+        nightly = item.get_closest_marker("nightly") is not None
+        chosen[not nightly and (lucky or not sampled)].append(item)
+        seen.add(name)
+    items[:] = chosen[True]
+    config.hook.pytest_deselected(items=chosen[False])
 
 
 @pytest.fixture

@@ -96,9 +96,9 @@ def test_vectors_stay() -> None:
     torch.testing.assert_close(B.grad, e.T @ (h - h.mean(0)))
 
 
-@examples(60, 2000)
+@examples(100, 2000)
 @given(
-    st.integers(2, 30), st.lists(st.integers(1, 4), min_size=1, max_size=2), st.integers(1, 4),
+    st.integers(2, 30), st.lists(st.integers(1, 4), min_size=1, max_size=2), st.integers(1, 40),
     st.lists(st.integers(1, 4), min_size=1, max_size=2), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_few_units_or_few_samples_give_the_same_product(

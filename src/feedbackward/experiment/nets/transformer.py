@@ -21,6 +21,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        # the heads' outputs, a module so that they can be a site
+        self.mixed = nn.Identity()
 
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = (
@@ -28,7 +30,7 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(self.mixed(mixed.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):

@@ -33,19 +33,36 @@ def whitened(site: Site, d: Tensor, h: Tensor, center: bool, ridge: float) -> tu
         x = x - x.mean(0)
     d = d.to(x.dtype)
     units, channels = math.prod(d.shape[1:]), x.shape[-1]
+    seen = x.reshape(-1, channels)
     with torch.autocast(h.device.type, enabled=False):
-        inverse = _inverse_covariance(x.reshape(-1, channels), ridge)
         if (len(d) - units) * channels > units**2:
             x = (d.reshape(-1, units).t() @ x.flatten(1)).reshape(units, *x.shape[1:])
             d = torch.eye(units, dtype=d.dtype, device=d.device).reshape(units, *d.shape[1:])
-        x = x @ inverse
+        x = _over_covariance(seen, x.reshape(-1, channels), ridge).reshape(x.shape)
     return d, x if site.tokens else x.movedim(-1, 1)
 
 
-def _inverse_covariance(flat: Tensor, ridge: float) -> Tensor:
-    covariance = flat.t() @ flat / len(flat)
-    size = covariance.diagonal().mean()
-    covariance.diagonal().add_(ridge * torch.where(size > 0, size, 1.0))
-    # no check of the root, for which the host would wait for the device
-    root, _ = torch.linalg.cholesky_ex(covariance)
-    return torch.cholesky_solve(torch.eye(len(root), dtype=root.dtype, device=root.device), root)
+def _over_covariance(seen: Tensor, rows: Tensor, ridge: float) -> Tensor:
+    r"""The rows `[r, c]` times the inverse of `C + v I`, of the channels `[s, c]` that were seen.
+
+    With fewer samples than channels, by the matrix of the samples, for
+    :math:`(H^\top H + v s I)^{-1} = (I - H^\top (H H^\top + v s I)^{-1} H) / (v s)`.
+    """
+    samples, channels = seen.shape
+    size = seen.square().mean()
+    added = samples * ridge * torch.where(size > 0, size, 1.0)
+    if samples < channels:
+        inner = _root(seen @ seen.t(), added)
+        within = torch.cholesky_solve(seen @ rows.t(), inner).t() @ seen
+        return (rows - within) * (samples / added)
+    root = _root(seen.t() @ seen, added)
+    if len(rows) < 2 * channels:
+        return torch.cholesky_solve(rows.t(), root).t() * samples
+    unit = torch.eye(channels, dtype=rows.dtype, device=rows.device)
+    return rows @ (torch.cholesky_solve(unit, root) * samples)
+
+
+def _root(matrix: Tensor, added: Tensor) -> Tensor:
+    matrix.diagonal().add_(added)
+    # no check, for which the host would wait for the device
+    return torch.linalg.cholesky_ex(matrix)[0]
