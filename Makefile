@@ -1,10 +1,11 @@
 # make demo: compare BP, DFA, DKP and frozen features on the embedded images (creates .venv first)
 # make test: everything that CI runs
+# make nightly: every variation of every test, and many more generated examples
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit docs end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
+.PHONY: demo test lint types unit nightly docs end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
 	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite
@@ -20,7 +21,10 @@ types: .venv/dev
 	$(BIN)/mypy
 
 unit: .venv/dev
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist worksteal --quick
+
+nightly: .venv/dev
+	NIGHTLY=1 $(BIN)/pytest -n auto --dist worksteal -o timeout=0
 
 # the site, in build/site; a link that leads nowhere is an error
 docs: .venv/dev

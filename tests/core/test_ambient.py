@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 
+pytestmark = pytest.mark.sampled
+
 RULES = {
     rule.label: rule
     for rule in (

@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import feedbackward as fb
 
+pytestmark = pytest.mark.sampled
+
 RULES = [fb.DFA(), fb.DKP.published(), fb.DKP.published(center=True)]
 slow = pytest.mark.slow
 
@@ -66,6 +68,7 @@ def test_ahead_of_time_backward(name: str, rule: fb.Rule) -> None:
     check(name, rule, "aot_eager", 1e-6)
 
 
+@pytest.mark.nightly
 @slow
 @pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
 def test_inductor(name: str) -> None:

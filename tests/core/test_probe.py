@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 
+pytestmark = pytest.mark.sampled
+
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """From its definition, on nested lists of numbers."""

@@ -85,6 +85,7 @@ def test_the_runs_pass_over_as_little_as_possible(widths: tuple[int, ...], steps
     assert fed == list(range(1, count))
 
 
+@pytest.mark.nightly
 def test_vgg16_takes_five_steps_and_feeds_every_layer() -> None:
     nets = pytest.importorskip(
         "feedbackward.experiment.nets"

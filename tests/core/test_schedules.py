@@ -22,6 +22,8 @@ import feedbackward as fb
 from feedbackward.graph import HookPoint
 from feedbackward.schedules import segmentwise as segments
 
+pytestmark = pytest.mark.sampled
+
 # --- the same gradients ------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import feedbackward as fb
 
+pytestmark = pytest.mark.sampled
+
 Grads = dict[str, Tensor | None]
 
 

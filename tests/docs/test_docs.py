@@ -66,6 +66,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.nightly
 def test_rules_tables_are_up_to_date() -> None:
     script = [sys.executable, str(ROOT / "tools" / "rules_table.py"), "--check"]
     assert subprocess.run(script, capture_output=True).returncode == 0, (

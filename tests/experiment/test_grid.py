@@ -150,6 +150,7 @@ def test_one_part_of_a_study_and_the_rest_later(study: Path) -> None:
     assert run("--only.rules", "bq") == 2
 
 
+@pytest.mark.nightly
 def test_two_processes_give_what_one_gives(study: Path) -> None:
     def accuracies(folder: str) -> dict[str, Any]:
         files = sorted((study / folder).rglob("metrics.jsonl"))

@@ -201,6 +201,7 @@ def test_a_study_that_is_stopped_goes_on_with_the_same_numbers(
     assert len(losses(home / "out")) == 4
 
 
+@pytest.mark.nightly
 def test_a_cell_whose_process_dies_does_not_stop_the_others(home: Path) -> None:
     grid = [
         {

@@ -74,6 +74,7 @@ def whole(folder: Path) -> bytes:
     return (folder / "alone" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.nightly
 def test_a_killed_run_is_started_again(folder: Path) -> None:
     """torchrun starts the ranks again, they go on from the last epoch, and the weights are those of
     an unbroken run of one process, byte by byte; only one process reports."""
@@ -117,6 +118,7 @@ def test_what_cannot_be_divided(
     assert not Path("refused").exists()
 
 
+@pytest.mark.nightly
 def test_example_on_three_processes(tmp_path: Path) -> None:
     """`python examples/pipeline.py` and three processes print the same losses."""
     script = Path(__file__).parents[2] / "examples" / "pipeline.py"

@@ -15,6 +15,7 @@ pytestmark = needs_gloo
 SCRIPT = Path(__file__).parents[2] / "bench" / "hosts.py"
 
 
+@pytest.mark.nightly
 def test_a_link_is_cut() -> None:
     env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1] / "src")}
     command = [sys.executable, str(SCRIPT), "--hosts", "2"]

@@ -16,6 +16,8 @@ import feedbackward as fb
 from feedbackward.operators import LayerForm
 from feedbackward.rules.chain import layer_alignment as primitives
 
+pytestmark = pytest.mark.sampled
+
 ALIGNED = {
     "information_alignment": fb.rules.InformationAlignment(),
     "symmetric_alignment": fb.rules.SymmetricAlignment(),
@@ -193,6 +195,7 @@ def test_feedback_descends_the_sum_of_its_primitives(pair: Pair, name: str) -> N
         assert_close(B.grad, expected, layer)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "lr", "steps", "below"),
     [

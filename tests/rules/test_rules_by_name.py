@@ -141,6 +141,7 @@ MIXTURE = (
 )
 
 
+@pytest.mark.nightly
 def test_a_mixture_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = cli(
         capsys,
@@ -172,6 +173,7 @@ def test_a_mixture_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_p
     assert "needs its option 'rules'" in refused(capsys, "train", "--rule", "mixed", *ONE_EPOCH)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_all_rules_in_one_comparison(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """One command for the whole table: every rule is run, or refused with its reason."""

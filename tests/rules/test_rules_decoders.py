@@ -127,6 +127,7 @@ def learn_decoders(learner: fb.Learner, x: Tensor, steps: int = 600) -> None:
         optimizer.step()
 
 
+@pytest.mark.nightly
 def test_the_phase_drives_decoders_to_the_inverse_of_the_layer() -> None:
     model = linear_net(5, 5, 5, 5)
     x = torch.randn(64, 5, dtype=F64)
@@ -140,6 +141,7 @@ def test_the_phase_drives_decoders_to_the_inverse_of_the_layer() -> None:
         assert (bias + inverse @ layer.bias.detach()).norm() < 0.01
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_the_phase_drives_direct_decoders_to_the_pseudo_inverse(damping: float) -> None:
     """J^T (J J^T + damping)^-1 of the whole path, also where a layer loses dimensions."""

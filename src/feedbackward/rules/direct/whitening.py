@@ -49,20 +49,21 @@ def _over_covariance(seen: Tensor, rows: Tensor, ridge: float) -> Tensor:
     :math:`(H^\top H + v s I)^{-1} = (I - H^\top (H H^\top + v s I)^{-1} H) / (v s)`.
     """
     samples, channels = seen.shape
-    size = seen.square().mean()
-    added = samples * ridge * torch.where(size > 0, size, 1.0)
     if samples < channels:
-        inner = _root(seen @ seen.t(), added)
-        within = torch.cholesky_solve(seen @ rows.t(), inner).t() @ seen
+        root, added = _root(seen @ seen.t(), samples / channels, ridge)
+        within = torch.cholesky_solve(seen @ rows.t(), root).t() @ seen
         return (rows - within) * (samples / added)
-    root = _root(seen.t() @ seen, added)
+    root, _ = _root(seen.t() @ seen, 1.0, ridge)
     if len(rows) < 2 * channels:
         return torch.cholesky_solve(rows.t(), root).t() * samples
     unit = torch.eye(channels, dtype=rows.dtype, device=rows.device)
     return rows @ (torch.cholesky_solve(unit, root) * samples)
 
 
-def _root(matrix: Tensor, added: Tensor) -> Tensor:
-    matrix.diagonal().add_(added)
-    # no check, for which the host would wait for the device
-    return torch.linalg.cholesky_ex(matrix)[0]
+def _root(products: Tensor, share: float, ridge: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky root of the products plus the ridge, and what was added: a part of the mean over channels."""
+    size = products.diagonal().mean() * share
+    added = ridge * torch.where(size > 0, size, 1.0)
+    products.diagonal().add_(added)
+    # no check of the root, for which the host would wait for the device
+    return torch.linalg.cholesky_ex(products)[0], added
