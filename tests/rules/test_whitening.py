@@ -99,7 +99,7 @@ def test_vectors_stay() -> None:
 @examples(100, 2000)
 @given(
     st.integers(2, 30), st.lists(st.integers(1, 4), min_size=1, max_size=2), st.integers(1, 40),
-    st.lists(st.integers(1, 4), min_size=1, max_size=2), st.booleans(), st.booleans(),
+    st.lists(st.integers(1, 7), min_size=1, max_size=2), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_few_units_or_few_samples_give_the_same_product(
     samples: int, source: list[int], channels: int, places: list[int], tokens: bool, center: bool

@@ -131,7 +131,7 @@ MUTATIONS = (
     ("engine/plan.py", "if not inner[i].isdisjoint(inner[j])", "if False", "core/test_schedules.py"),
     ("engine/target.py", ".to(source.dtype) * self.scale\n\n    def", ".to(source.dtype)\n\n    def", "rules/test_rules_local.py"),
     ("rules/direct/whitening.py", "h if site.tokens else h.movedim(1, -1)", "h.movedim(1, -1)", WHITE),
-    ("rules/direct/whitening.py", "x = x - x.mean(0)", "x = x - x.mean()", WHITE),
+    ("rules/direct/whitening.py", "h = h - h.mean(0)", "h = h - h.mean()", WHITE),
     ("rules/direct/whitening.py", "* torch.where(size > 0, size, 1.0)", "", WHITE),
     ("rules/direct/whitening.py", "or site.tokens > 0", "", WHITE),
     ("rules/direct/whitening.py", "(rows - within) *", "(rows + within) *", WHITE),

@@ -28,36 +28,50 @@ def whitened(site: Site, d: Tensor, h: Tensor, center: bool, ridge: float) -> tu
     K is M, the samples, with `d` as it is; or the units of the source, with :math:`d^\top (h - \bar h)` in place of the
     activity and the identity in place of the error, where it is less work to whiten those.
     """
-    x = widened(h if site.tokens else h.movedim(1, -1)).contiguous()
+    h = widened(h)
+    d = d.to(h.dtype)
     if center:
-        x = x - x.mean(0)
-    d = d.to(x.dtype)
-    units, channels = math.prod(d.shape[1:]), x.shape[-1]
-    seen = x.reshape(-1, channels)
+        h = h - h.mean(0)
+    units = math.prod(d.shape[1:])
+    # views with the channels last; what is smaller is moved, for maps are large
+    seen = rows = h if site.tokens else h.movedim(1, -1)
     with torch.autocast(h.device.type, enabled=False):
-        if (len(d) - units) * channels > units**2:
-            x = (d.reshape(-1, units).t() @ x.flatten(1)).reshape(units, *x.shape[1:])
+        if (len(d) - units) * seen.shape[-1] > units**2:
+            laid = seen if seen.is_contiguous() else h
+            rows = (d.reshape(-1, units).t() @ laid.flatten(1)).reshape(units, *laid.shape[1:])
+            rows = rows if laid is seen else rows.movedim(1, -1)
             d = torch.eye(units, dtype=d.dtype, device=d.device).reshape(units, *d.shape[1:])
-        x = _over_covariance(seen, x.reshape(-1, channels), ridge).reshape(x.shape)
+        x = _over_covariance(seen, rows, ridge)
     return d, x if site.tokens else x.movedim(-1, 1)
 
 
 def _over_covariance(seen: Tensor, rows: Tensor, ridge: float) -> Tensor:
-    r"""The rows `[r, c]` times the inverse of `C + v I`, of the channels `[s, c]` that were seen.
+    r"""The rows `[..., c]` times the inverse of `C + v I`, of the channels `[M, ..., c]` that were seen.
 
     With fewer samples than channels, by the matrix of the samples, for
     :math:`(H^\top H + v s I)^{-1} = (I - H^\top (H H^\top + v s I)^{-1} H) / (v s)`.
     """
-    samples, channels = seen.shape
+    shape, channels = rows.shape, seen.shape[-1]
+    rows, maps = rows.reshape(-1, channels), seen.reshape(len(seen), -1, channels)
+    samples = maps.numel() // channels
     if samples < channels:
-        root, added = _root(seen @ seen.t(), samples / channels, ridge)
-        within = torch.cholesky_solve(seen @ rows.t(), root).t() @ seen
-        return (rows - within) * (samples / added)
-    root, _ = _root(seen.t() @ seen, 1.0, ridge)
+        flat = maps.reshape(-1, channels)
+        root, added = _root(flat @ flat.t(), samples / channels, ridge)
+        within = torch.cholesky_solve(flat @ rows.t(), root).t() @ flat
+        return ((rows - within) * (samples / added)).reshape(shape)
+    root, _ = _root(_scatter(maps), 1.0, ridge)
     if len(rows) < 2 * channels:
-        return torch.cholesky_solve(rows.t(), root).t() * samples
+        return (torch.cholesky_solve(rows.t(), root).t() * samples).reshape(shape)
     unit = torch.eye(channels, dtype=rows.dtype, device=rows.device)
-    return rows @ (torch.cholesky_solve(unit, root) * samples)
+    return (rows @ (torch.cholesky_solve(unit, root) * samples)).reshape(shape)
+
+
+def _scatter(maps: Tensor) -> Tensor:
+    """Of `[M, places, c]` the products of the channels, summed. Large maps stay where they are."""
+    if maps.is_contiguous() or maps.shape[1] < maps.shape[2]:
+        flat = maps.reshape(-1, maps.shape[-1])
+        return flat.t() @ flat
+    return (maps.transpose(1, 2) @ maps).sum(0)
 
 
 def _root(products: Tensor, share: float, ridge: float) -> tuple[Tensor, Tensor]:
