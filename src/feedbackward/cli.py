@@ -161,10 +161,12 @@ def _probe(arguments: list[str]) -> int:
         "--images", type=int, help="number of held-out images (default: that of the run's config)"
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--data", help="where the run's data are now, if they have been moved")
+    parser.add_argument("--data-root", help="the same for data sets known by name")
     options = parser.parse_args(arguments)
     from feedbackward.experiment.training.inspect import probe_run
 
-    probe_run(options.run, options.images, options.json)
+    probe_run(options.run, options.images, options.json, options.data, options.data_root)
     return 0
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 import signal
+import sys
+import types
+import typing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +21,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from feedbackward.cli import main
-from feedbackward.errors import CheckpointError
+from feedbackward.errors import CheckpointError, DataError
+from feedbackward.experiment.config.files import from_dict, nested
+from feedbackward.experiment.config.options import Option, options
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.data import Data, DataConfig, Images, load_data
 from feedbackward.experiment.training import checkpoint
-from feedbackward.experiment.training.identity import SPLITS, check_same_data, data_identity
+from feedbackward.experiment.training.identity import (
+    FREE,
+    SPLITS,
+    changed_settings,
+    check_same_data,
+    data_identity,
+    described,
+)
 from feedbackward.experiment.training.inspect import probe_run
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.progress import Progress
+from feedbackward.experiment.training.runfolder import RunFolder
 from feedbackward.experiment.training.train import train
 
 
@@ -186,13 +202,121 @@ def test_a_checkpoint_of_other_insides_is_refused(pets) -> None:
     whole = checkpoint.load(file)
     shutil.copy(file, pets / "kept")
     # fp32 has no loss scale and this rule no delay, so that nothing reads "scaler" and "stale"
-    for key in ("data", "position", "model", "feedback", "weights", "random"):
-        for other in ({}, None, [1]):
+    for key in ("config", "network", "data", "position", "model", "feedback", "weights", "random"):
+        for other in ({}, [1]):
             checkpoint.save(file, whole | {key: other})
             with pytest.raises(CheckpointError):
                 run(replace(config, resume=True))
     shutil.copy(pets / "kept", file)
     assert run(replace(config, resume=True))["status"] == "done"
+
+
+def stopped(config: TrainConfig) -> TrainConfig:
+    """The run, stopped in its second epoch; returns what goes on with it."""
+    with pytest.raises(InterruptedRunError):
+        run(config, StopAfter())
+    return replace(config, resume=True)
+
+
+def another(option: Option) -> Any:
+    """A value of the type that an option has, other than the usual one."""
+    usual = operator.attrgetter(option.field)(TrainConfig().resolved())
+    kinds = [*typing.get_args(option.hint), option.hint]
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            return next(v for v in typing.get_args(kind) if v != usual)
+    if option.is_switch:
+        return not usual
+    if option.is_mapping:
+        return {"center": True}
+    named = {"recipe": "published", "sites": "blocks"}
+    numbers = {int: (usual or 0) + 2, float: (usual or 0) + 0.25} if {int, float} & {*kinds} else {}
+    return next((numbers[k] for k in kinds if k in numbers), named.get(option.field, "other"))
+
+
+TIED = [option for option in options(TrainConfig) if option.field not in ("resume", "overwrite")]
+
+
+@pytest.mark.parametrize("option", TIED, ids=lambda option: option.field)
+def test_every_setting_that_decides_a_result_is_tied(option: Option) -> None:
+    """All but those that say where and how fast: a new setting is tied until it is said to be free."""
+    usual = TrainConfig()
+    other = from_dict(TrainConfig, nested(option.field, another(option)))
+    named = {change.partition(":")[0] for change in changed_settings(usual, other)}
+    assert changed_settings(usual, replace(usual)) == []
+    assert (option.field in named) == (option.field not in FREE)
+
+
+@pytest.mark.parametrize("change", ["seed: 0 -> 7", "batch_size: 8 -> 16", "epochs: 3 -> 5"])
+def test_settings_that_were_edited_by_hand_are_refused(pets: Path, change: str) -> None:
+    again, file = stopped(configured(pets)), pets.parent / "run" / "config.yaml"
+    whole, (key, old, new) = file.read_text(), change.replace(" ->", ":").split(": ")
+    file.write_text(whole.replace(f"{key}: {old}", f"{key}: {new}"))
+    edited = replace(RunFolder.existing(file.parent).config(), resume=True)
+    with pytest.raises(CheckpointError, match=rf"saved under other settings \({change}"):
+        run(edited)
+    file.write_text(whole)
+    assert run(again)["status"] == "done"
+
+
+def test_another_network_of_the_same_shapes_is_refused(pets: Path, monkeypatch: Any) -> None:
+    module = types.ModuleType("tied_net")
+    module.kind = nn.Tanh
+    module.net = lambda in_shape, classes: nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 5), module.kind(), nn.Linear(5, classes)
+    )
+    monkeypatch.setitem(sys.modules, "tied_net", module)
+    again = stopped(replace(configured(pets), model="tied_net:net", rule="dfa"))
+    module.kind = nn.ReLU
+    with pytest.raises(CheckpointError, match=r"it had '2: Tanh\(\)' where now there is '2: ReLU"):
+        run(again)
+    module.kind = nn.Tanh
+    assert run(again)["status"] == "done"
+
+
+def test_a_network_is_described_without_its_own_words() -> None:
+    """What a user's module prints may be another text in another process."""
+
+    class Own(nn.Linear):
+        def extra_repr(self) -> str:
+            return f"{id(self)}"
+
+    lines = described(nn.Sequential(Own(1, 2), nn.Dropout(0.3)))
+    assert [line.rpartition(".")[2] for line in lines[:2]] == ["the network: Sequential()", "Own()"]
+    assert lines[2] == "1: Dropout(p=0.3, inplace=False)"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_data_may_be_moved(pets: Path, finished: bool, capsys: Any) -> None:
+    config, place = configured(pets), pets.parent / "run"
+    run(replace(config, out=str(pets.parent / "whole")))
+    if finished:
+        run(config)
+    again = replace(config, resume=True) if finished else stopped(config)
+    animals = pets.rename(pets.with_name("animals"))
+    with pytest.raises(DataError, match="no image folder"):
+        probe_run(place, None, None)
+    probe_run(place, None, None, data=str(animals))
+    assert run(replace(again, data=replace(config.data, name=str(animals))))["status"] == "done"
+    ends = [(pets.parent / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert ends[0] == ends[1]
+    # from here on the folder knows
+    probe_run(place, None, None)
+    assert RunFolder.existing(place).config().data.name == str(animals)
+
+
+def test_what_failed_before_its_first_checkpoint_begins_anew(pets: Path) -> None:
+    config = configured(pets)
+    RunFolder.claim(config.resolved()).close()
+    run(replace(config, seed=3))
+    assert RunFolder.existing(pets.parent / "run").config().seed == 3
+
+
+def test_lost_rows_of_metrics_are_told(pets: Path) -> None:
+    again = stopped(configured(pets))
+    (pets.parent / "run" / "metrics.jsonl").unlink()
+    with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl has lost 1 of the 1 rows"):
+        run(again)
 
 
 def compared(pets: Path, seeds: str) -> int:

@@ -16,16 +16,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_loader
 
 from feedbackward.errors import ConfigError
 from feedbackward.experiment.config.files import (
     check_keys,
     from_dict,
     merged,
+    nested,
     parse_yaml,
     read_yaml,
 )
+from feedbackward.experiment.config.numbers import takes_numbers, with_numbers
 from feedbackward.experiment.config.options import (
     ABOUT,
     EXAMPLES,
@@ -38,6 +40,8 @@ from feedbackward.experiment.config.options import (
 )
 
 C = TypeVar("C")
+MODE = "feedbackward"  # values of flags are read as those of files are
+set_loader(MODE, parse_yaml, exceptions=(ConfigError,))
 SWITCH = {"true": True, "false": False, "yes": True, "no": False}  # values of a switch, as in 0.1.0
 # by config: the other command, and a key that only its config files have
 OTHER_COMMAND = {"TrainConfig": ("compare", "rules"), "CompareCommand": ("train", "rule")}
@@ -57,7 +61,10 @@ def parse(kind: type[C], arguments: Sequence[str], command: str) -> C:
             raise ConfigError(
                 f"{file} is for another command: feedbackward {other} --config {file}"
             )
-        values = merged(values, _checked(kind, given, f"the config file {file}"))
+        where = f"the config file {file}"
+        given = _checked(kind, given, where)
+        from_dict(kind, given, where)
+        values = merged(values, given)
     return from_dict(kind, merged(values, flags), "the command line")
 
 
@@ -96,8 +103,15 @@ TOO_LARGE = "an integer of more than 308 digits stands where a floating-point nu
 
 def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_keys(kind, values, where)
+    for option in options(kind):
+        if option.is_switch and not _is_switched(value := _at(values, option.field)):
+            raise ConfigError(f"{where}: {option.flag}: expected {option.expected}, not {value}")
     if "sites" in values:
         values = {**values, "sites": _names(values["sites"])}
+    try:
+        values = with_numbers(kind, values, "")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     try:
         given = _parser(kind, "").parse_object(copy.deepcopy(dict(values)), defaults=False)
     except argparse.ArgumentError as error:
@@ -105,6 +119,16 @@ def _checked(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any
     except OverflowError as error:
         raise ConfigError(f"{where}: {TOO_LARGE}") from error
     return dict(given.as_dict())
+
+
+def _at(values: Any, field: str) -> Any:
+    for part in field.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _is_switched(value: Any) -> bool:
+    return value is None or isinstance(value, bool) or str(value).lower() in SWITCH
 
 
 class _Help(DefaultHelpFormatter):
@@ -138,6 +162,7 @@ def _parser(kind: type, command: str) -> ArgumentParser:
         formatter_class=_Help,
         exit_on_error=False,
         allow_abbrev=False,
+        parser_mode=MODE,
     )
     # read before the others, in `read`; here for --help
     parser.add_argument(
@@ -230,27 +255,26 @@ def _find(name: str, known: Mapping[str, Option]) -> tuple[str, Option | None, b
 
 def _bracketed(option: Option | None, value: str, kind: type) -> str:
     """A list as YAML has it. Raises ConfigError for an unknown key of a mapping in it."""
-    if option is None or not option.is_list:
+    if option is None or not (option.is_list or takes_numbers(option.hint)):
         return value
-    if value.startswith("["):
+    whole = f"[{value}]" if option.is_list and not value.startswith("[") else value
+    if option.field != "sites" or value.startswith("["):
         try:
-            items = nested = parse_yaml(value)
-            for name in reversed(option.field.split(".")):
-                nested = {name: nested}
-            check_keys(kind, nested, option.flag)
+            items = with_numbers(option.hint, parse_yaml(whole), option.field)
+            check_keys(kind, nested(option.field, items), option.flag)
         except ConfigError as error:
+            if str(error).startswith(option.flag):
+                raise
             raise ConfigError(f"{option.flag} {value}: {error}") from error
-        return json.dumps(_names(items)) if option.field == "sites" else value
-    if option.field != "sites":
-        return f"[{value}]"
+        return json.dumps(_names(items) if option.field == "sites" else items, default=str)
     return json.dumps([name.strip() for name in value.split(",")]) if "," in value else value
 
 
 def _names(sites: Any) -> Any:
     """The modules of an nn.Sequential have numbers for names."""
-    return (
-        [str(s) if isinstance(s, int) else s for s in sites] if isinstance(sites, list) else sites
-    )
+    if isinstance(sites, list):
+        return [str(s) if type(s) is int else s for s in sites]
+    return str(sites) if type(sites) is int else sites
 
 
 def _config_file(name: str) -> Path:

@@ -32,7 +32,7 @@ def write_yaml(config: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as the command line reads values: 1e-3 is a number, and a key stands once in its mapping."""
+    """YAML as people read it: 1e-3 and 010 are decimal, 1:30 and 2024-01-31 are text, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -48,28 +48,64 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-
-# YAML 1.1 wants a dot and a signed exponent in a float, which nobody expects
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "").lower()
+        return int(text, {"0x": 16, "0o": 8, "0b": 2}.get(text.lstrip("+-")[:2], 10))
 
 
-def parse_yaml(text: str) -> Any:
-    """The value that a YAML text holds. Raises ConfigError where it is none, or a key stands twice."""
+# YAML 1.1 has octal 010, numbers to the base of 60 (1:30), dates, floats that must have a dot and a signed exponent, and "="
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(\d[\d_]*|0[xX][\da-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+)",
+    "tag:yaml.org,2002:float": r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))"
+    r"|\.(nan|NaN|NAN)",
+}
+_REPLACED = {*_NUMBERS, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _REPLACED]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(
+        _tag, re.compile(f"^({_pattern})$", re.ASCII), list("-+0123456789.")
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+MOST_VALUES = 100_000  # in one file, repeated ones counted
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The value that a YAML text holds. Raises ConfigError where it is none, a key stands twice, or it has no end."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        _count(value, {})
+        return value
+    except yaml.reader.ReaderError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"this is no valid YAML: {reason}: save it as UTF-8 text") from error
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigError(f"this is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values there are in one. Raises ValueError for one that holds itself, or for too many."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in known:
+        if not known[id(value)]:
+            raise ValueError("an alias (*) stands within what it stands for")
+        return known[id(value)]
+    known[id(value)] = 0
+    parts = [*value.values()] if isinstance(value, dict) else value
+    known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    if known[id(value)] > MOST_VALUES:
+        raise ValueError(f"its aliases (*) stand for more than {MOST_VALUES:,} values")
+    return known[id(value)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError where the file is missing or is no such YAML."""
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        values = parse_yaml(path.read_bytes())
+    except (OSError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read the config file {path}: {reason}") from error
     if values is None:
@@ -87,10 +123,10 @@ def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "the config
     hints = typing.get_type_hints(kind)
     made = {}
     for key, value in values.items():
+        if value is None and type(None) not in typing.get_args(hints[key]):
+            raise ConfigError(f"{where} has no value for '{key}': give one, or leave the key out")
         if dataclasses.is_dataclass(hints[key]):
             value = _nested(typing.cast(type, hints[key]), key, value, where)
-        elif value is None and type(None) not in typing.get_args(hints[key]):
-            raise ConfigError(f"{where} has no value for '{key}': give one, or leave the key out")
         elif key == "rules" and isinstance(value, list):
             value = [from_dict(RuleEntry, v, where) if isinstance(v, Mapping) else v for v in value]
         made[key] = value

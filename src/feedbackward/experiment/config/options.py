@@ -115,8 +115,12 @@ class Option:
         """What a value must be, in words."""
         if self.metavar and self.metavar.startswith("{"):
             return "one of " + self.metavar.strip("{}").replace(",", ", ")
+        if self.is_switch:
+            return "yes or no"
         words = {"N": "a whole number", "X": "a number", "A,B,...": "a list of such values"}
-        return words.get(self.metavar or "", "yes or no" if self.is_switch else "another value")
+        words["OPTIONS"] = "names and values, as in {center: true}"
+        text = "a text, in quotes where it looks like something else"
+        return words.get(self.metavar or "", text)
 
     @property
     def metavar(self) -> str | None:

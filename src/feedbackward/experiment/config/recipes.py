@@ -6,6 +6,7 @@ rule may override the two rates only, so that a comparison stays one recipe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -116,8 +117,9 @@ def check(optimizer: Optimizer, where: str) -> None:
     if not optimizer.lr > 0:
         raise ConfigError(f"{where}.lr is {optimizer.lr}: a learning rate must be above 0")
     for name in ("momentum", "weight_decay", "clip", "gamma"):
-        if getattr(optimizer, name) < 0:
-            raise ConfigError(f"{where}.{name} is {getattr(optimizer, name)}: it must be 0 or more")
+        value = getattr(optimizer, name)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{where}.{name} is {value}: it must be a finite number, 0 or more")
     if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
         raise ConfigError(
             f"{where}.nesterov needs {where}.momentum above 0: set one or switch off the other"

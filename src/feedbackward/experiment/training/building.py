@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from feedbackward.attaching import attach
 from feedbackward.errors import ConfigError
 from feedbackward.experiment import nets
+from feedbackward.experiment.config.option_types import check_types
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.config.suggest import hint
 from feedbackward.experiment.data.dataset import DataConfig
@@ -55,6 +56,7 @@ def make_rule(name: str, options: dict[str, Any]) -> Rule:
         if key not in fields:
             known = hint(str(key), fields) if fields else "it has no options"
             raise ConfigError(f"the rule '{name}' has no option '{key}': {known}")
+    check_types(kind, options, f"the rule '{name}'")
     given = dict(options)
     if "operator" in fields and "operator" in given:
         given["operator"] = make_operator(given["operator"])
@@ -98,14 +100,12 @@ def make_operator(spec: Any) -> Operator:
     """
     if isinstance(spec, Operator):
         return spec
-    options = (
-        {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
-    )
+    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
-    if name not in OPERATORS:
+    if not isinstance(name, str) or name not in OPERATORS:
         known = hint(str(name), OPERATORS)
         raise ConfigError(
-            f"unknown feedback operator {name!r}: {known}; as a name, or as {{name: sparse, nonzeros: 1}}"
+            f"unknown feedback operator {spec if name is None else name!r}: {known}; as a name, or as {{name: sparse, nonzeros: 1}}"
         )
     kind: Any = OPERATORS[name]
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
@@ -116,6 +116,7 @@ def make_operator(spec: Any) -> Operator:
     absent = [f.name for f in fields.values() if f.name not in options and f.default is MISSING]
     if absent:
         raise ConfigError(f"the operator '{name}' needs its option '{absent[0]}'")
+    check_types(kind, options, f"the operator '{name}'")
     types = get_type_hints(kind)
     return kind(
         **{

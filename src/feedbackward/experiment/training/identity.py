@@ -1,16 +1,35 @@
-"""What a run is tied to: its classes, images, labels and their order. Kept in the checkpoint and in data.json."""
+"""What a run is tied to: its data, its settings and its network. Kept in the checkpoint, and the data in data.json."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from feedbackward.errors import CheckpointError
+from torch import nn
+
+from feedbackward.errors import CheckpointError, ConfigError
+from feedbackward.experiment.config.files import differences, from_dict, to_dict
+from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.data.folders import printable
 from feedbackward.experiment.tasks import AnyData
 
 SPLITS = ("train", "validation", "test")
-_IN_WORDS = ("input", "note")
+# a folder may have been moved or renamed
+_IN_WORDS = ("input", "note", "name")
+# may change when a run is resumed: they say where and how fast it runs, not what it computes
+FREE = {
+    "out",
+    "device",
+    "threads",
+    "tensorboard",
+    "compile",
+    "channels_last",
+    "data.name",
+    "data.root",
+}
+FREE |= {"parallel.pipeline", "parallel.cut", "parallel.timeout", "parallel.trace"}
 
 
 def data_identity(data: AnyData) -> dict[str, Any]:
@@ -53,6 +72,58 @@ def check_same_data(
             )
 
 
+def tied_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes, as plain dicts and lists."""
+    values = to_dict(config)
+    for key in FREE:
+        *outer, last = key.split(".")
+        place = values
+        for name in outer:
+            place = place.get(name, {})
+        place.pop(last, None)
+    return {key: value for key, value in values.items() if value != {}}
+
+
+def changed_settings(saved: TrainConfig, given: TrainConfig) -> list[str]:
+    """``key: value there -> value here`` for every setting that decides what a run computes and is another one."""
+    there, here = (tied_settings(config.resolved()) for config in (saved, given))
+    return list(differences(there, here))
+
+
+def check_same_settings(found: Any, config: TrainConfig, where: str | os.PathLike[str]) -> None:
+    """Refuse what was saved under other settings, naming them. Raises CheckpointError."""
+    try:
+        saved = from_dict(TrainConfig, found, str(where))
+        changed = changed_settings(saved, config)
+    except ConfigError as error:
+        raise CheckpointError(f"{where} holds settings that are none: {error}") from error
+    if changed:
+        raise CheckpointError(
+            f"{where} was saved under other settings ({'; '.join(changed)}): resume it under those, or start another run"
+        )
+
+
+def described(model: nn.Module) -> list[str]:
+    """One line per module: its name, its class and, for PyTorch's own, its options."""
+    lines = []
+    for name, module in model.named_modules():
+        own = type(module).__module__.startswith("torch.nn.")
+        options = module.extra_repr() if own else ""
+        lines.append(f"{name or 'the network'}: {type(module).__qualname__}({options})")
+    return lines
+
+
+def check_same_network(found: Any, model_lines: list[str], where: str | os.PathLike[str]) -> None:
+    """Refuse the state of a network whose modules were others, naming the first. Raises CheckpointError."""
+    if found == model_lines:
+        return
+    pairs = itertools.zip_longest(found, model_lines, fillvalue="nothing")
+    there, here = next((a, b) for a, b in pairs if a != b)
+    raise CheckpointError(
+        f"{where} belongs to another model: it had '{there}' where now there is '{here}'; give it that model, or start another run"
+    )
+
+
 def _difference(key: str, there: Any, here: Any) -> str:
     if key == "classes" and isinstance(there, list):
         return _classes(there, here)
@@ -66,10 +137,11 @@ def _difference(key: str, there: Any, here: Any) -> str:
 
 def _classes(there: list[Any], here: list[str]) -> str:
     if len(there) != len(here):
-        missing = [str(name) for name in there if name not in here]
-        new = [name for name in here if name not in there]
+        missing = [printable(str(name)) for name in there if name not in here]
+        new = [printable(name) for name in here if name not in there]
         gone = f", without {', '.join(missing[:3])}" if missing else ""
         more = f", with {', '.join(new[:3])}" if new else ""
         return f"it had {len(there)} classes, here there are {len(here)}{more}{gone}"
     first = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
-    return f"its class {first} was '{there[first]}', here it is '{here[first]}'"
+    was, now = printable(str(there[first])), printable(here[first])
+    return f"its class {first} was '{was}', here it is '{now}'"

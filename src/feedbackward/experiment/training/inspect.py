@@ -15,13 +15,24 @@ from feedbackward.experiment.training.runfolder import RunFolder
 from feedbackward.measure.probe import Probe
 
 
-def probe_run(path: Path, images: int | None, file: Path | None) -> None:
-    """Print the alignment of a run's last checkpoint with backprop, and write it to ``file``."""
+def probe_run(
+    path: Path,
+    images: int | None,
+    file: Path | None,
+    data: str | None = None,
+    root: str | None = None,
+) -> None:
+    """Print the alignment of a run's last checkpoint with backprop, and write it to ``file``.
+
+    ``data`` and ``root`` say where the run's data lie now, if they have moved.
+    """
     folder = RunFolder.existing(path)
     state = checkpoint.load(folder.checkpoint)
     config = folder.config().resolved()
     if images is not None:
         config = replace(config, probe_images=images).resolved()
+    place = replace(config.data, name=data or config.data.name, root=root or config.data.root)
+    config = replace(config, data=place)
     import_from_here()
     run = Run(config, shared_data(config.data, config.task), find_device(config.device))
     run.load_weights(state, folder.checkpoint)

@@ -147,6 +147,7 @@ def _train(
         progress.say(f"resumed {config.out} in epoch {run.position.epoch + 1}")
     if folder is not None:  # only now: a resumed run has been found to have its own data
         folder.write_json(folder.data_file, data_identity(run.data))
+        folder.keep_place(config)
     run.pipe.step = run.position.epoch * len(run.loader) + run.position.batch
     record: Any = NoRecord(run.position.rows)
     if folder is not None:

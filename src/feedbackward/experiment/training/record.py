@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ class Record:
         self.folder, self.tensorboard = folder, tensorboard
         kept = folder.rows()[:rows]
         self.rows = len(kept)
+        if self.rows < rows:
+            warnings.warn(
+                f"{folder.metrics} has lost {rows - self.rows} of the {rows} rows that were in it at the last checkpoint: "
+                "the run goes on without them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         folder.write(folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self._epoch = max((row["epoch"] for row in kept), default=0)
         self._writer: SummaryWriter | None = None

@@ -18,7 +18,14 @@ from feedbackward.experiment.tasks import TASKS, AnyData
 from feedbackward.experiment.training.building import build_learner
 from feedbackward.experiment.training.checkpoint import check_same_tensors
 from feedbackward.experiment.training.diagnose import first_non_finite
-from feedbackward.experiment.training.identity import check_same_data, data_identity
+from feedbackward.experiment.training.identity import (
+    check_same_data,
+    check_same_network,
+    check_same_settings,
+    data_identity,
+    described,
+    tied_settings,
+)
 from feedbackward.experiment.training.optimizing import Weights
 from feedbackward.experiment.training.randomness import (
     random_state,
@@ -70,6 +77,8 @@ class Run:
         self.epochs = recipe.epochs
         self.task = TASKS[config.task]
         self.learner = build_learner(config, data, device)
+        # before anything wraps it: to shard or to compile changes no result
+        self.network = described(self.learner.model)
         self.stale = self._staleness()
         self.loader = self.task.batches(
             data.train,
@@ -252,7 +261,9 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped."""
         return {
+            "config": tied_settings(self.config),
             "data": data_identity(self.data),
+            "network": self.network,
             "position": asdict(self.position),
             "model": self.learner.model.state_dict(),
             "feedback": self.learner.feedback.state_dict(),
@@ -273,6 +284,10 @@ class Run:
         """Restore what `state` gave. Raises CheckpointError where it is of other data, or no state of such a run."""
         try:
             check_same_data(state["data"], self.data, where)
+            # checkpoints of before do not have them
+            if "config" in state:
+                check_same_settings(state["config"], self.config, where)
+                check_same_network(state["network"], self.network, where)
             self.load_weights(state, where)
             for part, weights in self.weights.items():
                 weights.load_state_dict(state["weights"][part])

@@ -6,19 +6,15 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from feedbackward.errors import ConfigError, FeedbackError
-from feedbackward.experiment.config.files import (
-    differences,
-    from_dict,
-    read_yaml,
-    to_dict,
-    write_yaml,
-)
+from feedbackward.experiment.config.files import from_dict, read_yaml, write_yaml
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.training.checkpoint import replace_file
+from feedbackward.experiment.training.identity import changed_settings
 
 try:
     import fcntl
@@ -33,9 +29,6 @@ OWN = (
     "metrics.jsonl",
     "model.safetensors",
 )
-# may change when a run is resumed: they say where and how fast it runs, not what it computes
-FREE = {"out", "device", "threads", "tensorboard", "compile", "channels_last"}
-FREE |= {"parallel.pipeline", "parallel.cut", "parallel.timeout", "parallel.trace"}
 
 
 @contextlib.contextmanager
@@ -97,7 +90,8 @@ class RunFolder:
             folder.check_free(config)
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.lock()
-            if config.overwrite:
+            # what failed before its first checkpoint may have had another config
+            if config.overwrite or folder.has_nothing():
                 folder.clear()
             if not folder.config_file.exists():
                 folder.write(folder.config_file, write_yaml(config))
@@ -173,10 +167,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} exists and is not the folder of a run: choose another with --out, or empty it"
             )
-        nothing = not self.checkpoint.exists() and self.result() is None
-        if (
-            config.overwrite or nothing
-        ):  # a run that failed before its first checkpoint has nothing to lose
+        if config.overwrite or self.has_nothing():
             return
         if not config.resume:
             state, ways = (
@@ -187,19 +178,23 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds {state}: give {ways}--overwrite to replace it, or another --out"
             )
-        saved, given = (to_dict(c.resolved()) for c in (self.config(), config))
-        changed = [
-            d
-            for d in differences(saved, given)
-            if d.split(":")[0] not in FREE and d.split(".")[0] not in FREE
-        ]
-        changed = [d for d in changed if not d.startswith("data.root:")]
-        if changed:
+        if changed := changed_settings(self.config(), config):
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed with another config ({'; '.join(changed)}): "
                 f"resume it as it was, with --config {self.config_file} --resume, or replace it with --overwrite, "
                 "or choose another --out"
             )
+
+    def has_nothing(self) -> bool:
+        """Whether there is neither a checkpoint nor a result that could be lost."""
+        return not self.checkpoint.exists() and self.result() is None
+
+    def keep_place(self, config: TrainConfig) -> None:
+        """Note where the data lie now, which were found to be those of the run."""
+        kept = self.config()
+        data = replace(kept.data, name=config.data.name, root=config.data.root)
+        if data != kept.data:
+            self.write(self.config_file, write_yaml(replace(kept, data=data)))
 
     def _contents(self) -> list[str]:
         return [name for name in os.listdir(self.path) if name != ".lock"]

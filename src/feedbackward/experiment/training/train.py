@@ -69,6 +69,7 @@ def train(
             result = _train(config, folder, progress, interrupts, test)
         elif (found := folder.data()) is not None:
             check_same_data(found, shared_data(config.data, config.task), folder.path, REPLACE)
+            folder.keep_place(config)
     finally:
         folder.close()
     if result["status"] == "diverged":
@@ -92,6 +93,7 @@ def _train(
             f"resumed {folder.path} in epoch {run.position.epoch + 1}, batch {run.position.batch + 1}"
         )
     folder.write_json(folder.data_file, data_identity(run.data))
+    folder.keep_place(config)
     loop = Loop(run, Record(folder, run.position.rows, config.tensorboard), progress, interrupts)
     result = loop.complete(folder, test)
     folder.write_json(folder.result_file, result)
