@@ -29,7 +29,7 @@ from feedbackward.engine.phase import Phase
 from feedbackward.engine.plan import Plan, make_plan
 from feedbackward.engine.rows import Activities
 from feedbackward.engine.target import Target
-from feedbackward.engine.transparent import Transparent, borrowed
+from feedbackward.engine.transparent import Transparent, borrowed, refuse_script
 from feedbackward.engine.weights import fitted, make_feedback, weight_names
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, Site, Source
@@ -277,7 +277,7 @@ class Learner(AttachedModule, Generic[M]):
             self.parameters(),
             "the phase of the feedback runs the model by itself: use DistributedDataParallel",
         )
-        self.attached.follow_changes()
+        self.attached.follow_changes(inputs)
         self.attached.without_phase = None
         phase = Phase(self.attached, inputs, loss_fn)
         alone = len(self.attached.rules) == 1
@@ -306,6 +306,17 @@ class Learner(AttachedModule, Generic[M]):
                 accumulated batches) must be given here as well.
         """
         self._target = Target(y, scale)
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Learner[M]:
+        """As that of every module; but the feedback gets the values of its seed, and not whatever is in memory."""
+        drawn = self.feedback.on_meta()
+        super().to_empty(device=device, recurse=recurse)
+        if not drawn:
+            self.feedback.draw()
+        return self
+
+    def __prepare_scriptable__(self) -> Learner:
+        refuse_script()
 
     def _replicate_for_data_parallel(self) -> Learner:
         raise AttachError(

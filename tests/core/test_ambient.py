@@ -95,6 +95,27 @@ def test_feedback_of_a_model_attached_on_meta_is_drawn_when_it_gets_memory(label
     assert all(torch.equal(copied[key], value) for key, value in other.items())
 
 
+@pytest.mark.parametrize("label", RULES)
+def test_feedback_is_never_what_is_in_memory(label: str) -> None:
+    there = model()
+    learner = fb.attach(there, RULES[label], example=EXAMPLE)
+    before = {name: t.clone() for name, t in learner.feedback.state_dict().items()}
+    learner.to_empty(device="cpu")
+    assert all(torch.equal(t, before[name]) for name, t in learner.feedback.state_dict().items())
+    with torch.device("meta"):
+        empty = model()
+    learner = fb.attach(empty, RULES[label], example=EXAMPLE.to("meta"))
+    empty.to_empty(device="cpu")
+    empty.load_state_dict(model().state_dict())
+    if learner.feedback_bytes:
+        with pytest.raises(fb.FeedbackError, match=r"on the meta device.*feedback\.to_empty"):
+            grads(empty, learner)
+        learner.feedback.to_empty(device="cpu")
+    expected = grads(there := model(), fb.attach(there, RULES[label], example=EXAMPLE))
+    for one, two in zip(expected, grads(empty, learner), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_mirrored_feedback_of_a_model_without_values_is_refused() -> None:
     rule = fb.rules.FA(init="mirrored")
     learner = fb.attach(model().to("meta"), rule, example=EXAMPLE.to("meta"))

@@ -48,6 +48,13 @@ class Quantised(nn.Module):
         return (x.detach() @ self.weight.t()) / 100
 
 
+class Doubled(nn.Linear):
+    """Applies its weight in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 class Net(nn.Module):
     """Two blocks whose activities modules make, then a function's; a head."""
 
@@ -90,6 +97,14 @@ CHANGES: dict[str, Callable[[Net], object]] = {
     "unused part": lambda m: m.add_module("unused", nn.Linear(2, 2)),
     "tied": lambda m: setattr(m.mid, "weight", m.body[0].weight),
     "new weight": lambda m: setattr(m.mid, "weight", nn.Parameter(torch.ones(6, 6))),
+    "hook on a site": lambda m: m.act.register_forward_hook(lambda mod, given, out: 2 * out),
+    "hook before a site": lambda m: m.mid.register_forward_pre_hook(
+        lambda mod, given: 2 * given[0]
+    ),
+    "another class": lambda m: setattr(m.mid, "__class__", Doubled),
+    "forward patched": lambda m: setattr(
+        m.mid, "forward", lambda x: 2 * nn.functional.linear(x, m.mid.weight, m.mid.bias)
+    ),
     "block copied": lambda m: setattr(m, "stem", copy.deepcopy(m.stem)),
 }
 
@@ -212,3 +227,47 @@ def test_weights_that_are_tied_later_are_noticed() -> None:
     CHANGES["tied"](model)
     with pytest.raises(fb.AttachError, match=r"changed after it was attached.*which is tied"):
         learner(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("change", ["another class", "forward patched"])
+@pytest.mark.parametrize("rule", [fb.FA(), fb.KolenPollack()], ids=str)
+def test_a_chain_notices_that_a_layer_applies_its_weight_in_another_way(
+    change: str, rule: fb.Rule
+) -> None:
+    model, x = Net(), torch.randn(5, 4)
+    learner = fb.attach(model, rule, example=x)
+    CHANGES[change](model)
+    with pytest.raises(fb.AttachError, match=r"'mid' .*attach again"):
+        learner(x)
+    with pytest.raises(fb.AttachError, match="'mid'"):
+        fb.attach(learner.detach(), rule, example=x)
+
+
+def test_a_chain_refuses_a_layer_whose_output_a_hook_changes() -> None:
+    model, x = Net(), torch.randn(5, 4)
+    model.mid.register_forward_hook(lambda module, given, out: None)
+    fb.attach(model, fb.FA(), example=x).detach()
+    model.mid.register_forward_hook(lambda module, given, out: 2 * out)
+    with pytest.raises(fb.AttachError, match=r"'mid' .*a hook or a forward of its own"):
+        fb.attach(model, fb.FA(), example=x)
+
+
+def test_a_part_without_neighbours_is_in_the_plan_where_it_is_used() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU()),
+        torch.randn(5, 4),
+    )
+    learner = fb.attach(model, fb.DFA(), example=x, error_at="2", sites=["1"])
+    model.append(nn.Linear(6, 3))
+    learner(x).square().sum().backward()
+    assert learner.plan.unreached == ()
+    assert set(learner.plan.head.parameters) == {"2.weight", "2.bias", "4.weight", "4.bias"}
+
+
+@pytest.mark.parametrize("schedule", ["joint", "replay"])
+def test_every_schedule_says_attach_again(schedule: str) -> None:
+    model, x = Net(), torch.randn(5, 4)
+    learner = fb.attach(model, fb.DFA(), example=x)
+    CHANGES["head replaced"](model)
+    with pytest.raises(fb.AttachError, match="attach again"):
+        learner.backward(x, lambda out: out.square().mean(), schedule)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from pairs import F64
@@ -130,3 +133,49 @@ def test_feedback_like_the_weight_needs_its_values() -> None:
     learner = fb.attach(model, fb.FA(), example=x)
     with pytest.raises(fb.AttachError, match=r"init='like_weight'.*no values.*init='like_layer'"):
         learner.to_empty(device="cpu")
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def warned(learner: fb.Learner) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            learner(torch.ones(5, 4)).sum().backward()
+    return [str(w.message) for w in caught if "after the model was attached" in str(w.message)]
+
+
+def test_weights_that_are_loaded_afterwards_are_told_once() -> None:
+    for rule in (fb.KolenPollack(), fb.FA()):
+        learner = fb.attach(net(), rule, example=torch.ones(5, 4))
+        learner.model.load_state_dict(net().state_dict())
+        (said,) = warned(learner)
+        assert "'2.weight'" in said
+    learner = fb.attach(net(), fb.KolenPollack(), example=torch.ones(5, 4))
+    nn.init.orthogonal_(learner.model[4].weight)
+    assert "'4.weight'" in warned(learner)[0]
+
+
+def test_weights_that_feedback_goes_with_are_not_told() -> None:
+    x = torch.ones(5, 4)
+    assert not warned(fb.attach(net(), fb.KolenPollack(), example=x))
+    learner = fb.attach(net(), fb.KolenPollack(), example=x)
+    learner.load_state_dict(fb.attach(net(), fb.KolenPollack(), example=x).state_dict())
+    assert not warned(learner)
+    for rule in (fb.KolenPollack(), fb.FA()):
+        assert not warned(fb.attach(net(), rule, example=x).double().float())
+    learner = fb.attach(net(), fb.KolenPollack.published(), example=x)
+    learner.model.load_state_dict(net().state_dict())
+    assert not warned(learner)
+
+
+def test_an_estimate_has_the_precision_of_the_feedback() -> None:
+    torch.manual_seed(0)
+    model = net()
+    plain = fb.attach(copy.deepcopy(model), fb.KolenPollack(), example=torch.ones(5, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        learner = fb.attach(model, fb.KolenPollack(), example=torch.ones(5, 4))
+    for a, b in zip(learner.feedback.parameters(), plain.feedback.parameters(), strict=True):
+        assert torch.equal(a, b)

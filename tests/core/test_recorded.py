@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import feedbackward as fb
 
@@ -46,6 +47,67 @@ def test_tracing() -> None:
         torch.jit.trace(learner.train(), X)
     traced = torch.jit.trace(learner.eval(), X)
     torch.testing.assert_close(traced(X), learner.model(X))
+
+
+def test_symbolic_tracing() -> None:
+    learner = fb.attach(net(), fb.DKP(), example=X)
+    with pytest.raises(fb.FeedbackError, match="evaluation mode"):
+        torch.fx.symbolic_trace(learner.train())
+    torch.testing.assert_close(torch.fx.symbolic_trace(learner.model)(X), learner.model(X))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", [lambda learner: learner, lambda learner: learner.model])
+@pytest.mark.parametrize("rule", [fb.DFA(), fb.FA()], ids=str)
+def test_scripting_is_refused_until_the_learner_is_detached(rule: fb.Rule, what) -> None:  # type: ignore[no-untyped-def]
+    learner = fb.attach(net(), rule, example=X)
+    with pytest.raises(fb.FeedbackError, match=r"script what `learner\.detach\(\)` gives back"):
+        torch.jit.script(what(learner))
+    hooks = [h for m in learner.model.modules() for h in m._forward_hooks.values()]
+    assert all(getattr(hook, "__name__", "none") == "none" for hook in hooks)
+    model = learner.detach()
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
+
+
+def loss(learner: fb.Learner, weights: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor):  # type: ignore[no-untyped-def]
+    if learner.attached.needs_target:
+        learner.target(y)
+    return nn.functional.cross_entropy(functional_call(learner, weights, (x,)), y)
+
+
+RULES = [fb.DFA(), fb.DKP(), fb.DRTP(), fb.DGL(hidden=0), fb.FA(), fb.KolenPollack()]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_transforms_of_functions_are_refused(rule: fb.Rule) -> None:
+    learner = fb.attach(net(), rule, example=X)
+    weights = {name: p.detach() for name, p in learner.named_parameters()}
+    refused = pytest.raises(fb.FeedbackError, match=r"torch\.func .*learner\.exact\(\)")
+    with refused:
+        torch.func.grad(lambda w: loss(learner, w, X, Y))(weights)
+    with refused:
+        torch.func.vmap(lambda x, y: loss(learner, weights, x, y))(X[:, None], Y[:, None])
+    with refused:
+        torch.func.jvp(lambda x: loss(learner, weights, x, Y), (X,), (X,))
+    with refused, torch.autograd.forward_ad.dual_level():
+        loss(learner, weights, torch.autograd.forward_ad.make_dual(X, X), Y)
+    with learner.exact():
+        jacobian = torch.func.jacrev(lambda x: functional_call(learner, weights, (x,)))(X)
+    assert jacobian.shape == (6, 3, 6, 4)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_call_with_other_weights_trains_those(rule: fb.Rule) -> None:
+    """As meta-learning calls a model: the gradients are those of a learner that has these weights."""
+    learner = fb.attach(net(), rule, example=X)
+    weights = {n: (1.1 * p).detach().requires_grad_() for n, p in learner.named_parameters()}
+    loss(learner, weights, X, Y).backward()
+    assert all(p.grad is None for p in learner.parameters())
+    learner.load_state_dict(weights, strict=False)
+    loss(learner, {}, X, Y).backward()
+    for name, p in learner.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(weights[name].grad, p.grad, msg=name)
 
 
 def steps(learner: fb.Learner, count: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -100,6 +101,54 @@ def test_feedback_reaches_the_rows_that_made_the_error(
     except fb.AttachError as error:
         refused = str(error)
     assert ("does not keep the rows in place" in refused) == (not kept_apart), refused
+
+
+STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "stays": lambda h: h,
+    "scales": lambda h: h * 2,
+    "reverses": lambda h: h.flip(1),
+    "rolls": lambda h: h.roll(1, 1),
+    "shifts": lambda h: F.pad(h, (0, 0, 1, -1)),
+    "sorts": lambda h: h.gather(1, h.sum(2, keepdim=True).argsort(1).expand_as(h)),
+    "swaps two": lambda h: h[:, [1, 0, *range(2, h.shape[1])]],
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=4), st.integers(3, 9))
+def test_feedback_reaches_the_tokens_that_made_the_error(moves: list[str], steps: int) -> None:
+    torch.manual_seed(len(moves))
+    model, x = Moved(["stays"] * len(moves)), torch.randn(4, steps, 5)
+    with patch.dict(MOVES, {f"step {i}": STEPS[move] for i, move in enumerate(moves)}):
+        *model.moves, model.last = [f"step {i}" for i in range(len(moves))]
+        kept: list[Tensor] = []
+        for act in model.acts:
+            act.register_forward_hook(lambda m, i, o: kept.append(o))
+        output = model(x)
+        tokens = torch.arange(4 * steps)
+        apart = True
+        for token in tokens:
+            own = torch.autograd.grad(
+                output.flatten(0, 1)[token].square().sum(), kept, retain_graph=True
+            )
+            reached = [h.flatten(0, 1).norm(dim=1).nonzero().flatten().tolist() for h in own]
+            apart = apart and all(set(rows) <= {int(token)} for rows in reached)
+        try:
+            fb.attach(model, fb.DFA(), example=x)
+            refused = ""
+        except fb.AttachError as error:
+            refused = str(error)
+    assert ("of the site leads to another" in refused) == (not apart), (refused, apart)
+
+
+def test_tokens_that_are_mixed_are_taken() -> None:
+    model = nn.Sequential(
+        nn.Linear(5, 8),
+        nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True),
+        nn.Linear(8, 3),
+    )
+    for sites in ("layers", "blocks"):
+        fb.attach(model, fb.DFA(), example=torch.randn(4, 6, 5), sites=sites).detach()
 
 
 def hub() -> Tensor:

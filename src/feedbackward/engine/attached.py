@@ -15,12 +15,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.cuts import Cuts
-from feedbackward.engine.outside import is_fsdp, refuse_shards
-from feedbackward.engine.plan import Plan
+from feedbackward.engine.mirrored import Mirrored
+from feedbackward.engine.outside import is_fsdp, refuse_shards, refuse_transforms
+from feedbackward.engine.plan import Plan, make_plan
 from feedbackward.engine.rows import Rows
 from feedbackward.engine.structure import Structure
 from feedbackward.engine.target import Target
-from feedbackward.engine.weights import count_bytes, refuse_frozen_zeros, weights_of
+from feedbackward.engine.transparent import FirstHook
+from feedbackward.engine.weights import (
+    count_bytes,
+    refuse_frozen_zeros,
+    refuse_without_values,
+    weight_named,
+    weights_of,
+)
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.model.example import Given
@@ -42,7 +50,8 @@ class Attached:
         feedback: the module that holds the feedback weights and auxiliary networks.
         cuts: the hooks of a pass.
         whole_plan: which parameters each segment holds, whether they train now or not.
-        rows, structure: whether the rows of the batch and the parts of the model are those that feedback stands for.
+        rows, structure, mirrored: whether the rows of the batch, the parts of the model and the weights that feedback began as
+            are those that it stands for.
     """
 
     model: nn.Module
@@ -55,6 +64,7 @@ class Attached:
     whole_plan: Plan = field(init=False)
     rows: Rows = field(init=False)
     structure: Structure = field(init=False)
+    mirrored: Mirrored = field(init=False)
     # how many passes run that nobody may cut but those who run them
     own_passes: int = field(init=False, default=0)
     # the hooks on the model, in the order in which they act
@@ -65,6 +75,7 @@ class Attached:
     def __post_init__(self) -> None:
         self.rows = Rows(self.graph)
         self.structure = Structure(self.model, self.rule, self.graph)
+        self.mirrored = Mirrored(self.model, self.feedback, self.graph)
 
     @property
     def plan(self) -> Plan:
@@ -125,35 +136,48 @@ class Attached:
             )
         if not all(rule.linear for rule in self.rules):
             self.refuse_fp16("signals or feedback gradients do not scale with the loss")
-        self.follow_changes()
+        self.follow_changes(inputs)
         self._refuse_shards()
         if not torch.compiler.is_compiling():
+            refuse_transforms(inputs)
+            self.mirrored.warn()
             self._count_pass()
             with self.own_pass():
                 self.rows.see_again(self.model, inputs)
+        refuse_without_values(self.feedback, self.model)
         refuse_frozen_zeros(self.feedback, self.graph)
         self.cuts.recompute = True
         self.cuts.renew()
 
-    def follow_changes(self) -> None:
-        """Take note of modules that were changed since the last pass, or refuse them."""
+    def follow_changes(self, inputs: Any) -> None:
+        """Take note of modules that were changed since the last pass, or refuse them. `inputs`: those of the next pass."""
+        if torch.compiler.is_compiling():
+            return
         if not self.structure.unchanged():
             self.structure.judge(self.model)
+            known = set(self.whole_plan.unreached)
             self.whole_plan = self.whole_plan.renamed(self.model)
-            self._come_last()
+            if not known.issuperset(self.whole_plan.unreached):
+                # what was added has no neighbours that tell its place
+                with self.own_pass():
+                    self.whole_plan = make_plan(self.cuts, self.sites, inputs)
+        self._come_last()
 
     def _come_last(self) -> None:
-        """Act after hooks that were added later: FSDP's must see the output of a module, not what is cut from it."""
+        """Act after hooks that were added later: what these make of an activity is cut, as if attached anew.
+
+        FSDP's must see the output of a module, not what is cut from it.
+        """
         for handle in self.handles:
             hooks = handle.hooks_dict_ref()
-            if hooks is not None and any(hooks is m._forward_hooks for m in self.model.modules()):
+            if hooks is not None and not isinstance(hooks.get(handle.id), FirstHook):
                 hooks.move_to_end(handle.id)
 
     def _refuse_shards(self) -> None:
         """Refuse a graph that needs weights which are whole only while their own module runs."""
         names = {n for e in self.graph.edges for n in (e.shares, e.forward_weight) if n}
         refuse_shards(
-            (self.model.get_parameter(name) for name in names),
+            (weight_named(self.model, name) for name in names),
             f"{self.rule.label}'s feedback follows the weights of the layers, which are whole only while their own module runs: "
             "shard the learner as one (`fully_shard(learner)` alone), or use a rule with direct feedback (DFA, DKP)",
         )

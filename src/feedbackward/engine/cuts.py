@@ -17,7 +17,7 @@ from feedbackward.engine.autograd import Broadcast, Defer, Join, Share, Sweep
 from feedbackward.engine.hooks import Hooked, PassOverError, SegmentVisitor, Tape
 from feedbackward.engine.target import Target
 from feedbackward.engine.upward import Upward
-from feedbackward.engine.weights import weights_of
+from feedbackward.engine.weights import weight_named, weights_of
 from feedbackward.errors import SiteError
 from feedbackward.graph import Edge, Graph, Local, Site, Source
 
@@ -200,7 +200,7 @@ class Cuts(Hooked):
             learned = learn and edge.learns_in_pass
             weights += own if learned else [B.detach() for B in own]
             if edge.forward_weight:
-                weights.append(self.model.get_parameter(edge.forward_weight).detach())
+                weights.append(weight_named(self.model, edge.forward_weight).detach())
         sent = None
         if (
             target is not None
@@ -219,7 +219,7 @@ class Cuts(Hooked):
 
     def tied(self) -> dict[str, Tensor]:
         """Substitutes for the weights of the model whose gradients are shared with feedback weights, by name."""
-        shared = [(e, e.shares, self.model.get_parameter(e.shares)) for e in self.edges if e.shares]
+        shared = [(e, e.shares, weight_named(self.model, e.shares)) for e in self.edges if e.shares]
         return {
             name: Share.apply(W, edge.operator, *weights_of(self.feedback, edge))
             for edge, name, W in shared

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.outside import average_in_backward, several_processes
 from feedbackward.engine.target import Target
-from feedbackward.engine.transparent import Inert
+from feedbackward.engine.transparent import FirstHook, Inert
 from feedbackward.errors import AttachError
 from feedbackward.model.example import Given
 
@@ -53,7 +53,7 @@ class InPlace:
         """Put the hooks on the model, the first and the last of all."""
         model = self.attached.model
         return [
-            model.register_forward_pre_hook(_Hook(self.before), prepend=True, with_kwargs=True),
+            model.register_forward_pre_hook(_Before(self.before), prepend=True, with_kwargs=True),
             model.register_forward_hook(_Hook(self.after), always_call=True),
         ]
 
@@ -96,3 +96,7 @@ class _Hook(Inert):
 
     def __call__(self, *given: Any) -> Any:
         return self.act(*given)
+
+
+class _Before(_Hook, FirstHook):
+    pass

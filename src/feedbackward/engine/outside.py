@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, FeedbackError
 
@@ -57,16 +60,33 @@ def is_recorded(training: bool) -> bool:
     Raises FeedbackError in training mode: what was recorded would train by backprop, or not at all.
     """
     exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)
-    if not (exporting() or torch.jit.is_tracing()):
+    fx_traces: Any = getattr(_symbolic_trace, "is_fx_symbolic_tracing", lambda: False)
+    if not (exporting() or torch.jit.is_tracing() or fx_traces()):
         return False
     if training:
         raise FeedbackError(
-            "a training pass of a learner cannot be recorded by torch.export, torch.jit.trace or "
+            "a training pass of a learner cannot be recorded by torch.export, torch.jit.trace, torch.fx or "
             "torch.distributed.pipelining: the cuts and the feedback would be lost. To use the trained network, record it in "
             "evaluation mode (`learner.eval()`, or `learner.detach()`); to train in stages on several processes, use "
             "`fb.parallel.pipeline(learner, x)`; to compile the training step, use `torch.compile(learner)`."
         )
     return True
+
+
+def refuse_transforms(inputs: Any) -> None:
+    """Refuse a pass within torch.func or forward-mode differentiation: neither sees the feedback."""
+    level = torch._C._functorch.maybe_current_level()
+    dual = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None
+        for t in tree_leaves(inputs)
+        if isinstance(t, Tensor)
+    )
+    if level is not None or dual:
+        raise FeedbackError(
+            "torch.func (grad, vmap, jvp, jacrev) and forward-mode derivatives do not see what a learner sends in backward: call "
+            "`loss.backward()` or torch.autograd.grad on the output of `learner(x)`, or use `with learner.exact():` for true "
+            "derivatives."
+        )
 
 
 def several_processes() -> bool:

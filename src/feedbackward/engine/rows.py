@@ -47,8 +47,11 @@ class Rows:
         ends: list[Edge | Local] = [*graph.edges, *graph.local]
         ends = [end for end in ends if not _of_one_layer(end)]
         self._fed: dict[Source, list[Site]] = {}
+        # how many leading dimensions an edge keeps: more than one where tokens are paired as well
+        self._kept: dict[tuple[Source, Site], int] = {}
         for end in ends:
             self._fed.setdefault(end.source, []).append(end.site)
+            self._kept[end.source, end.site] = end.leading if isinstance(end, Edge) else 1
         self._tries = _TRIES if ends else 0
 
     def tensors(self, recorded: Trace) -> Activities:
@@ -89,6 +92,12 @@ class Rows:
             # what cannot be differentiated says so in training
             return True
         seen = [look.judge(source, site, i) for i, (site, _) in enumerate(pairs)]
+        # below a site whose tokens are mixed all are mixed
+        for i, (site, h) in reversed(list(enumerate(pairs))):
+            kept = self._kept[source, site]
+            paired = kept > 1 and h.shape[:kept] == end.shape[:kept]
+            if paired and not look.keeps_tokens(source, site, i, kept):
+                break
         return all(seen)
 
 
@@ -111,8 +120,7 @@ class _Look:
         draw = torch.Generator().manual_seed(0)
         error = torch.randn((1, *end.shape[1:]), generator=draw, device="cpu")
         self.error = error.to(end.device, end.dtype)
-        powers = torch.randperm(len(end), generator=draw, device="cpu") % 7 - 3
-        self.code = (2.0**powers).to(end.device, end.dtype)
+        self.code = _codes(len(end), draw).to(end.device, end.dtype)
         # the nodes between the source and other sites: their sites' gradients only pass by
         self.between = leading_to(end, activities)
         self.plain = self._sketches(torch.ones_like(self.code))
@@ -137,7 +145,7 @@ class _Look:
                 raise _refused(
                     source, site, f"the batch is dimension {dim} of the site's {list(plain.shape)}"
                 )
-        row = self._permuted(plain, coded, told)
+        row = _permuted(plain, coded, told, self.code)
         if row is not None:
             raise _refused(source, site, f"row {row} of the site leads to another row")
         for dim in range(1, self.end.dim()):
@@ -151,6 +159,28 @@ class _Look:
                     )
         self._refuse_other_rows(source, site, i)
         return True
+
+    def keeps_tokens(self, source: Source, site: Site, i: int, kept: int) -> bool:
+        """Whether each token of the site is seen to be made into that token of the source; False where tokens are mixed.
+
+        Raises AttachError where tokens are in another order.
+        """
+        rows = self.end.shape[:kept]
+        code = _codes(rows.numel(), torch.Generator().manual_seed(1)).to(self.code)
+        sent = code.view(*rows, *[1] * (self.end.dim() - kept))
+        plain, coded = (
+            _sketch(self._gradient_of(factors, [i])[0].flatten(0, kept - 1))
+            for factors in (torch.ones_like(sent), sent)
+        )
+        told = plain.abs().amax(1) > 0
+        if not told.any() or not (plain.isfinite().all() and coded.isfinite().all()):
+            return False
+        moved = _permuted(plain, coded, told, code)
+        if moved is not None:
+            place = moved % rows[1:].numel()
+            why = f"token {place} of the site leads to another token, reversed or shifted"
+            raise _refused(source, site, why)
+        return _coded(plain, coded, code, 0)
 
     def _sketches(self, factors: Tensor) -> list[Tensor]:
         """Of every site's gradient a few random sums for each row, for an error times these factors of its rows.
@@ -180,22 +210,14 @@ class _Look:
         """Of these sites, for the random error times these factors along a dimension of the source."""
         shape = [1] * self.end.dim()
         shape[dim] = len(factors)
+        return self._gradient_of(factors.view(shape), only)
+
+    def _gradient_of(self, factors: Tensor, only: Sequence[int]) -> list[Tensor]:
+        """Of these sites, for the random error times factors that are broadcast to it."""
         wanted = [self.activities[i] for i in only]
         # of a number: for other outputs autograd imports a library that takes more than a second
-        total = (self.end * (self.error * factors.view(shape))).sum()
+        total = (self.end * (self.error * factors)).sum()
         return list(torch.autograd.grad(total, wanted, retain_graph=True, materialize_grads=True))
-
-    def _permuted(self, plain: Tensor, coded: Tensor, told: Tensor) -> int | None:
-        """A row of the site that leads to another row of the source; None where some lead to several."""
-        a, b = plain.flatten(1)[told].double(), coded.flatten(1)[told].double()
-        ratio = (a * b).sum(1) / a.square().sum(1)
-        nearest = (ratio.unsqueeze(1) - self.code.double()).abs().argmin(1)
-        found = self.code.double()[nearest].unsqueeze(1)
-        if bool(((b - found * a).norm(dim=1) > _ROOM * b.norm(dim=1)).any()):
-            return None
-        rows = told.nonzero().flatten()
-        wrong = (self.code[rows] != self.code[nearest]).nonzero().flatten()
-        return int(rows[wrong[0]]) if len(wrong) else None
 
     def _refuse_other_rows(self, source: Source, site: Site, i: int) -> None:
         """Rows are mixed (attention over the batch, nodes of a graph): the own one must be among the first."""
@@ -213,6 +235,24 @@ class _Look:
             _, other, row = max(ahead)
             why = f"rows are mixed, and row {row} of the source depends on row {other} of the site most"
             raise _refused(source, site, why)
+
+
+def _codes(count: int, draw: torch.Generator) -> Tensor:
+    """Powers of two, so that rows with the same one are rarely next to each other."""
+    return 2.0 ** (torch.randperm(count, generator=draw, device="cpu") % 7 - 3)
+
+
+def _permuted(plain: Tensor, coded: Tensor, told: Tensor, code: Tensor) -> int | None:
+    """A row of the site that leads to another row of the source; None where some lead to several."""
+    a, b = plain.flatten(1)[told].double(), coded.flatten(1)[told].double()
+    ratio = (a * b).sum(1) / a.square().sum(1)
+    nearest = (ratio.unsqueeze(1) - code.double()).abs().argmin(1)
+    found = code.double()[nearest].unsqueeze(1)
+    if bool(((b - found * a).norm(dim=1) > _ROOM * b.norm(dim=1)).any()):
+        return None
+    rows = told.nonzero().flatten()
+    wrong = (code[rows] != code[nearest]).nonzero().flatten()
+    return int(rows[wrong[0]]) if len(wrong) else None
 
 
 def _sketch(gradient: Tensor) -> Tensor:

@@ -32,8 +32,11 @@ class Structure:
         if torch.compiler.is_compiling():
             return True
         same = all(
-            type(m) is kind and m._modules == parts and m._parameters.keys() == names
-            for m, kind, parts, names in self._parts
+            type(m) is kind
+            and m._modules == parts
+            and m._parameters.keys() == names
+            and vars(m).get("forward") is own
+            for m, kind, parts, names, own in self._parts
         )
         return same and self._count() == self._tensors
 
@@ -43,9 +46,15 @@ class Structure:
         Raises AttachError, naming the module, where it does not.
         """
         now = dict(model.named_modules())
-        for name, module in self._named.items():
+        for (name, module), (_, kind, _, _, own) in zip(
+            self._named.items(), self._parts, strict=True
+        ):
             new = now.get(name)
             if new is module:
+                # a chain feeds a layer as if nothing but its weight were applied
+                other = type(new).forward is not kind.forward or vars(new).get("forward") is not own
+                if self._chain and name in self._hooked and other:
+                    raise _refused(name, f"({kind.__name__}) got another forward")
                 continue
             parts = {n for n in self._hooked if n == name or n.startswith(f"{name}.")}
             if parts or self._lifted or _lost(module, new) or self._carries(module, new):
@@ -72,7 +81,8 @@ class Structure:
     def _note(self, model: nn.Module) -> None:
         self._named = dict(model.named_modules())
         self._parts = [
-            (m, type(m), dict(m._modules), frozenset(m._parameters)) for m in self._named.values()
+            (m, type(m), dict(m._modules), frozenset(m._parameters), vars(m).get("forward"))
+            for m in self._named.values()
         ]
         self._tensors = self._count()
 
@@ -96,6 +106,10 @@ def _changed(name: str, old: nn.Module | None, new: nn.Module | None) -> AttachE
         if new is None
         else f"({was}) was replaced by {'another' if type(new) is type(old) else 'a'} {type(new).__name__}"
     )
+    return _refused(name, what)
+
+
+def _refused(name: str, what: str) -> AttachError:
     return AttachError(
         f"module {name!r} {what} after the model was attached, so feedback no longer stands for the model: attach again "
         "(`attach(learner.detach(), ...)`)."

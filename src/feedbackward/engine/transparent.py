@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+
+from feedbackward.errors import FeedbackError
 
 
 class Transparent:
@@ -73,3 +75,26 @@ class Inert:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+    @property
+    def __name__(self) -> str:
+        raise ScriptError(_NO_SCRIPT)
+
+
+class FirstHook(Inert):
+    """A hook that stays before all others."""
+
+
+class ScriptError(FeedbackError, AttributeError):
+    """A compiler of source text asks a hook for its name: whoever else does takes it for a hook without one."""
+
+
+_NO_SCRIPT = (
+    "torch.jit.script cannot compile a model with a learner, whose hooks are Python: script what `learner.detach()` gives back, "
+    "or compile with `torch.compile(learner)`."
+)
+
+
+def refuse_script() -> NoReturn:
+    """What torch.jit.script is told of a learner."""
+    raise FeedbackError(_NO_SCRIPT)

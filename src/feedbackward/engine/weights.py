@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,7 @@ def fitted(graph: Graph, seed: int) -> Graph:
     return replace(graph, edges=tuple(edges))
 
 
-def make_feedback(
-    model: nn.Module, graph: Graph, seed: int, dtype: torch.dtype | None
-) -> nn.Module:
+def make_feedback(model: nn.Module, graph: Graph, seed: int, dtype: torch.dtype | None) -> Feedback:
     """The weights of every edge and the auxiliary network of every local loss, on the model's device.
 
     Floating-point weights are `dtype`; by default float64 for a float64 model, else float32. Parameters where their rule
@@ -53,13 +52,15 @@ def make_feedback(
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
     refuse_too_large(graph, dtype, reference.device)
     drawn = partial(_draw, graph, seed, dtype, reference.dtype)
-    return drawn(reference.device, model, Feedback(drawn))
+    feedback = Feedback(drawn)
+    drawn(reference.device, model, feedback)
+    return feedback
 
 
 class Feedback(nn.Module):
     """Holds the feedback weights.
 
-    For a model on the meta device they are drawn when `to_empty` gives them memory.
+    They are drawn again when `to_empty` gives them memory: on the meta device they had no values, elsewhere these are lost.
     """
 
     def __init__(self, drawn: Callable[..., nn.Module]) -> None:
@@ -67,13 +68,25 @@ class Feedback(nn.Module):
         self._drawn = drawn
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Feedback:
-        without_values = self._on_meta()
+        without_values = self.on_meta()
         super()._apply(fn, recurse)
-        if without_values and not self._on_meta():
-            self.load_state_dict(self._drawn(torch.device("cpu"), None, nn.Module()).state_dict())
+        if without_values and not self.on_meta():
+            self.draw()
         return self
 
-    def _on_meta(self) -> bool:
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Feedback:
+        """Move to a device, with the values that the seed gives."""
+        super().to_empty(device=device, recurse=recurse)
+        self.draw()
+        return self
+
+    def draw(self) -> None:
+        """Give the weights the values that they began with. Raises AttachError where these were measured on a layer."""
+        if not self.on_meta():
+            self.load_state_dict(self._drawn(torch.device("cpu"), None, nn.Module()).state_dict())
+
+    def on_meta(self) -> bool:
+        """Whether the weights have no values."""
         return any(t.is_meta for t in (*self.parameters(), *self.buffers()))
 
 
@@ -116,8 +129,8 @@ def _measured(
     measured = next((init for init in MEASURED_INITS if init in inits), None)
     if model is None and measured:
         raise AttachError(
-            f"site {site.name!r}: feedback with init={measured!r} is measured on the layer's weight, which had no values when "
-            "the model was attached on the meta device. Attach after the weights are there, or use init='like_layer'."
+            f"site {site.name!r}: feedback with init={measured!r} is measured on the layer's weight, which has no values where the "
+            "model is on the meta device or emptied. Attach after the weights are there, or use init='like_layer'."
         )
     if model is None:
         return made
@@ -126,9 +139,11 @@ def _measured(
         and isinstance(site, LayerInput)
         and edge.source == site.source
     ):
-        owner, _, leaf = site.weight.rpartition(".")
-        layer = getattr(model.get_submodule(owner), leaf)
-        return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
+        layer = weight_named(model, site.weight)
+        # measured in the precision of the feedback, whatever a pass around would take
+        usual = nullcontext() if layer.is_meta else torch.autocast(layer.device.type, enabled=False)
+        with usual:
+            return operator.measure(made, layer, edge.source_shape, edge.site_shape, generator)
     if measured:
         raise AttachError(
             f"site {site.name!r}: feedback with init={measured!r} must have the form of a layer's weight and lead over that "
@@ -142,9 +157,27 @@ def weights_of(feedback: nn.Module, edge: Edge) -> Weights:
     return tuple(getattr(feedback, name) for name in weight_names(edge))
 
 
+def weight_named(model: nn.Module, name: str) -> Tensor:
+    """The weight of this name, or what stands for it within `torch.func.functional_call`."""
+    owner, _, leaf = name.rpartition(".")
+    weight: Tensor = getattr(model.get_submodule(owner), leaf)
+    return weight
+
+
 def weight_names(edge: Edge) -> list[str]:
     """The names of an edge's tensors: the first is the edge's own."""
     return [f"{edge.key}:{part}" if i else edge.key for i, part in enumerate(edge.operator.parts)]
+
+
+def refuse_without_values(feedback: nn.Module, model: nn.Module) -> None:
+    """Refuse feedback that is on the meta device still, while the model has values."""
+    held = (*feedback.parameters(), *feedback.buffers())
+    if any(t.is_meta for t in held) and not any(p.is_meta for p in model.parameters()):
+        raise FeedbackError(
+            "the model has values by now, but its feedback is on the meta device, where it was attached. Call "
+            "`learner.to_empty(device=...)`, which draws the feedback, before the model gets its weights; or "
+            "`learner.feedback.to_empty(device=...)` now."
+        )
 
 
 def refuse_frozen_zeros(feedback: nn.Module, graph: Graph) -> None:

@@ -17,7 +17,7 @@ PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm
 # what may be picked by the data, or is repeated for every sample
 _PICKED = ("Embedding", "Index", "Gather", "Take", "Expand", "Repeat")
 # views and casts of a single tensor
-_PASSING = frozenset(
+PASSING = frozenset(
     [
         "T",
         "View",
@@ -106,7 +106,7 @@ def parameter_behind(node: Node) -> Tensor | None:
     """The leaf behind an operand, if nothing but views and casts lie between."""
     while node is not None and not is_leaf(node):
         name = node.name().removesuffix("Backward0").removesuffix("Backward1")
-        if name not in _PASSING or len(node.next_functions) != 1:
+        if name not in PASSING or len(node.next_functions) != 1:
             return None
         node = node.next_functions[0][0]
     return None if node is None else node.variable

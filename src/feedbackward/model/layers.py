@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, LayerInput, PreActivation, Source
 from feedbackward.model.autograd_graph import (
+    PASSING,
     below,
     dominators,
+    is_leaf,
     is_product,
     parameter_behind,
     walk,
@@ -144,6 +146,25 @@ def _refuse_subclass(call: Call) -> None:
             f"layer {call.name!r} is a {kind.__name__}, which changes how {base.__name__} uses its weight, so feedback of that shape "
             "would not stand for it. Use a rule with direct feedback, or leave the layer out with `sites=`."
         )
+    if not _is_product(call.outputs[0][0]):
+        raise AttachError(
+            f"layer {call.name!r} ({kind.__name__}) returns something else than the product with its weight: a hook or a forward of "
+            "its own changes it, and feedback of the weight's shape would not stand for that. Use a rule with direct feedback, or "
+            "leave the layer out with `sites=`."
+        )
+
+
+def _is_product(out: Tensor) -> bool:
+    """Whether a layer's output is a product, up to a bias, views and casts."""
+    node = out.grad_fn
+    while node is not None and not is_product(node):
+        name = node.name()
+        inner = [n for n in below(node) if not is_leaf(n)]
+        plain = name.removesuffix("Backward0") in PASSING or name.startswith(("Add", "Compiled"))
+        if not plain or len(inner) > 1:
+            return False
+        node = inner[0] if inner else None
+    return True
 
 
 def _wanted(model: nn.Module, sites: Sites) -> tuple[list[str], bool]:

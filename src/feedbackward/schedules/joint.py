@@ -35,6 +35,7 @@ def backward(
     keep_inputs: bool = False,
 ) -> Tensor:
     """Forward and backward by a schedule other than joint; see `Learner.backward`."""
+    attached.follow_changes(inputs)
     if schedule == "replay":
         return replay(attached, inputs, loss_fn, target, keep_inputs)
     return _eager(attached, inputs, loss_fn, target)

@@ -7,6 +7,7 @@ segment's own site. A segment needs another one only for the error of a relay, w
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from feedbackward.engine.attached import Attached
@@ -22,11 +24,12 @@ from feedbackward.engine.hooks import Director, PassOverError
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
+from feedbackward.graph import Source
 from feedbackward.model.attributes import PLAIN
 from feedbackward.model.example import copied, run
 from feedbackward.model.state import RandomState, forward_of, preserved
-from feedbackward.model.values import tensors_in
-from feedbackward.schedules.passes import Deliver, LossFn, finish
+from feedbackward.model.values import by_place, tensors_in
+from feedbackward.schedules.passes import Deliver, Fingerprint, LossFn, finish
 from feedbackward.schedules.preparation import Preparation
 
 
@@ -36,6 +39,8 @@ class _Call:
 
     name: str
     parent: _Call | None
+    # of the tensors that the call gets, by their places
+    versions: dict[str, int]
     end: int = -1
     output: Any = None
     left_out: bool = False
@@ -48,6 +53,13 @@ class _Site:
     index: int
 
 
+@dataclass(frozen=True)
+class _Given:
+    """A placeholder in a call's output for what the call gets at this place, which it hands on as it is."""
+
+    place: str
+
+
 @dataclass
 class _Kept:
     """What the first pass left: the calls, and for each site its activity, its random state and its time."""
@@ -57,6 +69,8 @@ class _Kept:
     random: dict[int, RandomState] = field(default_factory=dict)
     clock: dict[int, int] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
+    # of the sources and of the output's other tensors
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
 def replay_kept(
@@ -93,10 +107,14 @@ def _keep(attached: Attached, inputs: Any, director: Director) -> _Kept:
         kept.random[index] = RandomState(attached.model)
         return h
 
+    def at_source(source: Source, tensor: Tensor) -> Tensor:
+        kept.fingerprints[source.name] = Fingerprint.of(tensor)
+        return tensor
+
     recorded = _calls(attached.model, kept, clock)
-    directed = director.directing(at_site, lambda source, tensor: tensor)
+    directed = director.directing(at_site, at_source)
     with preserved(attached.model), torch.no_grad(), recorded, directed:
-        run(attached.model, copied(inputs))
+        kept.fingerprints |= _prints(run(attached.model, copied(inputs)))
     torch.clear_autocast_cache()  # of weights that were cast without gradients
     return kept
 
@@ -106,37 +124,60 @@ def _calls(model: nn.Module, kept: _Kept, clock: Iterator[int]) -> Iterator[None
     """Record the calls of the model's parts, outermost first."""
     running: list[_Call] = []
 
-    def enter(name: str) -> None:
-        call = _Call(name, running[-1] if running else None)
+    def enter(name: str, args: Any, kwargs: Any) -> None:
+        given, _ = by_place(args, kwargs)
+        versions = {p: t._version for p, t in given.items() if isinstance(t, Tensor)}
+        call = _Call(name, running[-1] if running else None, versions)
         kept.calls.append(call)
         running.append(call)
 
-    def leave(output: Any) -> None:
+    def leave(args: Any, kwargs: Any, output: Any) -> None:
         call = running.pop()
         call.end = next(clock)
-        leaves = tree_leaves(output)
+        # a packed sequence is no tuple that could be made anew of stand-ins
+        if isinstance(output, PackedSequence):
+            return
+        leaves = tree_leaves(output, is_leaf=lambda part: isinstance(part, PackedSequence))
         if all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
+            # what the call changes in place is made by it
+            given = {
+                id(t): place
+                for place, t in by_place(args, kwargs)[0].items()
+                if isinstance(t, Tensor) and t._version == call.versions.get(place)
+            }
             call.output = tree_map(
-                lambda t: _skeleton(t, kept) if isinstance(t, Tensor) else t, output
+                lambda t: _skeleton(t, kept, given) if isinstance(t, Tensor) else t, output
             )
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
-                pre = module.register_forward_pre_hook(lambda m, a, name=name: enter(name))
+                pre = module.register_forward_pre_hook(
+                    lambda m, a, k, name=name: enter(name, a, k), with_kwargs=True
+                )
                 stack.callback(pre.remove)
                 # prepended, so that the call has ended before its output is handled as a site
-                post = module.register_forward_hook(lambda m, a, out: leave(out), prepend=True)
+                post = module.register_forward_hook(
+                    lambda m, a, k, out: leave(a, k, out), prepend=True, with_kwargs=True
+                )
                 stack.callback(post.remove)
         yield
 
 
-def _skeleton(t: Tensor, kept: _Kept) -> Any:
-    """What replaces a tensor of a call's output until the call is skipped."""
+def _skeleton(t: Tensor, kept: _Kept, given: dict[int, str]) -> Any:
+    """What replaces a tensor of a call's output until the call is skipped. Masks and indices are kept."""
     for index in reversed(kept.activities):
         if kept.activities[index] is t:
             return _Site(index)
-    return t.to("meta")
+    if id(t) in given:
+        return _Given(given[id(t)])
+    return t.to("meta") if t.is_floating_point() or t.is_complex() else t
+
+
+def _prints(output: Any) -> dict[str, Fingerprint]:
+    """The fingerprints of the numbers in an output."""
+    tensors = [t for t in tensors_in(output) if t.is_floating_point()]
+    return {f"output {i}": Fingerprint.of(t) for i, t in enumerate(tensors)}
 
 
 def _head(
@@ -151,6 +192,8 @@ def _head(
 ) -> tuple[Tensor, RandomState]:
     with _from(attached, director, kept, order, len(order), deliver):
         output = run(attached.model, copied(inputs))
+    for name, now in _prints(output).items():
+        _refuse_another(name, now.like(kept.fingerprints.get(name)))
     if check:
         _refuse_interleaved(attached, tensors_in(output), attached.plan.head)
     loss = finish(loss_fn(output))
@@ -174,13 +217,19 @@ def _segment(
     found.clear()
     if check:
         _refuse_interleaved(attached, [h], attached.plan.segments[index])
-    if not torch.allclose(h.detach(), kept.activities[index], rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise SiteError(
-            f"the repeated segment gave another {attached.graph.sites[index].name!r} than the first pass, so the gradients of this "
-            "step mix two networks: zero them. Randomness must come from torch's generators, and what crosses the cuts must be sites; "
-            "or use keep_inputs=False."
-        )
+    same = torch.allclose(h.detach(), kept.activities[index], rtol=1e-3, atol=1e-4, equal_nan=True)
+    _refuse_another(attached.graph.sites[index].name, same)
     deliver.at_site(index, h, h._version)
+
+
+def _refuse_another(name: str, same: bool) -> None:
+    """Refuse a segment that did not do what it did in the first pass."""
+    if not same:
+        raise SiteError(
+            f"the repeated segment gave another {name!r} than the first pass, so the gradients of this step mix two networks: zero "
+            "them. Randomness must come from torch's generators, and what crosses the cuts must be sites; or use "
+            "keep_inputs=False."
+        )
 
 
 @contextmanager
@@ -210,6 +259,9 @@ def _from(
     def at_source(source: Any, tensor: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return tensor
+        _refuse_another(
+            source.name, Fingerprint.of(tensor).like(kept.fingerprints.get(source.name))
+        )
         tensor = (
             tensor.view_as(tensor)
             if tensor.requires_grad
@@ -256,12 +308,17 @@ def _left_out(attached: Attached, kept: _Kept, start: int | None) -> Iterator[No
 
 
 def _stand_in(skeleton: Any, kept: _Kept, device: torch.device) -> Callable[..., Any]:
-    def fill(t: Any) -> Any:
+    def fill(t: Any, given: dict[str, Any]) -> Any:
         if isinstance(t, _Site):
             return kept.activities[t.index]
-        return torch.zeros(t.shape, dtype=t.dtype, device=device) if isinstance(t, Tensor) else t
+        if isinstance(t, _Given):
+            return given[t.place]
+        lost = isinstance(t, Tensor) and t.is_meta
+        return torch.zeros(t.shape, dtype=t.dtype, device=device) if lost else t
 
-    return lambda *args, **kwargs: tree_map(fill, skeleton)
+    return lambda *args, **kwargs: tree_map(
+        functools.partial(fill, given=by_place(args, kwargs)[0]), skeleton
+    )
 
 
 def _refuse_interleaved(attached: Attached, ends: Sequence[Any], segment: Any) -> None:
