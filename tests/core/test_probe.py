@@ -236,10 +236,11 @@ def test_when_feedback_is_compared_with_the_jacobian() -> None:
 def test_no_side_effects(row: Row, training: bool) -> None:
     model = CONV.model()
     learner, (x, y) = CONV.attach(row.rule, model), CONV.batch()
+    # a training pass puts the learner's own hooks behind it
+    model.head.register_forward_hook(lambda m, a, out: None)
     signals(learner, x, y)
     learner.train(training)
     learner.model.bn2.eval()  # a mode of its own
-    model.head.register_forward_hook(lambda m, a, out: None)
     hooks = {
         name: (list(m._forward_hooks), list(m._forward_pre_hooks))
         for name, m in model.named_modules()
