@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit nightly docs end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
+.PHONY: demo test lint types unit nightly clients docs end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
 	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite
@@ -29,6 +29,10 @@ nightly: .venv/dev
 # the site, in build/site; a link that leads nowhere is an error
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# the tools that people use feedbackward in: their tests, and the examples of docs/integrations.md
+clients: .venv/clients
+	CLIENTS=1 $(BIN)/pytest -n 0 tests/clients
 
 # every one-line defect of tests/support/mutations.py must be caught: about half an hour on an idle core
 mutations: .venv/dev
@@ -61,6 +65,10 @@ bench-vgg-memory: .venv/dev
 
 .venv/dev: .venv/demo
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[experiment,dev,docs]'
+	@touch $@
+
+.venv/clients: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[clients]'
 	@touch $@
 
 clean:

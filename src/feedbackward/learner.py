@@ -154,6 +154,11 @@ class Learner(AttachedModule, Generic[M]):
         """Which parameters each segment trains, of those that train now."""
         return self.attached.plan
 
+    @property
+    def trains_in_place(self) -> bool:
+        """Whether the model itself trains by the rule, whoever calls it."""
+        return self._in_place is not None and not self._detached
+
     @Transparent
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output. If gradients are on, the rule's cuts and broadcasts are in place.

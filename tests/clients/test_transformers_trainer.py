@@ -8,97 +8,133 @@ from typing import Any
 
 import pytest
 import torch
+from client_nets import arguments, batch, bert, gpt2, needed, vit
 from torch import nn
 
 import feedbackward as fb
 
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.clients
+needed("accelerate")
+transformers = needed("transformers")
 
-LR = 0.1
-
-
-def vit() -> tuple[nn.Module, list[dict[str, Any]]]:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        image_size=16, patch_size=8, num_labels=4, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 4} for i in range(16)]
-    return transformers.ViTForImageClassification(config), data
+RULES = (fb.DFA(), fb.DKP.published(), fb.DKP())
 
 
-def gpt2() -> tuple[nn.Module, list[dict[str, Any]]]:
-    """With an embedding that is tied to the head."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=3, n_head=2, vocab_size=11, n_positions=8,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    ids = torch.randint(11, (16, 6))
-    return transformers.GPT2LMHeadModel(config), [{"input_ids": row, "labels": row} for row in ids]
+def placed(model: nn.Module, rule: fb.Rule, data: list[dict[str, Any]]) -> fb.Learner:
+    return fb.attach(model, rule, example=batch(data, False), sites="blocks", in_place=True)
 
 
-def batch(data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([torch.as_tensor(row[key]) for row in data]) for key in data[0]}
+def trained_by_hand(
+    model: nn.Module, rule: fb.Rule, data: list[dict[str, Any]], steps: int, clip: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """The parameters of a learner after some steps of SGD on the whole data."""
+    learner = fb.attach(copy.deepcopy(model), rule, example=batch(data, False), sites="blocks")
+    optimizer = torch.optim.SGD(fb.param_groups(learner), lr=0.1)
+    # the trainer asks for a mean over all labels, also of models that shift them
+    inputs = {**batch(data), "num_items_in_batch": batch(data)["labels"].numel()}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        learner(**inputs).loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(learner.model.parameters(), clip)
+        optimizer.step()
+    return dict(learner.named_parameters())
 
 
-def arguments(folder: Path, **changes: Any) -> Any:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "num_train_epochs": 1, "report_to": [], "use_cpu": True,
-        "save_steps": 2, "disable_tqdm": True, "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
-        **changes,
-    }  # fmt: skip
-    return transformers.TrainingArguments(str(folder), **settings)
+def assert_same(learner: fb.Learner, expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, p in learner.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("make", [vit, gpt2])
-@pytest.mark.parametrize("rule", [fb.DFA(), fb.DKP.published()], ids=lambda rule: rule.name)
-def test_the_trainer_trains_by_the_rule(make: Any, rule: fb.Rule, tmp_path: Path) -> None:
-    """All data in one batch, so that the order of the batches does not matter."""
-    model, data = make()
-    inputs = batch(data)
-    example = {key: value for key, value in inputs.items() if key != "labels"}
-    learner = fb.attach(copy.deepcopy(model), rule, example=example, sites="blocks")
-    by_hand = torch.optim.SGD(fb.param_groups(learner), lr=LR)
-    for _ in range(2):
-        by_hand.zero_grad()
-        # the loss is a mean over all labels, as the trainer asks for it
-        count = (inputs["labels"] != -100).sum()
-        learner(**inputs, num_items_in_batch=count).loss.backward()
-        by_hand.step()
-
-    placed = fb.attach(model, rule, example=example, sites="blocks", in_place=True)
-    optimizer = torch.optim.SGD(fb.param_groups(placed), lr=LR)
-    settings = arguments(tmp_path, per_device_train_batch_size=len(data), num_train_epochs=2)
+def train(learner: fb.Learner, data: list[dict[str, Any]], settings: Any, **own: Any) -> None:
+    optimizer = torch.optim.SGD(fb.param_groups(learner), lr=0.1)
     trainer = transformers.Trainer(
-        model=model, args=settings, train_dataset=data, optimizers=(optimizer, None)
+        model=learner.model, args=settings, train_dataset=data, optimizers=(optimizer, None)
     )
+    for name, value in own.items():
+        setattr(trainer, name, value)
     trainer.train()
-    expected = dict(learner.named_parameters())
-    for name, p in placed.named_parameters():
-        torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-6)
-    saved = type(model).from_pretrained(tmp_path / "checkpoint-2")
-    for name, p in saved.named_parameters():
-        torch.testing.assert_close(p, dict(model.named_parameters())[name])
 
 
-def test_accumulated_batches_are_the_whole_one(tmp_path: Path) -> None:
-    found = []
-    for size, steps in ((16, 1), (4, 4)):
-        model, data = vit()
-        example = {"pixel_values": batch(data)["pixel_values"]}
-        placed = fb.attach(model, fb.DFA(), example=example, sites="blocks", in_place=True)
-        optimizer = torch.optim.SGD(fb.param_groups(placed), lr=LR)
-        settings = arguments(
-            tmp_path / str(size),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-        )
-        transformers.Trainer(
-            model=model, args=settings, train_dataset=data, optimizers=(optimizer, None)
-        ).train()
-        found.append(model.state_dict())
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("make", [vit, bert, gpt2])
+@pytest.mark.parametrize("rule", RULES, ids=("dfa", "dkp_published", "dkp"))
+def test_the_trainer_trains_by_the_rule(make: Any, rule: fb.Rule, tmp_path: Path) -> None:
+    model, data = make()
+    expected = trained_by_hand(model, rule, data, steps=2)
+    learner = placed(model, rule, data)
+    whole = {"per_device_train_batch_size": len(data), "num_train_epochs": 2}
+    train(learner, data, arguments(tmp_path, **whole))
+    assert_same(learner, expected, 1e-10)
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64)
+    assert saved.state_dict().keys() == model.state_dict().keys()
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("make", "size"), [(vit, 6), (gpt2, 6), (bert, 4)])
+def test_accumulated_batches_are_the_whole_one(make: Any, size: int, tmp_path: Path) -> None:
+    """The last batch is smaller where the model's loss can be a mean over all of them; BERT's cannot."""
+    model, data = make()
+    expected = trained_by_hand(model, fb.DFA(), data, steps=1)
+    learner = placed(model, fb.DFA(), data)
+    several = {"per_device_train_batch_size": size, "gradient_accumulation_steps": -(-16 // size)}
+    mean_of_means = False if make is bert else None
+    train(learner, data, arguments(tmp_path, **several), loss_is_scaled_for_ga=mean_of_means)
+    assert_same(learner, expected, 1e-10)
+
+
+def test_clipping_is_that_of_the_model(tmp_path: Path) -> None:
+    model, data = vit()
+    rule, clip = fb.DKP.published(), 0.01
+    expected = trained_by_hand(model, rule, data, 1, clip)
+    free = trained_by_hand(model, rule, data, 1)
+    learner = placed(model, rule, data)
+    train(learner, data, arguments(tmp_path, per_device_train_batch_size=16, max_grad_norm=clip))
+    assert_same(learner, expected, 1e-10)
+    head = "model.classifier.weight"
+    assert not torch.allclose(expected[head], free[head], atol=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    model, data = vit()
+    expected = trained_by_hand(model, fb.DKP.published(), data, 1)
+    learner = placed(model, fb.DKP.published(), data)
+    again = {"activation_checkpointing": True, "per_device_train_batch_size": 16}
+    train(learner, data, arguments(tmp_path, **again))
+    assert model.is_activation_checkpointing
+    assert_same(learner, expected, 1e-10)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=("dfa", "dkp_published", "dkp"))
+def test_bf16_is_near(rule: fb.Rule, tmp_path: Path) -> None:
+    model, data = vit()
+    model = model.float()
+    data = [{**row, "pixel_values": row["pixel_values"].float()} for row in data]
+    before = copy.deepcopy(model.state_dict())
+    expected = trained_by_hand(model, rule, data, 1)
+    learner = placed(model, rule, data)
+    train(learner, data, arguments(tmp_path, bf16=True, per_device_train_batch_size=16))
+    for name, p in model.named_parameters():
+        moved, meant = p - before[name], expected[f"model.{name}"] - before[name]
+        assert torch.norm(moved - meant) <= 0.05 * torch.norm(meant) + 1e-6, name
+
+
+def test_peft_trains_its_adapters_alone(tmp_path: Path) -> None:
+    peft = needed("peft")
+    model, data = vit()
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, config)
+    expected = trained_by_hand(model, fb.DFA(), data, 1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    learner = placed(model, fb.DFA(), data)
+    train(learner, data, arguments(tmp_path, per_device_train_batch_size=16))
+    assert_same(learner, expected, 1e-10)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    # the other factor begins at zero, so that the first step moves one of each pair
+    assert moved == {n for n in before if "lora_B" in n or "classifier.modules_to_save" in n}
+    saved = tmp_path / "checkpoint-1"
+    assert (saved / "adapter_model.safetensors").exists()
+    assert not (saved / "model.safetensors").exists()

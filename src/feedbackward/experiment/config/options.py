@@ -30,7 +30,7 @@ HEADINGS = {
     "Training": "recipe epochs batch_size forward.name forward.lr feedback.lr seed seeds",
     "Search of rates": "search.",
     "Part of a grid": "only. scale",
-    "Results": "out overwrite resume report_only dry_run title probe_every tensorboard json plot",
+    "Results": "out overwrite resume report_only dry_run title probe_every tensorboard logger json plot",
     "Images": "classes channels size batch",
     "Measurement": "measure schedules rounds",
     "Pipeline of processes": "stages micro_batches link latency",

@@ -89,6 +89,7 @@ class Settings:
         probe_jacobian: rows of each B that the probe compares with the mean Jacobian, one backward pass
             each. By default all, if feedback is learned and there are at most 256.
         tensorboard: write scalars for TensorBoard.
+        logger: where else the metrics go: wandb, mlflow, or your own as package.module:Class.
         out: folder of the results; by default below runs/.
         overwrite: replace earlier results in that folder.
     """
@@ -121,6 +122,7 @@ class Settings:
     probe_images: int = 200
     probe_jacobian: int | None = None
     tensorboard: bool = True
+    logger: str | None = None
     out: str | None = None
     overwrite: bool = False
 

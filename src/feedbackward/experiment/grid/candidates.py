@@ -80,6 +80,7 @@ def trial_configs(config: CompareConfig, candidate: Candidate) -> list[tuple[str
             epochs=config.search.epochs,
             probe_every=0,
             tensorboard=False,
+            logger=None,
         ).resolved()
         made.append((f"{candidate.label}, {rates_in_words(lr, feedback_lr)}", trial))
     return made

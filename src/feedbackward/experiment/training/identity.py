@@ -24,6 +24,7 @@ FREE = {
     "device",
     "threads",
     "tensorboard",
+    "logger",
     "compile",
     "channels_last",
     "data.name",

@@ -28,7 +28,7 @@ from feedbackward.experiment.training.identity import data_identity
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.optimizing import Weights
 from feedbackward.experiment.training.progress import Progress
-from feedbackward.experiment.training.record import Record
+from feedbackward.experiment.training.record import Record, check_loggers
 from feedbackward.experiment.training.run import Run
 from feedbackward.experiment.training.runfolder import RunFolder
 from feedbackward.experiment.training.train import Loop
@@ -133,6 +133,7 @@ def _train(
 ) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
+    check_loggers(config)
     device = find_device(config.device)
     with interrupts.at_once():
         data = shared_data(config.data, config.task)
@@ -151,7 +152,7 @@ def _train(
     run.pipe.step = run.position.epoch * len(run.loader) + run.position.batch
     record: Any = NoRecord(run.position.rows)
     if folder is not None:
-        record = Record(folder, run.position.rows, config.tensorboard)
+        record = Record(folder, run.position.rows, config)
     loop = PipedLoop(run, record, progress, cast(Interrupts, SharedInterrupts(run, interrupts)))
     result = loop.complete(folder or RunFolder(Path(str(config.out))), test)
     if folder is not None:

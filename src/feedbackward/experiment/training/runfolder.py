@@ -28,6 +28,7 @@ OWN = (
     "checkpoint.safetensors",
     "metrics.jsonl",
     "model.safetensors",
+    "trackers.json",
 )
 
 
@@ -62,6 +63,7 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.result_file = path / "result.json"
         self.tensorboard = path / "tensorboard"
+        self.trackers_file = path / "trackers.json"
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -112,6 +114,10 @@ class RunFolder:
     def data(self) -> dict[str, Any] | None:
         """The identity of the data that the run was started with; None where it is not known."""
         return self._json(self.data_file)
+
+    def tracked(self) -> dict[str, Any]:
+        """What each experiment tracker calls the run, by the logger's name."""
+        return self._json(self.trackers_file) or {}
 
     def _json(self, file: Path) -> dict[str, Any] | None:
         if not file.is_file():

@@ -21,7 +21,7 @@ from feedbackward.experiment.training.environment import environment
 from feedbackward.experiment.training.identity import check_same_data, data_identity
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 from feedbackward.experiment.training.progress import Progress
-from feedbackward.experiment.training.record import Record
+from feedbackward.experiment.training.record import Record, check_loggers
 from feedbackward.experiment.training.run import Run
 from feedbackward.experiment.training.runfolder import RunFolder
 
@@ -82,6 +82,7 @@ def _train(
 ) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
+    check_loggers(config)
     device = find_device(config.device)
     folder.add_environment(environment(device))
     with interrupts.at_once():
@@ -94,7 +95,7 @@ def _train(
         )
     folder.write_json(folder.data_file, data_identity(run.data))
     folder.keep_place(config)
-    loop = Loop(run, Record(folder, run.position.rows, config.tensorboard), progress, interrupts)
+    loop = Loop(run, Record(folder, run.position.rows, config), progress, interrupts)
     result = loop.complete(folder, test)
     folder.write_json(folder.result_file, result)
     return result
