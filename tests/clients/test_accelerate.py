@@ -85,22 +85,22 @@ def test_a_saved_state_is_read_again(tmp_path: Path) -> None:
     assert accelerator.unwrap_model(model) is learner
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["learner", "in_place"])
-@pytest.mark.parametrize("name", RULES)
-def test_two_processes_are_one(name: str, in_place: bool) -> None:
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2",
-        "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
-        __file__, name, str(int(in_place)),
-    ]  # fmt: skip
+def test_two_processes_are_one() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        [*command, __file__], env=environment, capture_output=True, text=True, timeout=500
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("2 processes, the same") == 2, ran.stdout
+    # rules, learner or model in place, processes
+    assert ran.stdout.count("of 2 processes: the same") == len(RULES) * 2 * 2, ran.stdout
 
 
 if __name__ == "__main__":
-    chosen = RULES[sys.argv[1]]
-    trained = train(chosen, sys.argv[2] == "1", 2)
-    assert_same(trained, by_hand(chosen))
-    print(f"{accelerate.PartialState().num_processes} processes, the same")
+    for rule in RULES.values():
+        for in_place in (False, True):
+            assert_same(train(rule, in_place, 2), by_hand(rule))
+            state = accelerate.PartialState()
+            print(
+                f"{rule.name}, {state.process_index} of {state.num_processes} processes: the same"
+            )

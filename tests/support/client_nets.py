@@ -89,7 +89,7 @@ def torchvision_here() -> None:
     """Import torchvision. Beside a PyTorch without CUDA its wheel of PyPI misses two operators, which nets do not use."""
     needed("torch")
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except ImportError:
         pytest.skip("needs torchvision: see the extra `clients`", allow_module_level=True)
     except RuntimeError:

@@ -123,6 +123,8 @@ def find_logger(name: str) -> Any:
         return getattr(found, attribute) if attribute else LOGGERS[name]
     except (ImportError, AttributeError) as error:
         what = (
-            "expected package.module:Class" if attribute else f"install it with `pip install {name}`"
+            "expected package.module:Class"
+            if attribute
+            else f"install it with `pip install {name}`"
         )
         raise ConfigError(f"the logger {name!r} could not be imported ({error}): {what}") from error
