@@ -97,6 +97,9 @@ class Passes(Inert):
         """Take the hook off the model."""
         if self._hook:
             self._hook.remove()
+            handles = self.learner.attached.handles
+            handles[:] = [handle for handle in handles if handle is not self._hook]
+            self._hook = None
 
     def end_step(self) -> None:
         """Let go of the batch: an optimizer's step is over, and a second optimizer needs no phase of its own."""
