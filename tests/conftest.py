@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick",
         action="store_true",
-        help="no test marked nightly, and a third of the variations of each test marked sampled",
+        help="no test marked nightly, and of a test with more than eight variations a third, unless it is marked whole",
     )
 
 
@@ -23,14 +24,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The sample is the same on every machine, and has the first variation of each test."""
     if not config.getoption("--quick"):
         return
+    variations = Counter(item.nodeid.partition("[")[0] for item in items)
     chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
     seen = set()
     for item in items:
         name = item.nodeid.partition("[")[0]
-        sampled = item.get_closest_marker("sampled") is not None
+        whole = variations[name] <= 8 or item.get_closest_marker("whole") is not None
         lucky = zlib.crc32(item.nodeid.encode()) % 3 == 0 or name not in seen
         nightly = item.get_closest_marker("nightly") is not None
-        chosen[not nightly and (lucky or not sampled)].append(item)
+        chosen[not nightly and (whole or lucky)].append(item)
         seen.add(name)
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])

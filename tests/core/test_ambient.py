@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 RULES = {
     rule.label: rule
     for rule in (

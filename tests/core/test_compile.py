@@ -14,8 +14,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 RULES = [fb.DFA(), fb.DKP.published(), fb.DKP.published(center=True)]
 slow = pytest.mark.slow
 

@@ -16,6 +16,7 @@ NIGHTLY = int(os.environ.get("DIFFERENTIAL", "0"))
 COUNT = NIGHTLY or 2000
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("start", range(0, COUNT, CHUNK))
 def test_gradients_are_those_of_the_cut_points(start: int) -> None:

@@ -15,8 +15,6 @@ from wired import two_layers
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 RULES = [fb.DFA(), fb.DKP.published(), fb.DKP.published(center=True)]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 

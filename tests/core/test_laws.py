@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 
 def resnet20() -> Pair:
     """The experiments' ResNet-20 (19 convolutions, skip paths) on 8 x 8 pixels."""

@@ -11,6 +11,7 @@ from mutate import PACKAGE, TESTS, place
 from mutations import MUTATIONS
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("file", "old", "new", "test"), MUTATIONS)
 def test_mutation_applies(file: str, old: str, new: str, test: str) -> None:
     """Its old text is there exactly once, so the list is as current as the code."""

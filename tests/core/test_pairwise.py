@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 # pairs of rules whose gradients are the same by theory, and why
 EQUAL: dict[frozenset[str], str] = {
     frozenset(("kp", "relayed_kp")): "a net of at most six layers has a relay for every layer",

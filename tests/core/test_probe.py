@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """From its definition, on nested lists of numbers."""

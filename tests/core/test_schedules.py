@@ -22,8 +22,6 @@ import feedbackward as fb
 from feedbackward.graph import HookPoint
 from feedbackward.schedules import segmentwise as segments
 
-pytestmark = pytest.mark.sampled
-
 # --- the same gradients ------------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 Grads = dict[str, Tensor | None]
 
 

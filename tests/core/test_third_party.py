@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 transformers = pytest.importorskip("transformers")
 RULES = pytest.mark.parametrize("rule", [fb.DFA(), fb.DKP.published()], ids=["dfa", "dkp"])
 LABELS = torch.arange(8) % 4

@@ -11,8 +11,6 @@ from zoo import ZOO, Case, build, loss_of, run
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 every_case = pytest.mark.parametrize("case", ZOO, ids=str)
 
 

@@ -52,6 +52,7 @@ def test_docstring_refers_to_public_names(name: str, thing: object) -> None:
     assert set(named) <= known, f"{name} refers to names that are not public"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
 def test_example_in_docstring(example: doctest.DocTest) -> None:
     # a reader starts from an empty session, not from the names of our module

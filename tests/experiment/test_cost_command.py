@@ -83,6 +83,7 @@ def test_a_log_is_not_wrapped(capsys: Any) -> None:
     assert len(table(out, "multiply-adds")) == 2
 
 
+@pytest.mark.nightly
 def test_every_rule_has_its_row(capsys: Any) -> None:
     code, out, _ = cost(capsys, "mlp", "--size", "4", "--batch", "3")
     assert code == 0

@@ -320,6 +320,7 @@ class TestCommand:
         assert err.count("\n") == 1
         assert "Traceback" not in err + out
 
+    @pytest.mark.nightly
     def test_ctrl_c_prints_what_was_measured(self, tmp_path: Path) -> None:
         file = tmp_path / "bench.json"
         command = [
@@ -372,6 +373,7 @@ class TestPeers:
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
+    @pytest.mark.nightly
     def test_without_them_ours_are_timed(self, tmp_path: Path) -> None:
         done = self.run("--json", str(tmp_path / "peers.json"))
         assert (done.returncode, done.stderr) == (0, "")

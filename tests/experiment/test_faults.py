@@ -15,8 +15,6 @@ from data_files import folder_of
 from feedbackward import cli
 from feedbackward.experiment.data import DataConfig, decode, load_data
 
-pytestmark = pytest.mark.sampled
-
 ROOT = Path(__file__).parents[2]
 
 

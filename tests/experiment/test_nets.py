@@ -9,8 +9,6 @@ from torch import nn
 from feedbackward.errors import ConfigError
 from feedbackward.experiment.nets import NETS, build, default_sites, published_sites
 
-pytestmark = pytest.mark.sampled
-
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 IMAGE_NETS = [name for name, net in NETS.items() if net.task == "classification"]
 CONV_NETS = [name for name in IMAGE_NETS if name != "mlp"]

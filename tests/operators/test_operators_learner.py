@@ -15,8 +15,6 @@ import feedbackward as fb
 from feedbackward.experiment import nets
 from feedbackward.experiment.training.building import make_operator, make_rule
 
-pytestmark = pytest.mark.sampled
-
 MAPS = fb.PerShape(maps=fb.Pooled(), vectors=fb.Dense())
 PATCHES = fb.PerShape(maps=fb.Pooled(2), vectors=fb.Sparse(2))
 KERNELS = fb.PerShape(maps=fb.operators.Kernel(), vectors=fb.operators.Shared())

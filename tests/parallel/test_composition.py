@@ -46,6 +46,7 @@ def replicated(rank: int, rule: str) -> Any:
     return pipe.gather_state()
 
 
+@pytest.mark.nightly
 def test_pipelines_side_by_side(tmp_path: Path) -> None:
     """Four micro-batches of four rows: two in each pipeline, or four in one process."""
     for number, rule in enumerate(("dfa", "dkp", "bp")):
@@ -143,6 +144,7 @@ def compiled(rank: int, when: str) -> Any:
     return pipe.gather_state()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_compiled_blocks(tmp_path: Path, when: str) -> None:

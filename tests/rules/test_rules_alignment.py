@@ -16,8 +16,6 @@ import feedbackward as fb
 from feedbackward.operators import LayerForm
 from feedbackward.rules.chain import layer_alignment as primitives
 
-pytestmark = pytest.mark.sampled
-
 ALIGNED = {
     "information_alignment": fb.rules.InformationAlignment(),
     "symmetric_alignment": fb.rules.SymmetricAlignment(),

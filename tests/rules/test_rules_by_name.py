@@ -71,6 +71,7 @@ def test_a_rule_from_outside_in_attach(toy: ModuleType) -> None:
     torch.testing.assert_close(model[0].bias.grad, (e @ B.detach() * slope).sum(0))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_a_rule_from_outside_on_the_command_line(

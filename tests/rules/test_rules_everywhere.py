@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.sampled
-
 N, CLASSES = 5, 3
 
 
