@@ -59,6 +59,7 @@ def test_whole_learner(name: str, rule: fb.Rule) -> None:
     check(name, rule, "eager", 0)
 
 
+@pytest.mark.nightly
 @slow
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", ["in_place", "resnet_functional"])

@@ -109,6 +109,7 @@ def test_an_operator_that_does_not_serve_a_site_says_where_and_why(
     ]
 
 
+@pytest.mark.nightly
 def test_the_documentation_shows_what_is_printed(capsys: Any) -> None:
     page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text()
     (command,) = re.findall(r"^feedbackward cost (vgg16 (?!--measure).*)$", page, flags=re.M)

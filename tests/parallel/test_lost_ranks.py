@@ -88,6 +88,7 @@ def test_lost_rank_is_named(tmp_path: Path, rule: str, what: str, where: int) ->
         assert "checkpoint" in result["text"]
 
 
+@pytest.mark.nightly
 def test_hanging_rank_is_named(tmp_path: Path) -> None:
     found = run_ranks(train, 3, tmp_path, "dkp", "hang", 1)
     for rank in (0, 2):
@@ -95,6 +96,7 @@ def test_hanging_rank_is_named(tmp_path: Path) -> None:
         assert found[rank]["lost"] == 1, found[rank]
 
 
+@pytest.mark.nightly
 def test_slow_rank_is_waited_for(tmp_path: Path) -> None:
     assert run_ranks(train, 3, tmp_path, "dkp", "slow", 1) == ["trained"] * 3
 
