@@ -139,7 +139,7 @@ MUTATIONS = (
     ("rules/direct/dkp.py", "center = False  # it is done", "pass", WHITE),
     ("rules/direct/dkp.py", "if self.whiten and has_places", "if self.whiten and self.center and has_places", WHITE),
     ("rules/targets/dtp.py", "self.ladder(sites[:-1], as_source(sites[-1]), self.beta)", "self.ladder(sites, source, self.beta)", "rules/test_rules_targets.py"),
-    ("operators/layer.py", "B * self._size(layer)", "B * layer.std()", "core/test_mirrored.py"),
+    ("operators/layer.py", "B.mul_(self._size(layer))", "B.mul_(layer.std())", "core/test_mirrored.py"),
     ("rules/direct/drtp.py", "return target / len(target)", "return target", "rules/test_rules_local.py"),
     ("engine/autograd.py", "torch.ones(shape, dtype=dtype", "torch.zeros(shape, dtype=dtype", "rules/test_rules_local.py"),
     # feedback graphs and what is a site

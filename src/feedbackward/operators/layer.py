@@ -196,7 +196,8 @@ class LayerShaped(Operator):
         wide = torch.promote_types(weights[0].dtype, torch.float32)
         B, layer = weights[0].to(wide), layer.to(weights[0].device, wide)
         if self.init == "like_weight":
-            return ((B * self._size(layer)).to(weights[0].dtype),)
+            # in place: a copy would be as large as the layer
+            return (B.mul_(self._size(layer)).to(weights[0].dtype),)
         macs = self.macs(source, site)
         inputs, places = macs / math.prod(source), macs / math.prod(self.form.shape)
         samples = math.ceil(inputs / places)
@@ -209,7 +210,7 @@ class LayerShaped(Operator):
 
     def _size(self, layer: Tensor) -> float:
         """The root mean square of a layer's weight; of its usual initial law where the weight is zero."""
-        size = layer.square().mean().sqrt().item()
+        size = torch.linalg.vector_norm(layer).item() / math.sqrt(layer.numel())
         usual = replace(self, init="like_layer", scale=1.0).bound / math.sqrt(3)
         return size if size > 0 else usual
 
