@@ -11,6 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+# of an encoder, without randomness
+SMALL: Any = {
+    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 ASKED = bool(os.environ.get("CLIENTS"))
 
 
@@ -25,11 +30,7 @@ def vit(rows: int = 16) -> tuple[nn.Module, list[dict[str, Any]]]:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        image_size=16, patch_size=8, num_labels=4, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=4)
     images = torch.randn(rows, 3, 16, 16, dtype=torch.float64)
     data = [{"pixel_values": image, "labels": i % 4} for i, image in enumerate(images)]
     return transformers.ViTForImageClassification(config).double(), data
@@ -41,10 +42,8 @@ def bert(rows: int = 16) -> tuple[nn.Module, list[dict[str, Any]]]:
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        vocab_size=11, max_position_embeddings=8, num_labels=4, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        **SMALL, vocab_size=11, max_position_embeddings=8, num_labels=4
+    )
     ids = torch.randint(11, (rows, 6))
     data = [
         {"input_ids": row, "attention_mask": (torch.arange(6) < 4 + i % 3).long(), "labels": i % 4}

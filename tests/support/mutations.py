@@ -308,7 +308,7 @@ MUTATIONS = (
     ("engine/structure.py", "if self._chain and name in self._hooked and other:", "if False:", CHANGED),
     ("engine/attached.py", "if not known.issuperset(self.whole_plan.unreached):", "if False:", CHANGED),
     ("engine/mirrored.py", "before[0] != after[0] and before[1] == after[1]", "False", "core/test_mirrored.py"),
-    ("engine/weights.py", "if any(t.is_meta for t in held)", "if False", "core/test_ambient.py"),
+    ("engine/weights.py", "if feedback.on_meta() and not", "if False and not", "core/test_ambient.py"),
     ("model/autograd_graph.py", "    if tensor.dim() == 0:\n        return True", "", "core/test_arguments.py"),
     ("model/trace.py", "takers[:1] or", "", "core/test_dimensions.py"),
     ("model/trace.py", "if made is not None:\n        raise", "if False:\n        raise", "core/test_buffers.py"),

@@ -23,6 +23,7 @@ from feedbackward.engine.structure import Structure
 from feedbackward.engine.target import Target
 from feedbackward.engine.transparent import FirstHook
 from feedbackward.engine.weights import (
+    Feedback,
     count_bytes,
     refuse_frozen_zeros,
     refuse_without_values,
@@ -59,7 +60,7 @@ class Attached:
     sites: tuple[Site, ...]
     source: Source
     graph: Graph
-    feedback: nn.Module
+    feedback: Feedback
     cuts: Cuts
     whole_plan: Plan = field(init=False)
     rows: Rows = field(init=False)

@@ -169,10 +169,9 @@ def weight_names(edge: Edge) -> list[str]:
     return [f"{edge.key}:{part}" if i else edge.key for i, part in enumerate(edge.operator.parts)]
 
 
-def refuse_without_values(feedback: nn.Module, model: nn.Module) -> None:
+def refuse_without_values(feedback: Feedback, model: nn.Module) -> None:
     """Refuse feedback that is on the meta device still, while the model has values."""
-    held = (*feedback.parameters(), *feedback.buffers())
-    if any(t.is_meta for t in held) and not any(p.is_meta for p in model.parameters()):
+    if feedback.on_meta() and not any(p.is_meta for p in model.parameters()):
         raise FeedbackError(
             "the model has values by now, but its feedback is on the meta device, where it was attached. Call "
             "`learner.to_empty(device=...)`, which draws the feedback, before the model gets its weights; or "

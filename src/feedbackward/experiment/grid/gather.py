@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from feedbackward.experiment.config.files import to_dict
+from feedbackward.experiment.config.files import flat, to_dict
 from feedbackward.experiment.config.schema import CONDITIONS, TrainConfig
 from feedbackward.experiment.grid.candidates import Candidate, rates_of, run_config
 from feedbackward.experiment.grid.cells import run_record
@@ -53,19 +53,10 @@ def gather(runner: Runner) -> Results:
         **facts,
         "study": grid.name,
         "about": grid.about,
-        "sets": _flat(plan.options.changes),
+        "sets": flat(plan.options.changes),
         "sections": sections,
         "config": grid.text,
     }
-
-
-def _flat(values: Any, prefix: str = "") -> Results:
-    """Nested settings by dotted names."""
-    found: Results = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
 
 
 def _table(runner: Runner, table: Table) -> Results:

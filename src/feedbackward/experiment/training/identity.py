@@ -12,10 +12,10 @@ from torch import nn
 from feedbackward.errors import CheckpointError, ConfigError
 from feedbackward.experiment.config.files import differences, from_dict, to_dict
 from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.data.digest import SPLITS
 from feedbackward.experiment.data.folders import printable
 from feedbackward.experiment.tasks import AnyData
 
-SPLITS = ("train", "validation", "test")
 # a folder may have been moved or renamed
 _IN_WORDS = ("input", "note", "name")
 # may change when a run is resumed: they say where and how fast it runs, not what it computes
