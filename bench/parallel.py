@@ -28,11 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from hosts import Hosts, bytes_sent, processes, why_not
-from parallel_report import write_report
+from parallel_report import plot_timelines, write_report
 from parallel_schedules import OWN, RULES, SUBJECTS, Subject, Times, contestant, sleeping
 
 import feedbackward as fb
-from feedbackward.experiment.benchmark.pipeline_plots import plot_timeline
 from feedbackward.parallel import StageCost, simulate
 from feedbackward.parallel.division import divide
 from feedbackward.parallel.recording import record
@@ -98,7 +97,7 @@ def main() -> None:
     if options.what == "worker":
         worker(options.folder)
     elif options.what == "timeline":
-        launch({"net": "vgg16", "ranks": 2, "parts": 4, "picture": str(options.picture.resolve())})
+        timelines(options.picture)
     else:
         if options.what == "all":
             measure(options)
@@ -250,6 +249,29 @@ def simulated(
     }
 
 
+def timelines(picture: Path) -> None:
+    """A picture of what DKP's pipeline and PyTorch's schedules do, for each net of which a bar is missed."""
+    panels = []
+    for name in ("vgg16", "vgg16 one", "transformer", "inside"):
+        chosen = GROUPS[name]
+        who = [each for each in chosen["who"] if each in (*PIPELINES, "gpipe", "dkp-plain")]
+        if OWN[name.split()[0]] == "dkp":
+            who = [each for each in who if each != "dkp-plain"]
+        else:
+            who = [each for each in who if each != "dkp"]
+        plan = {
+            "net": name.split()[0],
+            "ranks": 2,
+            "parts": chosen["parts"],
+            "who": who,
+            "traced": 3,
+        }
+        panels.append((name, launch(plan)))
+        print(name, flush=True)
+    picture.with_suffix(".json").write_text(json.dumps(panels))
+    plot_timelines(picture, panels)
+
+
 def sleep_all(options: argparse.Namespace) -> dict[str, Any]:
     """The real engines and messages on 2, 3 and 4 processes, in stages that sleep for the measured times."""
     saved, found = json.loads(options.results.read_text()), {}
@@ -312,7 +334,7 @@ def worker(folder: Path) -> None:
         subject = sleeping([tuple(t) for t in plan["times"]], BATCH["vgg16"], FEATURES)
     else:
         subject = SUBJECTS[plan["net"]](BATCH[plan["net"]], CUTS[plan["net"]][plan["ranks"]])
-    found = _traced(plan, subject) if "picture" in plan else _timed(plan, subject)
+    found = _traced(plan, subject, folder) if "traced" in plan else _timed(plan, subject)
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(found))
     dist.barrier()
@@ -359,19 +381,16 @@ def _steps(one: Any, steps: int, counted: bool) -> tuple[float, int]:
     return took, (bytes_sent() - before) // steps if counted else 0
 
 
-def _traced(plan: dict[str, Any], subject: Subject) -> dict[str, Any]:
-    """A picture of one step between barriers, and of two more without."""
-    one: Any = contestant("dkp", subject, plan["parts"])
-    one.step()
-    dist.barrier()
-    one.pipe.start_trace()
-    for _ in range(3):
+def _traced(plan: dict[str, Any], subject: Subject, folder: Path) -> dict[str, Any]:
+    """What each rank did in one step, and in two more without a barrier."""
+    found = {}
+    for name in plan["who"]:
+        one = contestant(name, subject, plan["parts"])
         one.step()
-    path = Path(plan["picture"])
-    found = one.pipe.write_trace(path.with_suffix(".json"))
-    if found:
-        plot_timeline(path, found)
-    return {}
+        dist.barrier()
+        found[name] = one.traced(plan["traced"], folder)
+        dist.barrier()
+    return found
 
 
 if __name__ == "__main__":

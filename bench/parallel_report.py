@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from parallel_schedules import OWN
 
 NAMES = {
@@ -66,7 +67,8 @@ def write_report(found: dict[str, Any], path: Path) -> str:
         "norm and images of 32 x 32. `python bench/parallel.py` makes this page; `python bench/parallel.py report` only writes it.",
         "", "## DKP in a pipeline, against", "",
         "The median of the ratios of the same rounds (least, most). `one step` is between barriers, `many` the mean of several "
-        "steps without; steps of one process and of DDP do not overlap. Without a bar, the row is for comparison.", "",
+        "steps without; steps of one process and of DDP do not overlap. Without a bar, the row is for comparison. "
+        "[A picture](../../docs/timelines.png) shows what each process does, and why the missed bars are missed.", "",
         "| net | against | times | DKP is faster by | bar |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [_bar_row(found, *bar) for bar in BARS if _has(found, bar[0], bar[1])]
@@ -241,3 +243,65 @@ def _summary(found: dict[str, Any]) -> str:
         else ""
     )
     return f"Summary: how many times as fast a pipeline with DKP is. {'; '.join(told)}.{worst}"
+
+
+COLOURS = {"forward": "#9db8d2", "backward": "#d55e00", "weights": "#e8a86a"}
+MEANINGS = {
+    "forward": "forward",
+    "backward": "backward (of zero bubble: gradients of inputs)",
+    "weights": "gradients of weights, of zero bubble",
+}
+
+
+def plot_timelines(path: Path, panels: list[tuple[str, dict[str, Any]]]) -> None:
+    """Of each net a panel: what every process did in three steps, one schedule above the other on the same axis of time."""
+    rows = [sum(len(ranks) + 0.7 for ranks in found.values()) for _, found in panels]
+    figure = Figure(figsize=(11, 0.26 * sum(rows) + 0.9 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=rows)
+    for axis, (name, found) in zip(axes, panels, strict=True):
+        at, ticks = 0.0, []
+        for schedule, ranks in found.items():
+            begin = min(event[3] for events in ranks for event in events)
+            end = max(event[4] for events in ranks for event in events) - begin
+            for rank, events in enumerate(ranks):
+                for what, _, index, start, stop in events:
+                    if what in COLOURS:
+                        axis.barh(
+                            at,
+                            stop - start,
+                            0.85,
+                            left=start - begin,
+                            color=COLOURS[what],
+                            ec="white",
+                            lw=0.4,
+                        )
+                        if stop - start > end / 60:
+                            axis.text(
+                                (start + stop) / 2 - begin,
+                                at,
+                                str(index),
+                                ha="center",
+                                va="center",
+                                size=6,
+                            )
+                ticks.append((at, f"{NAMES[schedule].split(' (')[0]}, {rank}"))
+                at += 1
+            works = sum(
+                stop - start
+                for events in ranks
+                for what, *_, start, stop in events
+                if what in COLOURS
+            )
+            text = f"  {end:.2f} s\n  busy {works / end / len(ranks):.0%}"
+            axis.text(end, at - 1.5, text, va="center", size=8)
+            at += 0.7
+        axis.set_yticks(*zip(*ticks, strict=True), size=8)
+        axis.set_title(TITLES[name], size=9, loc="left")
+        axis.set_ylim(at - 0.7, -0.8)
+        axis.margins(x=0.08)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[-1].set_xlabel("seconds, three steps without a barrier")
+    for what, colour in COLOURS.items():
+        axes[0].barh(0, 0, color=colour, label=MEANINGS[what])
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,6 +172,10 @@ class Contestant:
     def received(self) -> int | None:
         return None
 
+    def traced(self, steps: int, folder: Path) -> list[Any]:
+        """What every rank did in so many steps: (what, step, micro-batch, start, end), by rank; on rank 0."""
+        raise NotImplementedError
+
 
 def contestant(name: str, subject: Subject, micro_batches: int) -> Contestant:
     """By name: `1f1b`, `gpipe`, `zero-bubble`; a rule, which is fb.parallel; `RULE ddp`; `RULE alone`."""
@@ -209,6 +214,12 @@ class Direct(Contestant):
     @property
     def received(self) -> int:
         return self.pipe.bytes_in_backward
+
+    def traced(self, steps: int, folder: Path) -> list[Any]:
+        self.pipe.start_trace()
+        for _ in range(steps):
+            self.step()
+        return self.pipe.write_trace(folder / "trace.json") or []
 
 
 class Alone(Contestant):
@@ -260,6 +271,7 @@ class Backprop(Contestant):
             )
         else:
             self.schedule = kind(stage, micro_batches, F.cross_entropy)
+        self.stage = stage
         self.optimizer = _sgd(module.parameters())
         self.first, self.last = rank == 0, rank == subject.stages - 1
 
@@ -279,6 +291,39 @@ class Backprop(Contestant):
         inputs = (self.subject.x,) if self.first else ()
         target = self.subject.y if self.last else None
         self.schedule.step(*inputs, target=target, return_outputs=False)
+
+    def traced(self, steps: int, folder: Path) -> list[Any]:
+        own: list[Any] = []
+        for name, what in _ACTIONS.items():
+            setattr(self.stage, name, _noted(getattr(self.stage, name), what, own))
+        dist.barrier()
+        zero = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        own = [(*event[:3], event[3] - zero, event[4] - zero) for event in own]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        return found if dist.get_rank() == 0 else []
+
+
+# what a stage of PyTorch's does for a micro-batch, and how the picture calls it
+_ACTIONS = {
+    "forward_one_chunk": "forward",
+    "backward_one_chunk": "backward",
+    "backward_weight_one_chunk": "weights",
+}
+
+
+def _noted(action: Callable[..., Any], what: str, events: list[Any]) -> Callable[..., Any]:
+    """The action, with a note of when it ran."""
+
+    def run(index: int, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        found = action(index, *args, **kwargs)
+        events.append((what, 0, index, start, time.perf_counter()))
+        return found
+
+    return run
 
 
 class _Sleeping(nn.Module):

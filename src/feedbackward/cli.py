@@ -72,8 +72,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise errors.ConfigError(unknown(command, [*COMMANDS]))
     if command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise errors.ConfigError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, and {command} runs in one, as only train is divided: start it "
-            "without torchrun. `compare --workers` runs several trainings at once; the numbers of a pipeline are those of one process"
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and {command} runs in one: start it without torchrun. "
+            "`compare --parallel.pipeline N` starts N processes for each training, `compare --workers` several trainings at once"
         )
     return COMMANDS[command](rest)
 

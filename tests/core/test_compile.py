@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import feedbackward as fb
@@ -57,6 +58,31 @@ def compare(plain: fb.Learner, learner: fb.Learner, rtol: float, silent: tuple[s
 @pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
 def test_whole_learner(name: str, rule: fb.Rule) -> None:
     check(name, rule, "eager", 0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("part", ["", "2"])
+@pytest.mark.parametrize("rule", [fb.DKP(), fb.KolenPollack()], ids=str)
+def test_compiled_in_place(rule: fb.Rule, part: str, when: str) -> None:
+    """A model or a part of it may be compiled in place, before it is attached to or after."""
+    torch._dynamo.reset()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(7, 7), nn.BatchNorm1d(7), nn.ReLU())
+        model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), block, nn.Linear(7, 3)).double()
+        if compiled and when == "before":
+            model.get_submodule(part).compile(backend="eager")
+        learner = fb.attach(model, rule, example=x)
+        if compiled and when == "after":
+            model.get_submodule(part).compile(backend="eager")
+        for _ in range(2):
+            nn.functional.cross_entropy(learner(x), y).backward()
+        if compiled:
+            assert model.get_submodule(part)._compiled_call_impl is not None
+        found.append([p.grad for p in learner.parameters()])
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.nightly

@@ -208,7 +208,7 @@ def test_every_rule_is_in_the_table_of_rules(capsys, form):
         (["train", "--out", "/dev/null/run"], "cannot be written"),
         (["compare", "--config", "dmeo"], "no config file dmeo"),
         (["compare", "--rules", "bp,dpk"], "unknown rule 'dpk'"),
-        (["compare", "--parallel.pipeline", "2"], "only train divides a run"),
+        (["cost", "mlp", "--parallel.pipeline", "2"], "only train and compare divide a run"),
         (["probe"], "required: run"),
         (["probe", "nowhere"], "nowhere is not the folder of a run"),
         (["rules", "--format", "csv"], "csv"),

@@ -3,6 +3,7 @@ compiled blocks, distributed checkpoints."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from pathlib import Path
@@ -150,6 +151,25 @@ def compiled(rank: int, when: str) -> Any:
 def test_compiled_blocks(tmp_path: Path, when: str) -> None:
     """Within rounding, they give what they give as written."""
     close(run_ranks(compiled, 2, tmp_path, when)[0], compiled(0, ""), within=1e-11)
+
+
+def test_a_replaced_stage_is_refused() -> None:
+    """It would not be run, and its parameters not be trained."""
+    x, y = torch.randn(4, 6), torch.arange(4) % 3
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    pipe = fb.parallel.pipeline(fb.attach(model, fb.DFA(), example=x), x)
+    plain = pipe.module
+    pipe.module = torch.compile(plain, backend="eager")
+    with pytest.raises(fb.FeedbackError, match="pipe.module was replaced"):
+        pipe.backward(x, F.cross_entropy, y)
+    pipe.module = plain
+    pipe.module.compile(backend="eager")
+    pipe.backward(x, F.cross_entropy, y)
+    compiled = [p.grad for p in pipe.parameters()]
+    learner = fb.attach(copy.deepcopy(model), fb.DFA(), example=x)
+    learner.zero_grad()
+    F.cross_entropy(learner(x), y).backward()
+    torch.testing.assert_close(compiled, [p.grad for p in learner.model.parameters()])
 
 
 class Checkpointed(nn.Module):

@@ -89,12 +89,13 @@ class Parts:
 
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[PassState]:
-    """Restore buffers, attributes and random number generators after a pass nobody asked for."""
-    state = PassState(module)
-    try:
-        yield state
-    finally:
-        state.restore()
+    """Restore buffers, attributes and random number generators after a pass nobody asked for, which runs uncompiled."""
+    with as_written(module.modules()):
+        state = PassState(module)
+        try:
+            yield state
+        finally:
+            state.restore()
 
 
 @contextmanager

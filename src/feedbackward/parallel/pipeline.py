@@ -200,7 +200,7 @@ class Pipeline(nn.Module):
         return Loss(self._steps, batch.number)
 
     def _run(self, batch: Batch) -> None:
-        self._refuse_unreduced()
+        self._check_module()
         self.mail.settle()
         self._steps.begin(batch)
         self.stopping = self._greeting.exchange(batch, self._wish)
@@ -229,8 +229,14 @@ class Pipeline(nn.Module):
                 torch.autograd.backward(tensors, grads)
             self._steps.after_backward(index, ())
 
-    def _refuse_unreduced(self) -> None:
-        """Refuse shards whose gradients nobody would reduce: a stage's backward does not begin at its output."""
+    def _check_module(self) -> None:
+        """Refuse another module, which would not be run, and shards whose gradients nobody would reduce."""
+        if self.module is not self._steps.module:
+            raise FeedbackError(
+                f"pipe.module was replaced by a {type(self.module).__name__}, which the steps do not run: change it in place, as "
+                "`pipe.module.compile()` and `fully_shard(pipe.module)` do."
+            )
+        # a stage's backward does not begin at its output
         whole = self._stage is not None and is_fsdp(self.module)
         if not whole and any(is_shard(p) for p in self.parameters()):
             raise FeedbackError(

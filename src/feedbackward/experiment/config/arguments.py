@@ -249,7 +249,7 @@ def _find(name: str, known: Mapping[str, Option]) -> tuple[str, Option | None, b
     near = ends or difflib.get_close_matches(dashed, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
     if dashed.startswith("--parallel."):
-        hint = "only train divides a run over processes, and its numbers are those of the one process that this command takes"
+        hint = "only train and compare divide a run over processes"
     raise ConfigError(f"unknown option {dashed}: {hint}")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How a run is divided over the processes that torchrun starts.
+    """How a run is divided over processes.
 
     Attributes:
         pipeline: divide the network over so many processes, with the rule's own messages between them; 0
@@ -25,3 +25,8 @@ class Parallel:
     cut: str | list[str] = "auto"
     trace: str | None = None
     timeout: float = 60.0
+
+    @property
+    def processes(self) -> int:
+        """How many a run takes."""
+        return max(1, self.pipeline) * max(1, self.data)

@@ -90,6 +90,7 @@ class Settings:
             each. By default all, if feedback is learned and there are at most 256.
         tensorboard: write scalars for TensorBoard.
         logger: where else the metrics go: wandb, mlflow, or your own as package.module:Class.
+        parallel: division over several processes: those that torchrun started for `train`, or that `compare` starts.
         out: folder of the results; by default below runs/.
         overwrite: replace earlier results in that folder.
     """
@@ -123,6 +124,7 @@ class Settings:
     probe_jacobian: int | None = None
     tensorboard: bool = True
     logger: str | None = None
+    parallel: Parallel = field(default_factory=Parallel)
     out: str | None = None
     overwrite: bool = False
 
@@ -136,14 +138,12 @@ class TrainConfig(Settings):
         rule_options: an option of the rule, as in --rule-options.center true.
         seed: seed of initial weights, feedback, order of images, augmentation and dropout.
         resume: continue the run in its folder.
-        parallel: division over processes that torchrun started.
     """
 
     rule: str = "dkp"
     rule_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     resume: bool = False
-    parallel: Parallel = field(default_factory=Parallel)
 
     def training(self) -> Recipe:
         """The complete recipe: the named one, its rates for this rule, then this config's changes."""

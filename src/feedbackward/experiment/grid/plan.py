@@ -92,6 +92,11 @@ class Plan:
         """Where to train."""
         return next(iter(self.comparisons.values())).config.device
 
+    @property
+    def processes(self) -> int:
+        """How many a cell takes at most."""
+        return max(c.config.parallel.processes for c in self.comparisons.values())
+
 
 def single(config: CompareConfig, scale: float = 1.0) -> Plan:
     """One comparison as a grid of one cell. Raises ConfigError for a config that is not valid."""

@@ -334,7 +334,7 @@ def opened(
         plan, facts, missing = survey(plan, interrupts)
         if plan.single and missing:
             raise DataError(missing[""])
-        count = workers or default_workers(plan.device)
+        count = workers or default_workers(plan.device, plan.processes)
         runner = Runner(plan, only, count, facts, missing)
         if overwrite:
             runner.clear()

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from feedbackward.experiment.grid.cells import Job, Outcome, keep_reason, run_cell
+from feedbackward.experiment.grid.cells import Job, Outcome, keep_reason
+from feedbackward.experiment.grid.divided import run_job
 from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.environment import environment
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
@@ -27,12 +28,13 @@ CELL_BYTES = 2_000_000_000  # of memory that a cell is taken to need, data set a
 POLL = 0.2  # seconds between two looks at the workers
 
 
-def default_workers(device: str) -> int:
-    """One process per core as far as memory goes; one where there is a GPU."""
+def default_workers(device: str, processes: int = 1) -> int:
+    """One process per core as far as memory goes, for cells that take so many; one where there is a GPU."""
     if find_device(device).type == "cuda":
         return 1
     known = environment(torch.device("cpu"))
-    return max(1, min(known["cores"] or 1, (known["memory_bytes"] or CELL_BYTES) // CELL_BYTES))
+    most = min(known["cores"] or 1, (known["memory_bytes"] or CELL_BYTES) // CELL_BYTES)
+    return max(1, most // processes)
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, report: Report, interrupts: Interrupts) -> None:
@@ -47,7 +49,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Report, interrupts: Inte
     for number, job in enumerate(jobs):
         interrupts.check()
         report(number, "start", None)
-        outcome = run_cell(job, partial(report, number), interrupts)
+        outcome = run_job(job, partial(report, number), interrupts)
         report(number, "end", outcome)
         if outcome.status == "stopped":
             interrupts.check()
@@ -172,7 +174,7 @@ def _work(pipe: Connection) -> None:
                 warnings.showwarning = lambda text, *where: pipe.send(
                     ("warning", " ".join(str(text).split()))
                 )
-                outcome = run_cell(job, lambda kind, value: pipe.send((kind, value)), interrupts)
+                outcome = run_job(job, lambda kind, value: pipe.send((kind, value)), interrupts)
             pipe.send(("end", outcome))
             if outcome.status == "stopped":  # by a signal that was meant for this process
                 return

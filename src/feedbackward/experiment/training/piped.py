@@ -67,8 +67,8 @@ def check_parallel(config: TrainConfig, processes: int) -> None:
     for name, off in _WHOLE.items():
         if getattr(config, name) != off:
             raise ConfigError(
-                f"{name} is {getattr(config, name)}, which needs the whole network in one process: leave it out, or "
-                "leave out --parallel.pipeline"
+                f"{name} is {getattr(config, name)}, which needs the whole network in one process: set it to "
+                f"{'none' if off is None else off}, or leave out --parallel.pipeline"
             )
     if config.precision == "fp16":
         raise ConfigError("precision fp16 needs one loss scale for all processes: use bf16")

@@ -19,6 +19,10 @@ def refusal(config: TrainConfig) -> str | None:
 
     Raises ConfigError, DataError, CheckpointError: what is wrong is not the rule's fit.
     """
+    if config.parallel.pipeline:
+        from feedbackward.experiment.training.piped import check_parallel
+
+        check_parallel(config, config.parallel.processes)
     try:
         run = Run(config, shared_data(config.data, config.task), find_device(config.device))
         run.step(*next(run.loader.epoch(0)))
