@@ -102,7 +102,7 @@ def attach(
     tensors = learner.attached.rows.tensors(recorded)
     # the graph of the pass is kept by these alone
     del recorded
-    learner._see_rows(tensors)
+    learner._see_rows(tensors, example)
     del tensors
     learner._make_plan(example)
     _warn(learner)

@@ -361,9 +361,9 @@ class Learner(AttachedModule, Generic[M]):
     def __str__(self) -> str:
         return describe(self.attached)
 
-    def _see_rows(self, tensors: Activities) -> None:
+    def _see_rows(self, tensors: Activities, example: Any) -> None:
         try:
-            self.attached.rows.see(tensors)
+            self.attached.rows.see(tensors, self.model, example)
         except Exception:
             self.detach()
             raise

@@ -27,6 +27,10 @@ KNOWN = torch.arange(NODES) % 3 != 0
 NETS = ["GCN", "GAT", "GraphSAGE", "GIN"]
 
 
+# one way only: a ring, and a graph in which most nodes hear of others that do not hear of them
+DIRECTED = {"ring": NEXT, "other": torch.cat([NEXT, NEXT[:, ::2] * 7 % NODES], dim=1)}
+
+
 def net(name: str) -> nn.Module:
     torch.manual_seed(0)
     return getattr(models, name)(5, 8, num_layers=4, out_channels=3, act="tanh").double()
@@ -101,3 +105,22 @@ def test_labels_behind_a_mask_are_not_learned_from(name: str) -> None:
         found.append(gradients(learner))
     for key, gradient in found[0].items():
         assert torch.equal(gradient, found[1][key]), key
+
+
+@pytest.mark.parametrize("edges", DIRECTED)
+@pytest.mark.parametrize("name", NETS)
+def test_directed_edges_are_taken(name: str, edges: str) -> None:
+    """A node hears of the ones before it, and more of them than of itself; it is the same node all the same."""
+    model = net(name)
+    sites = [f"convs.{i}" for i in range(3)]
+    fb.attach(model, fb.DFA(), example=(X, DIRECTED[edges]), sites=sites)
+
+
+def test_nodes_that_do_not_hear_of_themselves_are_refused() -> None:
+    kinds = needed("torch_geometric.nn")
+    layers = [
+        (kinds.GCNConv(*s, add_self_loops=False), "x, e -> x") for s in ((5, 8), (8, 8), (8, 3))
+    ]
+    model = kinds.Sequential("x, e", layers).double()
+    with pytest.raises(fb.AttachError, match="self loops"):
+        fb.attach(model, fb.DFA(), example=(X, EDGES), sites=["module_0", "module_1"])

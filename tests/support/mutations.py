@@ -14,6 +14,7 @@ DENSE, LEARNER, PROBE, TRACE = (
     "model/trace.py",
 )
 LEFT = "core/test_left_as_it_was.py"
+GRAPHS = "core/test_rows_of_graphs.py"
 ROWS, CHANGED = "core/test_rows.py", "core/test_changed_models.py"
 ORACLES, LAWS, STEPS = "rules/test_oracles.py", "core/test_laws.py", "core/test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "core/test_feedback.py", "core/test_probe.py", "core/test_chain.py"
@@ -313,6 +314,10 @@ MUTATIONS = (
     ("model/trace.py", "takers[:1] or", "", "core/test_dimensions.py"),
     ("model/trace.py", "if made is not None:\n        raise", "if False:\n        raise", "core/test_buffers.py"),
     ("engine/rows.py", "if _coded(plain, along, self.code, dim=0):", "if False:", ROWS),
+    ("engine/rows.py", "if factor > _NOTHING:", "if False:", GRAPHS),
+    ("engine/relabelled.py", "return bool(apart > 0) and bool", "return True or bool", GRAPHS),
+    ("engine/relabelled.py", "for order in (step, swap)", "for order in (step,)", GRAPHS),
+    ("engine/relabelled.py", "t.copy_(place[t.long()])", "pass", GRAPHS),
     ("engine/rows.py", "if 2 * far > len(ahead) or", "if far or", ROWS),
     ("engine/rows.py", "or min(ahead)[0] > _ALWAYS", "", ROWS),
     ("engine/rows.py", "if len(end) < 2 or end.is_meta:", "if False:", ROWS),

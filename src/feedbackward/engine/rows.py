@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from feedbackward.engine.relabelled import moves_along
 from feedbackward.errors import AttachError
 from feedbackward.graph import Activity, Edge, Graph, LayerInput, Local, Site, Source
 from feedbackward.model.autograd_graph import leading_to, outputs_behind
@@ -22,12 +23,16 @@ from feedbackward.model.trace import Trace, trace
 from feedbackward.operators.base import widened
 
 Activities = Mapping[Activity, Tensor]
+# sites where other rows than the own one count most, with what is wrong unless the model moves no rows
+Doubts = dict[Site, AttachError]
 
 # a gradient is a row's own if it differs from the expected one by no more than this part: codes differ by a factor of two
 _ROOM = 0.05
 # the rows whose errors are sent alone where rows are mixed; another row may be ahead of the own one by the first factor in
-# half of them (the hubs of a graph) but not by the second in all
+# half of them (the hubs of a graph) but not by the second in all, unless the inputs in another order show the rows to be in place
 _PROBES, _AHEAD, _ALWAYS = 4, 2.0, 1.25
+# another row is ahead by more than this where the own one counts for nothing
+_NOTHING = 1e6
 # how many training passes are looked at before a network in which nothing can be seen is taken as it is
 _TRIES = 8
 # into how many sums the gradient of a row is put
@@ -59,9 +64,15 @@ class Rows:
         ends = [*self._fed, *(site for sites in self._fed.values() for site in sites)]
         return {end: recorded.tensor_at(end.points[0]) for end in ends}
 
-    def see(self, tensors: Activities, again: bool = False) -> None:
+    def see(self, tensors: Activities, model: nn.Module, inputs: Any, again: bool = False) -> None:
         """Look at a pass. Raises AttachError where rows do not belong together."""
-        seen = [self._see(tensors, source, sites) for source, sites in self._fed.items()]
+        seen = []
+        for source, sites in self._fed.items():
+            told, doubts = self._see(tensors, source, sites)
+            seen.append(told)
+            ends = [source, *doubts]
+            if doubts and not moves_along(model, inputs, ends, len(tensors[source])):
+                raise next(iter(doubts.values()))
         if all(seen) and (again or not any(_picks(tensors[source]) for source in self._fed)):
             self._tries = 0
 
@@ -75,22 +86,24 @@ class Rows:
         except AttachError:
             # inputs that can be read once only, or that the model refuses: its own error will say so
             return
-        self.see(tensors, again=True)
+        self.see(tensors, model, inputs, again=True)
 
-    def _see(self, tensors: Activities, source: Source, sites: Sequence[Site]) -> bool:
-        """Whether the pass shows that the rows of the source are those of these sites."""
+    def _see(
+        self, tensors: Activities, source: Source, sites: Sequence[Site]
+    ) -> tuple[bool, Doubts]:
+        """Whether the pass shows that the rows of the source are those of these sites; and where there are doubts."""
         end = tensors[source]
         pairs = [(site, tensors[site]) for site in dict.fromkeys(sites)]
         pairs = [(site, h) for site, h in pairs if h.requires_grad and len(h) == len(end)]
         if not end.requires_grad or not pairs:
-            return True
+            return True, {}
         if len(end) < 2 or end.is_meta:
-            return False
+            return False, {}
         try:
             look = _Look(end, [h for _, h in pairs])
         except RuntimeError:
             # what cannot be differentiated says so in training
-            return True
+            return True, {}
         seen = [look.judge(source, site, i) for i, (site, _) in enumerate(pairs)]
         # below a site whose tokens are mixed all are mixed
         for i, (site, h) in reversed(list(enumerate(pairs))):
@@ -98,7 +111,7 @@ class Rows:
             paired = kept > 1 and h.shape[:kept] == end.shape[:kept]
             if paired and not look.keeps_tokens(source, site, i, kept):
                 break
-        return all(seen)
+        return all(seen), look.doubts
 
 
 def _has_values(inputs: Any) -> bool:
@@ -123,6 +136,7 @@ class _Look:
         self.code = _codes(len(end), draw).to(end.device, end.dtype)
         # the nodes between the source and other sites: their sites' gradients only pass by
         self.between = leading_to(end, activities)
+        self.doubts: Doubts = {}
         self.plain = self._sketches(torch.ones_like(self.code))
         self.coded = self._sketches(self.code)
 
@@ -157,7 +171,7 @@ class _Look:
                         site,
                         f"the batch is dimension {dim} of the source's {list(self.end.shape)}",
                     )
-        self._refuse_other_rows(source, site, i)
+        self._weigh_rows(source, site, i)
         return True
 
     def keeps_tokens(self, source: Source, site: Site, i: int, kept: int) -> bool:
@@ -219,8 +233,11 @@ class _Look:
         total = (self.end * (self.error * factors)).sum()
         return list(torch.autograd.grad(total, wanted, retain_graph=True, materialize_grads=True))
 
-    def _refuse_other_rows(self, source: Source, site: Site, i: int) -> None:
-        """Rows are mixed (attention over the batch, nodes of a graph): the own one must be among the first."""
+    def _weigh_rows(self, source: Source, site: Site, i: int) -> None:
+        """Rows are mixed (attention over the batch, nodes of a graph): the own one is among the first, or there are doubts.
+
+        Raises AttachError where the own row counts for nothing.
+        """
         count = len(self.code)
         probes = range(0, count, max(1, count // _PROBES))
         ahead = []
@@ -231,10 +248,16 @@ class _Look:
             own = max(norms[row].item(), 1e-300)
             ahead.append((norms.max().item() / own, int(norms.argmax()), row))
         far = sum(factor > _AHEAD for factor, _, _ in ahead)
-        if 2 * far > len(ahead) or min(ahead)[0] > _ALWAYS:
-            _, other, row = max(ahead)
-            why = f"rows are mixed, and row {row} of the source depends on row {other} of the site most"
+        factor, other, row = sorted(ahead)[len(ahead) // 2]
+        if factor > _NOTHING:
+            why = (
+                f"row {row} of the source does not depend on row {row} of the site at all, but on others such "
+                f"as row {other}"
+            )
             raise _refused(source, site, why)
+        why = f"rows are mixed, and row {row} of the source depends on row {other} of the site most"
+        if 2 * far > len(ahead) or min(ahead)[0] > _ALWAYS:
+            self.doubts[site] = _refused(source, site, why)
 
 
 def _codes(count: int, draw: torch.Generator) -> Tensor:
@@ -284,6 +307,6 @@ def _refused(source: Source, site: Site, why: str) -> AttachError:
     return AttachError(
         f"the error of row i of the source {source.name!r} is sent to row i of site {site.name!r}, but "
         f"the model does not keep the rows in place: {why} (a batch that is sorted, routed or turned to "
-        "time-first?). Send the error of a tensor whose rows are the site's: name the module that makes "
+        "time-first; a graph without self loops?). Send the error of a tensor whose rows are the site's: name the module that makes "
         "it with `error_at=`, or take it with `output=`; or choose other `sites=`."
     )

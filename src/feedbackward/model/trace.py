@@ -147,8 +147,10 @@ class Trace:
         return tensor.dim() - 2 if near and isinstance(near[0].module, FEATURES_LAST) else 0
 
 
-def trace(model: nn.Module, example: Any) -> Trace:
+def trace(model: nn.Module, example: Any, evaluation: bool = False) -> Trace:
     """Run the model once on the example and record every module call; nothing of the model changes.
+
+    The pass is one of training, unless it is to be one of `evaluation`.
 
     Raises AttachError where the model cannot run on the example, or makes its parameters while it does.
     """
@@ -186,6 +188,10 @@ def trace(model: nn.Module, example: Any) -> Trace:
     with ExitStack() as stack:
         stack.callback(parts.restore)
         stack.enter_context(as_in_training(model, batch_norms=False))
+        if evaluation:
+            # the modes are restored at the end of the context
+            for module in model.modules():
+                module.training = False
         for name, module in model.named_modules():
             pre = module.register_forward_pre_hook(
                 lambda m, a, k, name=name: enter(name, m, a, k), prepend=True, with_kwargs=True

@@ -49,6 +49,21 @@ def _parts(leaf: Any, whole: bool) -> list[Any]:
     return list(attributes(leaf).values())
 
 
+def tensors_within(value: Any) -> list[Tensor]:
+    """All tensors that a value holds, however deep in objects, once each."""
+    found: dict[int, Tensor] = {}
+    seen = set[int]()
+    stack = [value]
+    while stack:
+        for leaf in tree_leaves(stack.pop()):
+            if isinstance(leaf, Tensor):
+                found[id(leaf)] = leaf
+            elif id(leaf) not in seen and not callable(leaf):
+                seen.add(id(leaf))
+                stack += _parts(leaf, True)
+    return list(found.values())
+
+
 def is_opaque(value: Any) -> bool:
     """Whether the value is an object with attributes that PyTorch does not look into."""
     if isinstance(value, (Tensor, type)) or callable(value) or not tree_is_leaf(value):
