@@ -315,6 +315,8 @@ class Learner(AttachedModule, Generic[M]):
     def to_empty(self, *, device: Any, recurse: bool = True) -> Learner[M]:
         """As that of every module; but the feedback gets the values of its seed, and not whatever is in memory."""
         drawn = self.feedback.on_meta()
+        # refused before anything is lost
+        self.feedback.drawn_on("meta")
         super().to_empty(device=device, recurse=recurse)
         if not drawn:
             self.feedback.draw()

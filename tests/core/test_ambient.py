@@ -121,6 +121,15 @@ def test_mirrored_feedback_of_a_model_without_values_is_refused() -> None:
         learner.to_empty(device="cpu")
 
 
+def test_mirrored_feedback_that_cannot_be_drawn_again_is_not_lost() -> None:
+    learner = fb.attach(model(), fb.KolenPollack(), example=EXAMPLE)
+    before = {name: t.clone() for name, t in learner.state_dict().items()}
+    for part in (learner, learner.feedback):
+        with pytest.raises(fb.FeedbackError, match=r"Attach after the weights are there"):
+            part.to_empty(device="cpu")
+    assert all(torch.equal(t, before[name]) for name, t in learner.state_dict().items())
+
+
 NAMES = [
     "output",
     "head",

@@ -271,3 +271,28 @@ def test_every_schedule_says_attach_again(schedule: str) -> None:
     CHANGES["head replaced"](model)
     with pytest.raises(fb.AttachError, match="attach again"):
         learner.backward(x, lambda out: out.square().mean(), schedule)
+
+
+@pytest.mark.parametrize("rule", [fb.KolenPollack(), fb.FA(), fb.DFA(), fb.DKP()], ids=str)
+def test_layers_that_freeze_within_the_pass_are_followed_or_refused(rule: fb.Rule) -> None:
+    class Freezing(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self[2].requires_grad_(self.trains)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = (
+        Freezing(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)),
+        torch.randn(5, 4),
+    )
+    model.trains = True
+    learner = fb.attach(model, rule, example=x)
+    model.trains = False
+    if isinstance(rule, fb.KolenPollack):
+        # its weights stand under another name in the pass
+        with pytest.raises(fb.FeedbackError, match=r"requires_grad_` before `learner"):
+            learner(x)
+        model[2].requires_grad_(False)
+    learner(x).square().sum().backward()
+    assert model[2].weight.grad is None
+    assert model[0].weight.grad is not None

@@ -127,3 +127,40 @@ def test_what_crosses_the_cuts_is_kept_or_refused(what: str, rule: fb.Rule) -> N
         assert (found is None) == (grad is None)
         if grad is not None:
             torch.testing.assert_close(found, grad)
+
+
+class Closing(nn.Module):
+    """Its output is a function, which holds what nobody sees. `noisy`: more than what the source is made of."""
+
+    def __init__(self, noisy: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.noisy = noisy
+
+    def forward(self, x: Tensor) -> object:
+        h = self.a(x)
+        y = self.c(torch.tanh(self.b(torch.tanh(h))))
+        return lambda: y * h[:, :1] if self.noisy else y
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_output_that_is_a_function_is_judged_by_the_loss(noisy: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Closing(noisy), torch.randn(5, 4)
+    sites = ["a", "b"] if not noisy else ["b"]
+    learner = fb.attach(model, fb.DFA(), example=x, error_at="c", sites=sites)
+
+    def run(schedule: str, **options: bool) -> list[Tensor | None]:
+        learner.zero_grad()
+        learner.backward(x, lambda out: out().square().mean(), schedule, **options)
+        return [p.grad for p in learner.parameters()]
+
+    expected = run("joint")
+    if noisy:
+        # the part above the cuts reads an activity below them
+        with pytest.raises(fb.SiteError, match=r"gave another 'loss'.*keep_inputs=False"):
+            run("replay", keep_inputs=True)
+        assert all(p.grad is None for p in model.parameters())
+        return
+    for found, grad in zip(run("replay", keep_inputs=True), expected, strict=True):
+        torch.testing.assert_close(found, grad)

@@ -259,6 +259,21 @@ def test_settings_that_were_edited_by_hand_are_refused(pets: Path, change: str) 
     assert run(again)["status"] == "done"
 
 
+@pytest.mark.parametrize("change", ["seed: 0 -> 7", "batch_size: 8 -> 16", "epochs: 3 -> 5"])
+def test_a_finished_run_is_not_taken_for_one_of_other_settings(pets: Path, change: str) -> None:
+    result = run(configured(pets))
+    folder = RunFolder.existing(pets.parent / "run")
+    again = replace(folder.config(), resume=True)
+    whole, (key, old, new) = folder.config_file.read_text(), change.replace(" ->", ":").split(": ")
+    folder.config_file.write_text(whole.replace(f"{key}: {old}", f"{key}: {new}"))
+    with pytest.raises(
+        CheckpointError, match=rf"result.json was saved under other settings \({change}"
+    ):
+        run(replace(folder.config(), resume=True))
+    folder.config_file.write_text(whole)
+    assert run(again) == result == folder.result()
+
+
 def test_another_network_of_the_same_shapes_is_refused(pets: Path, monkeypatch: Any) -> None:
     module = types.ModuleType("tied_net")
     module.kind = nn.Tanh

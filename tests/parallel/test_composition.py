@@ -160,7 +160,7 @@ def test_a_replaced_stage_is_refused() -> None:
     pipe = fb.parallel.pipeline(fb.attach(model, fb.DFA(), example=x), x)
     plain = pipe.module
     pipe.module = torch.compile(plain, backend="eager")
-    with pytest.raises(fb.FeedbackError, match="pipe.module was replaced"):
+    with pytest.raises(fb.FeedbackError, match=r"pipe.module was replaced"):
         pipe.backward(x, F.cross_entropy, y)
     pipe.module = plain
     pipe.module.compile(backend="eager")

@@ -202,8 +202,22 @@ class Attached:
         with self.cuts.recording(target):
             tied = self.cuts.tied()
             if tied:
-                return functional_call(self.model, tied, args, kwargs)
+                return self._run_tied(tied, args, kwargs)
             return self.model(*args, **kwargs)
+
+    def _run_tied(
+        self, tied: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return functional_call(self.model, tied, args, kwargs)
+        except RuntimeError as error:
+            if "requires_grad flags of leaf" not in str(error):
+                raise
+            raise FeedbackError(
+                f"the forward pass freezes or unfreezes a layer whose gradient {self.rule.label} shares with its feedback, and within "
+                "the pass it is too late for that: call `requires_grad_` before `learner(x)`, or use a rule with direct feedback "
+                "(DFA, DKP)."
+            ) from error
 
     def refuse_fp16(self, why: str) -> None:
         """Refuse a pass under fp16 autocast, whose loss scale does not reach all that the rule sends."""

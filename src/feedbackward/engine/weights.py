@@ -75,7 +75,11 @@ class Feedback(nn.Module):
         return self
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Feedback:
-        """Move to a device, with the values that the seed gives."""
+        """Move to a device, with the values that the seed gives.
+
+        Raises AttachError, before anything is lost, where the values were measured on a layer.
+        """
+        self.drawn_on("meta")
         super().to_empty(device=device, recurse=recurse)
         self.draw()
         return self
@@ -83,7 +87,11 @@ class Feedback(nn.Module):
     def draw(self) -> None:
         """Give the weights the values that they began with. Raises AttachError where these were measured on a layer."""
         if not self.on_meta():
-            self.load_state_dict(self._drawn(torch.device("cpu"), None, nn.Module()).state_dict())
+            self.load_state_dict(self.drawn_on("cpu").state_dict())
+
+    def drawn_on(self, device: str) -> nn.Module:
+        """The weights that the seed gives. Raises AttachError where they were measured on a layer."""
+        return self._drawn(torch.device(device), None, nn.Module())
 
     def on_meta(self) -> bool:
         """Whether the weights have no values."""

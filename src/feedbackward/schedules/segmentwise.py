@@ -88,7 +88,7 @@ def replay_kept(
     with ExitStack() as stack:
         for handle in director.install(attached.model):
             stack.callback(handle.remove)
-        kept = _keep(attached, inputs, director)
+        kept = _keep(attached, inputs, loss_fn, director)
         check = not prepared.separable
         loss, after = _head(attached, inputs, loss_fn, director, kept, order, deliver, check)
         for place in reversed(range(len(order))):
@@ -98,7 +98,7 @@ def replay_kept(
     return loss
 
 
-def _keep(attached: Attached, inputs: Any, director: Director) -> _Kept:
+def _keep(attached: Attached, inputs: Any, loss_fn: LossFn, director: Director) -> _Kept:
     kept, clock = _Kept(RandomState(attached.model)), iter(range(1 << 62))
 
     def at_site(index: int, h: Tensor) -> Tensor:
@@ -114,7 +114,8 @@ def _keep(attached: Attached, inputs: Any, director: Director) -> _Kept:
     recorded = _calls(attached.model, kept, clock)
     directed = director.directing(at_site, at_source)
     with preserved(attached.model), torch.no_grad(), recorded, directed:
-        kept.fingerprints |= _prints(run(attached.model, copied(inputs)))
+        output = run(attached.model, copied(inputs))
+        kept.fingerprints |= _prints(output) or {"loss": Fingerprint.of(loss_fn(output))}
     torch.clear_autocast_cache()  # of weights that were cast without gradients
     return kept
 
@@ -192,12 +193,13 @@ def _head(
 ) -> tuple[Tensor, RandomState]:
     with _from(attached, director, kept, order, len(order), deliver):
         output = run(attached.model, copied(inputs))
-    for name, now in _prints(output).items():
+    loss = loss_fn(output)
+    # of an output that nothing is seen of (a closure) the loss is what tells
+    for name, now in (_prints(output) or {"loss": Fingerprint.of(loss)}).items():
         _refuse_another(name, now.like(kept.fingerprints.get(name)))
     if check:
-        _refuse_interleaved(attached, tensors_in(output), attached.plan.head)
-    loss = finish(loss_fn(output))
-    return loss, RandomState(attached.model)
+        _refuse_interleaved(attached, [*tensors_in(output), loss], attached.plan.head)
+    return finish(loss), RandomState(attached.model)
 
 
 def _segment(

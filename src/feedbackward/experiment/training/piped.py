@@ -88,12 +88,12 @@ def train_piped(
         # torchrun starts again what failed, which is there to be gone on with
         config = replace(config, resume=True, overwrite=False)
     with start(config.parallel.timeout) as rank, ExitStack() as stack:
-        folder = _claimed(config, rank)
+        folder, result = _claimed(config, rank)
         if folder is not None:
             stack.callback(folder.close)
         if rank:
             progress = Progress(Console(file=stack.enter_context(open(os.devnull, "w"))))
-        result = _together(folder.result() if folder else None)
+        result = _together(result)
         if result is None:
             result = _train(config, folder, progress, interrupts, test)
     if result["status"] == "diverged":
@@ -101,18 +101,19 @@ def train_piped(
     return result
 
 
-def _claimed(config: TrainConfig, rank: int) -> RunFolder | None:
-    """The folder, on rank 0; what is wrong with it is told to every rank."""
-    folder, wrong = None, None
+def _claimed(config: TrainConfig, rank: int) -> tuple[RunFolder | None, dict[str, Any] | None]:
+    """The folder and the result of a finished run, on rank 0; what is wrong with them is told to every rank."""
+    folder, result, wrong = None, None, None
     if rank == 0:
         try:
             folder = RunFolder.claim(config)
+            result = folder.result_under(config)
         except FeedbackError as error:
             wrong = error
     wrong = _together(wrong)
     if wrong is not None:
         raise wrong
-    return folder
+    return folder, result
 
 
 def _together(value: Any) -> Any:
@@ -156,7 +157,7 @@ def _train(
     loop = PipedLoop(run, record, progress, cast(Interrupts, SharedInterrupts(run, interrupts)))
     result = loop.complete(folder or RunFolder(Path(str(config.out))), test)
     if folder is not None:
-        folder.write_json(folder.result_file, result)
+        folder.finish(result, config)
     return result
 
 

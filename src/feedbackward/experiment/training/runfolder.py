@@ -14,7 +14,11 @@ from feedbackward.errors import ConfigError, FeedbackError
 from feedbackward.experiment.config.files import from_dict, read_yaml, write_yaml
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.training.checkpoint import replace_file
-from feedbackward.experiment.training.identity import changed_settings
+from feedbackward.experiment.training.identity import (
+    changed_settings,
+    check_same_settings,
+    tied_settings,
+)
 
 try:
     import fcntl
@@ -30,6 +34,9 @@ OWN = (
     "model.safetensors",
     "trackers.json",
 )
+
+# in result.json beside what the run came to
+_SETTINGS = "settings"
 
 
 @contextlib.contextmanager
@@ -109,7 +116,20 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it is not finished."""
-        return self._json(self.result_file)
+        found = self._json(self.result_file)
+        return found and {key: value for key, value in found.items() if key != _SETTINGS}
+
+    def result_under(self, config: TrainConfig) -> dict[str, Any] | None:
+        """The result. Raises CheckpointError where the finished run had other settings than these."""
+        found = self._json(self.result_file)
+        # results of before do not have them
+        if found is not None and _SETTINGS in found:
+            check_same_settings(found[_SETTINGS], config, self.result_file)
+        return self.result()
+
+    def finish(self, result: dict[str, Any], config: TrainConfig) -> None:
+        """Write the result, and the settings that made it."""
+        self.write_json(self.result_file, {**result, _SETTINGS: tied_settings(config)})
 
     def data(self) -> dict[str, Any] | None:
         """The identity of the data that the run was started with; None where it is not known."""

@@ -64,7 +64,7 @@ def train(
             check_same_data(
                 other.data(), shared_data(config.data, config.task), other.path, REPLACE_ALL
             )
-        result = folder.result()
+        result = folder.result_under(config)
         if result is None:
             result = _train(config, folder, progress, interrupts, test)
         elif (found := folder.data()) is not None:
@@ -97,7 +97,7 @@ def _train(
     folder.keep_place(config)
     loop = Loop(run, Record(folder, run.position.rows, config), progress, interrupts)
     result = loop.complete(folder, test)
-    folder.write_json(folder.result_file, result)
+    folder.finish(result, config)
     return result
 
 
