@@ -13,8 +13,8 @@ DENSE, LEARNER, PROBE, TRACE = (
     "measure/probe.py",
     "model/trace.py",
 )
-LEFT = "core/test_left_as_it_was.py"
 GRAPHS = "core/test_rows_of_graphs.py"
+BLOCKS, LEFT = "model/blocks.py", "core/test_left_as_it_was.py"
 ROWS, CHANGED = "core/test_rows.py", "core/test_changed_models.py"
 ORACLES, LAWS, STEPS = "rules/test_oracles.py", "core/test_laws.py", "core/test_steps.py"
 FEEDBACK, MEASURES, CHAIN = "core/test_feedback.py", "core/test_probe.py", "core/test_chain.py"
@@ -89,6 +89,12 @@ MUTATIONS = (
     ("engine/autograd.py", "            held.clear()\n", "            pass\n", HIGHWAY),
     ("engine/autograd.py", "for _ in range(ctx.sweeps)", "for _ in range(1)", HIGHWAY),
     ("measure/cost.py", "passed + isinstance(child, DEFER)", "passed", HIGHWAY),
+    (BLOCKS, "return [] if gate or joint or", "return [] if joint or", "core/test_blocks.py"),
+    (BLOCKS, 'startswith(("Cat", "Stack"))', 'startswith("Stack")', "core/test_blocks.py"),
+    (BLOCKS, "apart = isinstance(child, _RUNS) or stages or", "apart = isinstance(child, _RUNS) or", "core/test_blocks.py"),
+    (BLOCKS, "name for name in whole if items.get(name) in runs", "n for n in calls if items.get(n) in runs", "core/test_blocks.py"),
+    (BLOCKS, "trace.counts[c.name] == 1 and", "", "core/test_blocks.py"),
+    (BLOCKS, "if listed := whole & {*items}", "if listed := {*items} & {*calls}", "core/test_blocks.py"),
     ("model/branches.py", "min(through, fewest.get(other, through))", "through", HIGHWAY),
     ("model/branches.py", "for skip in (0, 1)", "for skip in (0,)", HIGHWAY),
     # relays
