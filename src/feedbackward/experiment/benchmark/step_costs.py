@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import DivergenceError
 from feedbackward.experiment.config.schema import TrainConfig
@@ -36,7 +37,9 @@ def measure_costs(
         with contextlib.suppress(DivergenceError):
             for _ in range(WARM_UP):
                 step()
-            costs[-1]["peak_bytes"] = peak_bytes(step, [*_tensors(run), *batch], run.device)
+            costs[-1]["peak_bytes"] = peak_bytes(
+                step, [*_tensors(run), *tree_leaves(batch)], run.device
+            )
         del run, step
         gc.collect()
     times: Sequence[float | None] = [None] * len(configs)
@@ -53,7 +56,7 @@ def _fresh(config: TrainConfig) -> Run:
     return Run(config, shared_data(config.data, config.task), find_device(config.device))
 
 
-def _step(run: Run, check: Callable[[], None]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+def _step(run: Run, check: Callable[[], None]) -> tuple[Callable[[], None], tuple[Any, Tensor]]:
     batch = next(run.loader.epoch(0))
 
     def step() -> None:

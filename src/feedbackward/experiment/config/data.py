@@ -1,4 +1,4 @@
-"""Which images or which text a run or a comparison uses."""
+"""Which data a run or a comparison uses."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, or which text, to train on.
+    """What to train on.
 
     Attributes:
         name: fashion-mini (embedded), fashion-mnist, cifar10, cifar100, tiny-imagenet, or the path of an image
-            folder; for a language model tiny-shakespeare, or the path of a text file.
+            folder; for a language model tiny-shakespeare, or the path of a text file; for node classification cora,
+            citeseer or amazon-photo; for music jsb-chorales, nottingham, musedata or piano-midi; or the path of an .npz
+            file like these; for regression picture (embedded), or the path of an image.
         root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
-        train_limit: use at most so many training images (or sequences).
+        train_limit: use at most so many training images (or sequences, nodes, pixels).
         validation: held-out images taken from train; by default 5,000, or 1/8 of a smaller training set.
         test_limit: use at most so many test images.
         classes: keep the first so many classes only.
-        size: resize the images to size x size pixels when decoding.
+        size: resize the images to size x size pixels when decoding; the picture of a regression has 64.
         augment: none, flip, crop or crop-flip, applied to training batches.
-        context: characters in a sequence of a text.
+        context: characters in a sequence of a text, by default 64; or frames in a piece of music, by default all.
     """
 
     name: str = "fashion-mini"
@@ -30,4 +32,4 @@ class DataConfig:
     classes: int | None = None
     size: int | None = None
     augment: str = "none"
-    context: int = 64
+    context: int | None = None

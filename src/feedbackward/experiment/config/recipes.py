@@ -89,6 +89,34 @@ RECIPES: dict[str, Recipe] = {
             name="adamw", lr=1e-3, momentum=0.0, nesterov=False, weight_decay=0.01, clip=1.0
         ),
     ),
+    "node_classification": Recipe(
+        about="AdamW with a constant rate for W and B, every step over the whole graph",
+        # of nodes with a loss: more than a graph has
+        batch_size=1_000_000,
+        epochs=200,
+        forward=Optimizer(
+            name="adamw",
+            lr=0.01,
+            momentum=0.0,
+            nesterov=False,
+            weight_decay=2.0,
+            schedule="constant",
+        ),
+    ),
+    "music": Recipe(
+        about="Adam with a one-cycle rate and clipped gradients for W and B; what music has by default",
+        batch_size=8,
+        epochs=30,
+        forward=Optimizer(
+            name="adam", lr=3e-3, momentum=0.0, nesterov=False, weight_decay=0.0, clip=1.0
+        ),
+    ),
+    "regression": Recipe(
+        about="Adam with a one-cycle rate for W and B; what a regression has by default",
+        batch_size=256,
+        epochs=100,
+        forward=Optimizer(name="adam", lr=3e-3, momentum=0.0, nesterov=False, weight_decay=0.0),
+    ),
     "published": Recipe(
         about="the DKP authors' CIFAR-10 recipe: small constant rate for W, Adam with a decaying rate for B",
         batch_size=50,

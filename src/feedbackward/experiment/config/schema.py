@@ -52,16 +52,18 @@ class Settings:
     """What a training run and a comparison have in common.
 
     Attributes:
-        task: what is learned: classes of images, or (language_model) the next character of a text.
+        task: what is learned: classes of images, (language_model) the next character of a text, classes of the nodes of a
+            graph, (music) the next frame of a piano roll, or (regression) the colours of a picture's pixels.
         model: the network: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56,
-            resnet110, mlp; for a language model transformer_small, transformer4, transformer6, gru, lstm; or your own as
-            package.module:callable.
+            resnet110, mlp; for a language model transformer_small, transformer4, transformer6, gru, lstm; for nodes gcn,
+            gcn4, gat, sage, gin; for music music_rnn, music_gru, music_lstm, and the same with _steps; for regression
+            field; or your own as package.module:callable.
         norm: use batch norm in the named networks.
         dropout: probability of the network's dropout layers. A network without any gets them after its
             hidden linear layers.
         sites: where the error arrives: layers, every-2 (or 3, ...), stages, blocks, published, or a list
             of module names; by default the network's own choice.
-        error_at: the module whose output's error is sent; by default the network's output.
+        error_at: the module whose output's error is sent; by default the network's own choice, for most its output.
         data: short for --data.name.
         recipe: the training recipe: default or published. Other flags change it.
         epochs: passes over the training images.
@@ -95,7 +97,9 @@ class Settings:
         overwrite: replace earlier results in that folder.
     """
 
-    task: Literal["classification", "language_model"] = "classification"
+    task: Literal[
+        "classification", "language_model", "node_classification", "music", "regression"
+    ] = "classification"
     model: str = "vgg6"
     norm: bool = True
     dropout: float | None = None

@@ -15,12 +15,14 @@ class Measure:
         title: heading of a column.
         unit: follows the number, with a space where it needs one.
         falls: whether less is better.
+        digits: how many follow the point where a report shows it.
     """
 
     key: str
     title: str
     unit: str = ""
     falls: bool = False
+    digits: int = 2
 
     def value(self, run: dict[str, Any], split: str = "test") -> float | None:
         """The measure of a run, None where it has none."""
@@ -34,7 +36,7 @@ class Measure:
 
     def in_words(self, value: float, digits: int = 0, named: bool = False) -> str:
         """The value as text: "69.4 %", "perplexity 5.21"; a unit makes the name unnecessary, unless it is `named`."""
-        number = f"{value:.{digits or (1 if self.unit else 2)}f}{self.unit}"
+        number = f"{value:.{digits or self.digits}f}{self.unit}"
         return f"{self.title} {number}" if named or not self.unit else number
 
     @property
@@ -45,7 +47,7 @@ class Measure:
     @property
     def points(self) -> str:
         """What follows a difference."""
-        return " points" if self.unit else ""
+        return " points" if self.unit == " %" else self.unit
 
     def better(self, value: float) -> float:
         """A number that is the larger the better the value is."""
@@ -61,11 +63,17 @@ class Kind:
     recipe: str
 
 
-ACCURACY = Measure("accuracy", "accuracy", " %")
+ACCURACY = Measure("accuracy", "accuracy", " %", digits=1)
 PERPLEXITY = Measure("perplexity", "perplexity", falls=True)
+# the negative log-likelihood of a frame
+NLL = Measure("nll", "NLL", " nats", falls=True)
+PSNR = Measure("psnr", "PSNR", " dB")
 KINDS = {
     "classification": Kind("images", ACCURACY, "default"),
     "language_model": Kind("tokens", PERPLEXITY, "language_model"),
+    "node_classification": Kind("nodes", ACCURACY, "node_classification"),
+    "music": Kind("frames", NLL, "music"),
+    "regression": Kind("pixels", PSNR, "regression"),
 }
 
 

@@ -8,18 +8,28 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.nets import alexnet, small_cnn, transformer, vgg
+from feedbackward.experiment.nets import alexnet, graph, small_cnn, transformer, vgg
 from feedbackward.experiment.nets.blocks import set_dropout
 from feedbackward.experiment.nets.custom import build_custom
+from feedbackward.experiment.nets.field import Field
 from feedbackward.experiment.nets.mlp import MLP
 from feedbackward.experiment.nets.recurrent import Recurrent
 from feedbackward.experiment.nets.resnet import ResNet
 
-__all__ = ["NETS", "Net", "build", "default_sites", "published_sites", "set_dropout"]
+__all__ = [
+    "NETS",
+    "Net",
+    "build",
+    "default_error_at",
+    "default_sites",
+    "published_sites",
+    "set_dropout",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Net:
     """Smallest height and width in pixels that its unpadded layers leave something of."""
     task: str = "classification"
     """The task that it is made for."""
+    error_at: str | None = None
+    """The module whose output's error is sent unless the user names another."""
 
 
 def _transformer(depth: int, width: int = 128) -> Net:
@@ -56,6 +68,26 @@ def _recurrent(kind: type[nn.RNNBase]) -> Net:
         f"2 {kind.__name__} layers of width 128, for characters",
         sites=("layers.0", "layers.1"),
         task="language_model",
+    )
+
+
+def _music(kind: type[nn.RNNBase], steps: bool = False) -> Net:
+    return Net(
+        partial(Recurrent, kind=kind, width=64, frames=True, steps=steps),
+        f"2 {kind.__name__} layers of width 64, for frames of keys"
+        + (", a site of every step" if steps else ""),
+        sites=tuple(f"layers.{i}{'.steps.0' if steps else ''}" for i in range(2)),
+        task="music",
+    )
+
+
+def _graph(about: str, depth: int = 2, error_at: str | None = None, **options: Any) -> Net:
+    return Net(
+        partial(graph.GraphNet, depth=depth, **options),
+        about,
+        sites=graph.sites(depth),
+        task="node_classification",
+        error_at=error_at,
     )
 
 
@@ -120,6 +152,33 @@ NETS: dict[str, Net] = {
     "transformer6": _transformer(6),
     "gru": _recurrent(nn.GRU),
     "lstm": _recurrent(nn.LSTM),
+    # the error of a node's neighbours is its own as well: it is taken before the last layer sums over them
+    "gcn": _graph(
+        "2 graph convolutions, 16 wide (Kipf and Welling 2017)",
+        error_at="head.lin",
+        conv=graph.gcn,
+        width=16,
+    ),
+    "gcn4": _graph(
+        "4 graph convolutions, 64 wide", depth=4, error_at="head.lin", conv=graph.gcn, width=64
+    ),
+    "gat": _graph(
+        "2 layers of graph attention, 8 heads of 8 (Velickovic et al. 2018)",
+        error_at="head.lin",
+        conv=graph.gat,
+        width=64,
+        act=nn.ELU,
+    ),
+    "sage": _graph("2 GraphSAGE layers, 64 wide (Hamilton et al. 2017)", conv=graph.sage, width=64),
+    "gin": _graph("2 GIN layers, 64 wide (Xu et al. 2019)", conv=graph.gin, width=64),
+    **{
+        f"music_{kind.__name__.lower()}{'_steps' if steps else ''}": _music(kind, steps)
+        for steps in (False, True)
+        for kind in (nn.RNN, nn.GRU, nn.LSTM)
+    },
+    "field": Net(
+        Field, "Fourier features and 4 fc, for the colours of a picture", task="regression"
+    ),
 }
 
 
@@ -157,6 +216,11 @@ def build(
             "Enlarge the images or choose vgg6."
         )
     return net.build(in_shape, classes, norm)
+
+
+def default_error_at(name: str) -> str | None:
+    """The module whose output's error is sent unless the user names another; None is the network's output."""
+    return None if ":" in name else _find(name).error_at
 
 
 def default_sites(name: str) -> tuple[str, ...] | str:

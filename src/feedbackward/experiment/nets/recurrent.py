@@ -1,15 +1,20 @@
-"""Recurrent networks that predict the next token."""
+"""Recurrent networks that predict what comes next: a token, or a frame of keys."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from feedbackward.unrolled import unroll
+
 
 class Recurrent(nn.Module):
-    """Embedding, recurrent layers and a linear head: int64 [N, T] -> scores [N, T, vocabulary].
+    """An embedding, recurrent layers and a linear head.
 
-    Each layer is a module of its own, whose output sequence is a site. `kind`: nn.RNN, nn.GRU or nn.LSTM. Weights start as
-    PyTorch has them; `norm` changes nothing.
+    int64 [N, T] -> scores [N, T, vocabulary], or where `frames`: [N, T, keys] -> logits [N, T, keys].
+
+    Each layer is a module of its own, whose output sequence is a site. `kind`: nn.RNN, nn.GRU or nn.LSTM. Where `steps`,
+    a layer runs step by step, and its module `steps.0` is a site of every step. Weights start as PyTorch has them; `norm`
+    changes nothing.
     """
 
     def __init__(
@@ -22,15 +27,18 @@ class Recurrent(nn.Module):
         width: int = 128,
         depth: int = 2,
         dropout: float = 0.0,
+        frames: bool = False,
+        steps: bool = False,
     ) -> None:
         super().__init__()
-        self.embed = nn.Embedding(classes, width)
-        self.layers = nn.ModuleList(kind(width, width, batch_first=True) for _ in range(depth))
+        self.embed = nn.Linear(in_shape[-1], width) if frames else nn.Embedding(classes, width)
+        layers = [kind(width, width, batch_first=True) for _ in range(depth)]
+        self.layers = nn.ModuleList(unroll(layer) if steps else layer for layer in layers)
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens)
+    def forward(self, sequences: Tensor) -> Tensor:
+        h = self.embed(sequences)
         for layer in self.layers:
             h, _ = layer(h)
         return self.head(self.drop(h))

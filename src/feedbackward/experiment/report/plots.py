@@ -41,6 +41,8 @@ LINE = 0.18  # inches from one name to the next
 CURVES = {
     "validation_accuracy": "Validation accuracy (%)",
     "validation_perplexity": "Validation perplexity",
+    "validation_nll": "Validation NLL (nats)",
+    "validation_psnr": "Validation PSNR (dB)",
     "train_loss": "Training loss",
 }
 

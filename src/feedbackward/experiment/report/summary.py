@@ -198,10 +198,10 @@ def _against_bp(rule: Results, results: Results) -> str:
     gap = paired(bp, rule)
     if bp is None or gap is None:
         return f"over {_seeds(n)}"
-    error = "" if gap["se"] is None else f" ± {gap['se']:.1f}"
-    side = "gap" if gap["mean"] >= 0 else "ahead by"
     measure = measure_of_rule(bp)
-    points = f"{side} {abs(gap['mean']):.1f}{error}{measure.points}"
+    error = "" if gap["se"] is None else f" ± {gap['se']:.{measure.digits}f}"
+    side = "gap" if gap["mean"] >= 0 else "ahead by"
+    points = f"{side} {abs(gap['mean']):.{measure.digits}f}{error}{measure.points}"
     return f"({_subject(bp)} {measure.in_words(_mean(bp))}, {points} over {_seeds(gap['n'])})"
 
 

@@ -1,83 +1,58 @@
-"""Tasks: what the training loop asks for, and all that it knows of images or texts."""
+"""Tasks by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from feedbackward.experiment.config.data import DataConfig
-from feedbackward.experiment.config.tasks import KINDS, Kind
-from feedbackward.experiment.data.dataset import Data, Loader, fingerprint_data, load_data
+from feedbackward.experiment.data.dataset import Loader, fingerprint_data, load_data
 from feedbackward.experiment.data.loader import Batches
-from feedbackward.experiment.data.text import (
-    SequenceLoader,
-    TextData,
-    fingerprint_text,
-    load_text,
+from feedbackward.experiment.data.music import PieceLoader, fingerprint_music, load_music
+from feedbackward.experiment.data.nodes import NodeLoader, fingerprint_graph, load_graph
+from feedbackward.experiment.data.picture import (
+    PixelLoader,
+    fingerprint_picture,
+    load_picture,
 )
+from feedbackward.experiment.data.text import SequenceLoader, fingerprint_text, load_text
+from feedbackward.experiment.tasks.task import AnyData, Classes, Frames, Task, Values
 
-AnyData = Data | TextData
-
-
-@dataclass(frozen=True)
-class Task:
-    """Data, batches, loss and measures of a task whose outputs are scores of classes.
-
-    Outputs are [N, ..., C] and targets [N, ...]; N rows hold `count` predictions.
-
-    Attributes:
-        load, fingerprint: the data of a config, and a digest of the files that they come from.
-        batches: makes the loader of a split.
-        rows: rows of a batch of an evaluation, at least.
-    """
-
-    name: str
-    load: Callable[[DataConfig], AnyData]
-    fingerprint: Callable[[DataConfig], str]
-    batches: Callable[..., Batches]
-    rows: int
-
-    @property
-    def kind(self) -> Kind:
-        """How it counts, and the measure that decides."""
-        return KINDS[self.name]
-
-    def loss(self, output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy over all predictions."""
-        return F.cross_entropy(output.float().flatten(0, -2), target.flatten(), reduction=reduction)
-
-    def hits(self, output: Tensor, target: Tensor) -> Tensor:
-        """How many predictions are right."""
-        return (output.argmax(-1) == target).sum()
-
-    def count(self, target: Tensor) -> int:
-        """How many predictions a batch asks for."""
-        return target.numel()
-
-    def measures(self, loss: float, accuracy: float) -> dict[str, float]:
-        """What is recorded of a split: mean loss, percentage of right predictions, and the measure that decides."""
-        found = {"loss": loss, "accuracy": accuracy}
-        if self.kind.measure.key == "perplexity":
-            found["perplexity"] = float(torch.tensor(loss, dtype=torch.float64).exp())
-        return found
-
-    def output_shape(self, target: Tensor, data: AnyData) -> tuple[int, ...]:
-        """The shape that a network's output must have."""
-        return (*target.shape, data.num_classes)
+__all__ = ["TASKS", "AnyData", "Task"]
 
 
-def _text_batches(
-    split: Any, data: Any, *options: Any, augment: str = "none", **named: Any
-) -> Batches:
-    return SequenceLoader(split, *options, **named)
+def _plain(kind: type[Batches]) -> Any:
+    """A loader that has no use for the data set and augments nothing."""
+
+    def batches(
+        split: Any, data: AnyData, *options: Any, augment: str = "none", **named: Any
+    ) -> Batches:
+        return kind(split, *options, **named)
+
+    return batches
 
 
-TASKS: dict[str, Task] = {
-    "classification": Task("classification", load_data, fingerprint_data, Loader, 250),
-    "language_model": Task("language_model", load_text, fingerprint_text, _text_batches, 64),
-}
+_ALL = (
+    Classes("classification", load_data, fingerprint_data, Loader, 250),
+    Classes("language_model", load_text, fingerprint_text, _plain(SequenceLoader), 64),
+    # a pass takes the whole graph, however many of its nodes have a loss
+    Classes(
+        "node_classification",
+        load_graph,
+        fingerprint_graph,
+        _plain(NodeLoader),
+        1_000_000,
+        whole=True,
+    ),
+    Frames(
+        "music",
+        load_music,
+        fingerprint_music,
+        _plain(PieceLoader),
+        16,
+        whole=True,
+        labelled=False,
+    ),
+    Values(
+        "regression", load_picture, fingerprint_picture, _plain(PixelLoader), 4096, labelled=False
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from feedbackward.attaching import attach
 from feedbackward.errors import ConfigError
@@ -25,6 +26,7 @@ from feedbackward.experiment.data.dataset import DataConfig
 from feedbackward.experiment.tasks import TASKS, AnyData
 from feedbackward.experiment.training.randomness import seed_everything
 from feedbackward.learner import Learner
+from feedbackward.model.example import run
 from feedbackward.operators import OPERATORS, Operator
 from feedbackward.rules import COMPOSED, RULES, Flipped, Mixed, Rule
 
@@ -193,26 +195,25 @@ def build_learner(config: TrainConfig, data: AnyData, device: torch.device) -> L
         raise ConfigError(f"{len(data.train)} training image gives no batch: use at least 2")
     batches = task.batches(data.train, data, min(4, len(data.train)), device=device)
     example, target = next(batches.epoch(0))
-    learner = attach(
-        model, rule, example=example, sites=sites, error_at=config.error_at, seed=config.seed
-    )
+    error_at = config.error_at or nets.default_error_at(config.model)
+    learner = attach(model, rule, example=example, sites=sites, error_at=error_at, seed=config.seed)
     _check_output(learner, example, task.output_shape(target, data), config)
     return learner
 
 
 def _check_output(
-    learner: Learner, example: Tensor, expected: tuple[int, ...], config: TrainConfig
+    learner: Learner, example: Any, expected: tuple[int, ...], config: TrainConfig
 ) -> None:
     learner.eval()
     with torch.no_grad():
-        output = learner(example)
+        output = run(learner, example)
     learner.train()
     if not isinstance(output, Tensor) or output.shape != expected:
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        what = "images" if config.task == "classification" else "sequences"
+        given = [list(t.shape) for t in tree_leaves(example)]
         raise ConfigError(
-            f"the model '{config.model}' returned {got} for {len(example)} {what}: expected logits "
-            f"{list(expected)}, one per class of the data; a callable of your own is given them as `classes`"
+            f"the model '{config.model}' returned {got} for inputs of shape {', '.join(map(str, given))}: expected "
+            f"{list(expected)}, an output for each class of the data; a callable of your own is given them as `classes`"
         )
 
 

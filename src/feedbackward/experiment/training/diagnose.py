@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.learner import Learner
+from feedbackward.model.example import run
 
 
-def first_non_finite(learner: Learner, inputs: Tensor) -> str:
+def first_non_finite(learner: Learner, inputs: Any) -> str:
     """Name what first became NaN or infinite, in words that end a sentence starting with "the loss is nan:".
 
     Weights are looked at first: the caller asks after a forward pass and before the next update, so a weight
     that is not finite now was made so by the last update, and the forward pass only shows it.
     """
-    if not _finite(inputs):
-        return "the input images hold it"
+    if not all(_finite(t) for t in tree_leaves(inputs)):
+        return "the inputs hold it"
     named = {
         "the parameter": learner.model.named_parameters(),
         "the feedback weights of site": learner.feedback.named_parameters(),
@@ -32,7 +33,7 @@ def first_non_finite(learner: Learner, inputs: Tensor) -> str:
     return _first_module(learner, inputs)
 
 
-def _first_module(learner: Learner, inputs: Tensor) -> str:
+def _first_module(learner: Learner, inputs: Any) -> str:
     """Run the model once more and report the first module whose output is not finite."""
     found: list[str] = []
     names = {module: name for name, module in learner.model.named_modules()}
@@ -44,7 +45,7 @@ def _first_module(learner: Learner, inputs: Tensor) -> str:
     handles = [module.register_forward_hook(look) for module in learner.model.modules()]
     try:
         with torch.no_grad(), learner.exact():
-            learner(inputs)
+            run(learner, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ from torch import Tensor
 from feedbackward.errors import ConfigError, DivergenceError, FeedbackError
 from feedbackward.experiment.benchmark.pipeline_plots import plot_timeline
 from feedbackward.experiment.config.schema import TrainConfig
-from feedbackward.experiment.tasks import AnyData
+from feedbackward.experiment.tasks import TASKS, AnyData
 from feedbackward.experiment.training import checkpoint
 from feedbackward.experiment.training.building import find_device, shared_data
 from feedbackward.experiment.training.checkpoint import check_same_tensors
@@ -167,6 +167,10 @@ class PipedRun(Run):
     def __init__(
         self, config: TrainConfig, data: AnyData, device: torch.device, leads: bool
     ) -> None:
+        if TASKS[config.task].whole:
+            raise ConfigError(
+                f"a batch of the task {config.task} cannot be divided into parts that count alike: leave out --parallel"
+            )
         super().__init__(config, data, device)
         parallel, self.leads = config.parallel, leads
         self._names = {

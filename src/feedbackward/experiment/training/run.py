@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from feedbackward.errors import CheckpointError, ConfigError, DivergenceError
+from feedbackward.errors import AttachError, CheckpointError, ConfigError, DivergenceError
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.tasks import TASKS, AnyData
 from feedbackward.experiment.training.building import build_learner
@@ -33,6 +34,7 @@ from feedbackward.experiment.training.randomness import (
     seed_everything,
 )
 from feedbackward.measure.probe import Probe, probe
+from feedbackward.model.example import run as run_model
 from feedbackward.schedules.delayed import Delayed
 from feedbackward.schedules.dsp import own_delays
 
@@ -77,6 +79,11 @@ class Run:
         self.epochs = recipe.epochs
         self.task = TASKS[config.task]
         self.learner = build_learner(config, data, device)
+        if self.learner.graph.local and not self.task.labelled:
+            raise AttachError(
+                f"{self.learner.rule.label} learns from classes by local losses, and the targets of the task {config.task} are none: "
+                "use a rule with feedback (dfa, dkp)."
+            )
         # before anything wraps it: to shard or to compile changes no result
         self.network = described(self.learner.model)
         self.stale = self._staleness()
@@ -104,9 +111,15 @@ class Run:
         self.position = Position()
         seed_everything(config.seed)
 
-    def prepared(self, images: Tensor) -> Tensor:
-        """Images in the memory format of this run."""
-        return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
+    def prepared(self, inputs: Any) -> Any:
+        """Images in the memory format of this run; other inputs as they are."""
+        if not self.config.channels_last:
+            return inputs
+
+        def laid(t: Tensor) -> Tensor:
+            return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+        return tree_map(laid, inputs)
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
@@ -115,7 +128,7 @@ class Run:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             yield
 
-    def step(self, images: Tensor, labels: Tensor) -> float:
+    def step(self, images: Any, labels: Tensor) -> float:
         """One update; returns the mean loss of the batch.
 
         Raises:
@@ -146,7 +159,7 @@ class Run:
             return contextlib.nullcontext()
         return self.stale.predicted()
 
-    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    def _gradients(self, images: Any, labels: Tensor) -> tuple[float, int]:
         """The gradients of a batch; returns its mean loss and how many outputs were right."""
         if self.calibrates:
             with self.learner.exact():
@@ -193,17 +206,17 @@ class Run:
     def tell_target(self, labels: Tensor) -> None:
         """Give the labels of the next pass to a rule that needs them."""
         if self.learner.attached.needs_target:
-            self.learner.target(labels)
+            self.learner.target(self.task.told(labels))
 
-    def _joint(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _joint(self, images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Output and loss of a batch, its backward done at once."""
         with self.precision():
-            output = self.forward(images)
+            output = run_model(self.forward, images)
             loss = self.task.loss(output, labels)
         self.scaler.scale(loss).backward()
         return output, loss
 
-    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _backward(self, images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Output and loss of a batch, its backward done by the configured schedule."""
         if self.config.schedule == "joint":
             return self._joint(images, labels)
@@ -236,9 +249,9 @@ class Run:
             self.learner.train()
         return self.task.measures(loss / count, 100 * correct / count)
 
-    def output(self, images: Tensor) -> Tensor:
+    def output(self, images: Any) -> Tensor:
         """The network's output on a batch."""
-        return self.learner(images)
+        return run_model(self.learner, images)
 
     def model_state(self) -> dict[str, Tensor]:
         """The network's `state_dict`."""
@@ -315,7 +328,7 @@ class Run:
             )
         return Delayed(self.learner, delays, steps=steps)
 
-    def _diverged(self, value: float, images: Tensor) -> None:
+    def _diverged(self, value: float, images: Any) -> None:
         with self.precision():
             where = first_non_finite(self.learner, images)
         rates = f"--forward.lr (now {self.weights['model'].settings.lr:g})"

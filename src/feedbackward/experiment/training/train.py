@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -173,7 +172,7 @@ class Loop:
             f"{measure.in_words(trained[measure.key])}, held out {measure.in_words(held_out[measure.key])}, "
             f"{speed:,.0f} {kind.unit}/s"
         )
-        chance = math.log(run.data.num_classes)
+        chance = run.task.guess(run.data)
         if row["train_loss"] > 10 * chance:
             self.progress.say(
                 f"the loss is far above that of guessing ({chance:.2f}): training diverges without becoming NaN; lower the rates"
