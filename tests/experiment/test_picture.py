@@ -52,7 +52,8 @@ def test_every_pixel_is_in_one_split():
     # the middle of the pixel in row r and column c is at (2 r + 1) / 16 - 1
     torch.testing.assert_close(places[:, 0], (2 * rows + 1) / 16 - 1)
     assert torch.equal(colours, drawn(16)[rows, columns])
-    assert colours.min() >= 0 and colours.max() <= 1
+    assert colours.min() >= 0
+    assert colours.max() <= 1
 
 
 def test_the_picture_has_smooth_parts_and_edges():
