@@ -172,11 +172,23 @@ class Edge:
     rule: Rule = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        # what is asked for in every pass, and is the same in all
+        object.__setattr__(self, "_repeats", self._find_repeats())
+        object.__setattr__(self, "_leading", self._find_leading())
         if not self.key:
             key = feedback_key(self.site)
             if self.operator.common:
                 key = f"{type(self.operator).__name__}/{'x'.join(map(str, self.source_shape))}"
             object.__setattr__(self, "key", key)
+        names = [
+            f"{self.key}:{part}" if i else self.key for i, part in enumerate(self.operator.parts)
+        ]
+        object.__setattr__(self, "_names", tuple(names))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its tensors among the feedback weights: the first is the edge's key."""
+        return self._names  # type: ignore[attr-defined]
 
     @property
     def learns_in_pass(self) -> bool:
@@ -186,6 +198,9 @@ class Edge:
     @property
     def leading(self) -> int:
         """Leading dimensions of the source kept by the edge: the batch, and the tokens where both ends are token-wise."""
+        return self._leading  # type: ignore[attr-defined]
+
+    def _find_leading(self) -> int:
         source, site = self.source, self.site
         kept, calls = source.tokens, self.repeats
         if (
@@ -202,6 +217,9 @@ class Edge:
 
         The site has then one leading dimension more than the source: the calls, behind the batch.
         """
+        return self._repeats  # type: ignore[attr-defined]
+
+    def _find_repeats(self) -> int:
         source, site = self.source, self.site
         kept = site.tokens
         stepped = kept == source.tokens and site.shape[:kept] == source.shape[:kept]

@@ -188,7 +188,10 @@ class Learner(AttachedModule, Generic[M]):
 
     def _take_target(self) -> Target | None:
         """The targets of the next pass, whatever pass that is."""
-        target, self._target = self._target, None
+        target = self._target
+        if target is not None:
+            # a module's attributes are slow to set
+            self._target = None
         return target
 
     def _hook_root(self) -> None:

@@ -70,6 +70,8 @@ class Attached:
     own_passes: int = field(init=False, default=0)
     # the hooks on the model, in the order in which they act
     handles: list[RemovableHandle] = field(init=False, default_factory=list)
+    # the number of hooks that had ever been registered when the order was last made
+    _hooks_seen: int = field(init=False, default=-1)
     # training passes before the first phase; None once there was one
     without_phase: int | None = field(init=False, default=0)
 
@@ -143,8 +145,9 @@ class Attached:
             refuse_transforms(inputs)
             self.mirrored.warn()
             self._count_pass()
-            with self.own_pass():
-                self.rows.see_again(self.model, inputs)
+            if self.rows.to_see:
+                with self.own_pass():
+                    self.rows.see_again(self.model, inputs)
         refuse_without_values(self.feedback, self.model)
         refuse_frozen_zeros(self.feedback, self.graph)
         self.cuts.recompute = True
@@ -169,6 +172,10 @@ class Attached:
 
         FSDP's must see the output of a module, not what is cut from it.
         """
+        if self._hooks_seen == RemovableHandle.next_id:
+            # no hook was registered anywhere
+            return
+        self._hooks_seen = RemovableHandle.next_id
         for handle in self.handles:
             hooks = handle.hooks_dict_ref()
             if hooks is not None and not isinstance(hooks.get(handle.id), FirstHook):
@@ -236,7 +243,8 @@ class AttachedModule(nn.Module):
 
 def refuse_input_gradients(inputs: Any) -> None:
     """Under cuts the gradient of an input is not the true one."""
-    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(inputs)):
+    leaves: Any = tree_leaves(inputs) if not isinstance(inputs, Given) else inputs.leaves()
+    if any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
         raise AttachError(
             "an input requires a gradient, but under cuts its gradient is not the true one. Use `with learner.exact():` "
             "for input gradients, or detach the input."

@@ -35,6 +35,7 @@ class Cuts(Hooked):
         ]
         self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
         self.local = {place[end.site]: end for end in graph.local}
+        self._in_time = any(site.every for site in graph.sites)
         self.upward = Upward(graph)
         self._sites_by_points = {site.points: place[site] for site in graph.sites}
         # whether the latest forward pass was cut: a checkpoint may repeat a part of it
@@ -93,6 +94,8 @@ class Cuts(Hooked):
 
     def _stack(self, tape: Tape) -> None:
         """Make one activity `[N, calls, ...]` of the calls of each site of every call."""
+        if not self._in_time:
+            return
         for index, steps in enumerate(tape.steps):
             if not steps or tape.h[index] is not None:
                 continue
@@ -349,10 +352,10 @@ class Cuts(Hooked):
                 f"feedback was made for features {list(edge.site_shape)} and {edge.source_size} source units. Dense feedback fits one "
                 "input size: resize the inputs, or attach with an example of this size."
             )
-        kept = (*h.shape[:1], *h.shape[1 + calls :][: lead - 1])
-        self._check_rows(site, kept, edge.source, source.shape[:lead])
+        kept, rows = (*h.shape[:1], *h.shape[1 + calls :][: lead - 1]), source.shape[:lead]
+        self._check_rows(site, kept, edge.source, rows)
         # a layer that gets no rows (an expert) gets no gradient either
-        if 0 < source.shape[:lead].numel() < edge.rule.least_batch:
+        if 0 < rows.numel() < edge.rule.least_batch:
             raise SiteError(
                 f"{edge.rule.label} with these options needs a batch of at least {edge.rule.least_batch}, got "
                 f"{source.shape[0]} (center=True subtracts the batch mean). Drop the last smaller batch."

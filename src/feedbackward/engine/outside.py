@@ -33,8 +33,9 @@ def holds_fsdp(model: nn.Module) -> bool:
 
 def refuse_left_out(learner: nn.Module, model: nn.Module, feedback: nn.Module) -> None:
     """Refuse a learner whose model is sharded, but not itself: nobody would reduce the gradients of its feedback."""
-    learns = any(p.requires_grad for p in feedback.parameters())
-    if learns and holds_fsdp(model) and not is_fsdp(learner) and not is_fsdp(feedback):
+    if not holds_fsdp(model) or is_fsdp(learner) or is_fsdp(feedback):
+        return
+    if any(p.requires_grad for p in feedback.parameters()):
         raise FeedbackError(
             "the model is sharded and the learner is not, so the feedback's gradients would not be reduced over the processes: "
             "call `fully_shard(learner)` after its blocks were sharded."

@@ -76,6 +76,11 @@ class Rows:
         if all(seen) and (again or not any(_picks(tensors[source]) for source in self._fed)):
             self._tries = 0
 
+    @property
+    def to_see(self) -> bool:
+        """Whether there is something that no pass has shown yet."""
+        return self._tries > 0
+
     def see_again(self, model: nn.Module, inputs: Any) -> None:
         """Before a training pass: look at its inputs, unless all has been seen."""
         if not self._tries or torch.compiler.is_compiling() or not _has_values(inputs):

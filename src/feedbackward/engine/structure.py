@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from feedbackward.engine.checks import check_graph
 from feedbackward.errors import AttachError
@@ -31,14 +31,20 @@ class Structure:
         """Whether every part is where it was, of the class and with the parameters that it had."""
         if torch.compiler.is_compiling():
             return True
-        same = all(
-            type(m) is kind
-            and m._modules == parts
-            and m._parameters.keys() == names
-            and vars(m).get("forward") is own
-            for m, kind, parts, names, own in self._parts
-        )
-        return same and self._count() == self._tensors
+        tensors: list[Tensor | None] = []
+        for m, kind, parts, names, own in self._parts:
+            space = m.__dict__
+            if (
+                type(m) is not kind
+                or m._modules != parts
+                or [*m._parameters] != names
+                or space.get("forward") is not own
+            ):
+                return False
+            tensors += m._parameters.values()
+        # the count matters only where there are others: weights may have been tied
+        ids = [*map(id, tensors)]
+        return ids == self._ids or len({*ids}) == self._tensors
 
     def judge(self, model: nn.Module) -> None:
         """Take a changed model as it is, if feedback still stands for what it did.
@@ -81,14 +87,12 @@ class Structure:
     def _note(self, model: nn.Module) -> None:
         self._named = dict(model.named_modules())
         self._parts = [
-            (m, type(m), dict(m._modules), frozenset(m._parameters), vars(m).get("forward"))
+            (m, type(m), dict(m._modules), [*m._parameters], vars(m).get("forward"))
             for m in self._named.values()
         ]
-        self._tensors = self._count()
-
-    def _count(self) -> int:
-        """How many parameters there are, those that are tied counted once."""
-        return len({id(p) for m, *_ in self._parts for p in m._parameters.values()})
+        self._ids = [id(p) for m, *_ in self._parts for p in m._parameters.values()]
+        # how many parameters there are, those that are tied counted once
+        self._tensors = len({*self._ids})
 
 
 def _lost(old: nn.Module, new: nn.Module | None) -> bool:

@@ -66,8 +66,11 @@ class Feedback(nn.Module):
     def __init__(self, drawn: Callable[..., nn.Module]) -> None:
         super().__init__()
         self._drawn = drawn
+        # whether the weights were seen to have values, which they lose in `_apply` only
+        self._seen = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Feedback:
+        self._seen = False
         without_values = self.on_meta()
         super()._apply(fn, recurse)
         if without_values and not self.on_meta():
@@ -95,7 +98,13 @@ class Feedback(nn.Module):
 
     def on_meta(self) -> bool:
         """Whether the weights have no values."""
-        return any(t.is_meta for t in (*self.parameters(), *self.buffers()))
+        # a compiled pass must not depend on what changes in the first one
+        if torch.compiler.is_compiling() or not self._seen:
+            meta = any(t.is_meta for t in (*self.parameters(), *self.buffers()))
+            if not torch.compiler.is_compiling():
+                self._seen = not meta
+            return meta
+        return False
 
 
 def _draw(
@@ -162,7 +171,7 @@ def _measured(
 
 def weights_of(feedback: nn.Module, edge: Edge) -> Weights:
     """The tensors of an edge, in the order of its operator's parts."""
-    return tuple(getattr(feedback, name) for name in weight_names(edge))
+    return tuple([getattr(feedback, name) for name in edge.names])
 
 
 def weight_named(model: nn.Module, name: str) -> Tensor:
@@ -172,9 +181,9 @@ def weight_named(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def weight_names(edge: Edge) -> list[str]:
+def weight_names(edge: Edge) -> tuple[str, ...]:
     """The names of an edge's tensors: the first is the edge's own."""
-    return [f"{edge.key}:{part}" if i else edge.key for i, part in enumerate(edge.operator.parts)]
+    return edge.names
 
 
 def refuse_without_values(feedback: Feedback, model: nn.Module) -> None:

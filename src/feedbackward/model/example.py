@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -21,6 +21,11 @@ class Given(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def leaves(self) -> Sequence[Any]:
+        """All that is in them. Most passes get one tensor, for which opening a tree would take long."""
+        plain = not self.kwargs and all(type(arg) is Tensor for arg in self.args)
+        return self.args if plain else tree_leaves(tuple(self))
 
 
 def run(model: Callable[..., Any], example: Any) -> Any:
