@@ -73,10 +73,10 @@ def _recurrent(kind: type[nn.RNNBase]) -> Net:
 
 def _music(kind: type[nn.RNNBase], steps: bool = False) -> Net:
     return Net(
-        partial(Recurrent, kind=kind, width=64, frames=True, steps=steps),
-        f"2 {kind.__name__} layers of width 64, for frames of keys"
+        partial(Recurrent, kind=kind, width=64, depth=1, frames=True, steps=steps),
+        f"one {kind.__name__} layer of width 64, for frames of keys"
         + (", a site of every step" if steps else ""),
-        sites=tuple(f"layers.{i}{'.steps.0' if steps else ''}" for i in range(2)),
+        sites=("layers.0.steps.0" if steps else "layers.0",),
         task="music",
     )
 
