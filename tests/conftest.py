@@ -16,7 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick",
         action="store_true",
-        help="no test marked nightly, and of a test with more than eight variations a third, unless it is marked whole",
+        help="no test marked nightly, of one marked single its first variation, and of one with more than four a fifth, unless it "
+        "is marked whole",
     )
 
 
@@ -29,10 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seen = set()
     for item in items:
         name = item.nodeid.partition("[")[0]
-        whole = variations[name] <= 8 or item.get_closest_marker("whole") is not None
-        lucky = zlib.crc32(item.nodeid.encode()) % 3 == 0 or name not in seen
-        nightly = item.get_closest_marker("nightly") is not None
-        chosen[not nightly and (whole or lucky)].append(item)
+        nightly, single, whole = (
+            item.get_closest_marker(mark) is not None for mark in ("nightly", "single", "whole")
+        )
+        few = variations[name] <= 4 and not single
+        lucky = zlib.crc32(item.nodeid.encode()) % 5 == 0 and not single
+        chosen[not nightly and (whole or few or lucky or name not in seen)].append(item)
         seen.add(name)
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])

@@ -159,6 +159,7 @@ def test_kolen_pollack_computes_no_second_product() -> None:
     assert flops["fa"] == flops["kp"]
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("rule", [fb.FA(), fb.KolenPollack()], ids=["fa", "kp"])
 def test_accumulation_and_compile(rule: fb.Rule) -> None:
     model, x, y = small()

@@ -54,6 +54,7 @@ def compare(plain: fb.Learner, learner: fb.Learner, rtol: float, silent: tuple[s
         torch.testing.assert_close(dict(learner.named_buffers())[key], buffer, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", ["in_place", "resnet_functional"])
 def test_whole_learner(name: str, rule: fb.Rule) -> None:

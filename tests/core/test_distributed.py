@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import zoo
+from ranks import chosen
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,15 +53,15 @@ def train(call: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     return {n.replace("module.", ""): value for n, value in (kept | weights).items()}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, names: list[str], keys: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
     )
     found: dict[str, Any] = {}
-    for name in NETS:
-        for key, rule in RULES.items():
-            learner, batch = make(name, rule)
+    for name in names:
+        for key in keys:
+            learner, batch = make(name, RULES[key])
             torch.manual_seed(100 + rank)  # ranks differ in everything but the seed given to attach
             part = batch.chunk(WORLD)[rank]
             found[f"{name} {key}"] = train(DistributedDataParallel(learner), part)
@@ -87,9 +88,12 @@ def frozen(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    wanted = (str(folder), chosen(request, "name"), chosen(request, "key"))
+    mp.spawn(worker, args=wanted, nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -98,6 +98,7 @@ def test_vgg16_takes_five_steps_and_feeds_every_layer() -> None:
     assert {*runs(learner)[-1][1]} == {"head"}  # the ten classes pass over nothing
 
 
+@pytest.mark.nightly
 def test_a_net_with_fewer_layers_than_steps_is_fed_layer_by_layer() -> None:
     nets = pytest.importorskip(
         "feedbackward.experiment.nets"

@@ -124,6 +124,7 @@ def test_layers_of_a_class_of_their_own_are_named_as_the_reason() -> None:
         fb.attach(gpt2(), fb.DKP.published(), example=words(), output=lambda out: out.logits)
 
 
+@pytest.mark.single
 @RULES
 @pytest.mark.parametrize("where", ["blocks", "layers"])
 def test_transformers_resnet(rule: fb.Rule, where: str) -> None:
@@ -136,6 +137,7 @@ def test_transformers_resnet(rule: fb.Rule, where: str) -> None:
     assert last < 0.95 * first
 
 
+@pytest.mark.single
 @RULES
 @pytest.mark.parametrize("where", ["blocks", "layers"])
 def test_monai_resnet(rule: fb.Rule, where: str) -> None:

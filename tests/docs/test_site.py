@@ -35,6 +35,7 @@ def pages(site: Path) -> dict[str, str]:
     return {str(p.relative_to(site)): p.read_text() for p in site.rglob("*.html")}
 
 
+@pytest.mark.nightly
 def test_no_page_loads_anything_from_the_network(site: Path) -> None:
     for name, text in pages(site).items():
         assert not re.findall(r'<(?:script|img)[^>]* src="(?:https?:)?//[^"]*"', text), name

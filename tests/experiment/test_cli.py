@@ -255,6 +255,7 @@ def test_a_disk_that_is_full_is_told(capsys, tmp_path, monkeypatch):
     assert "No space left on device" in refused(capsys, "train", *TINY, "--out", tmp_path / "run")
 
 
+@pytest.mark.single
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path, signum, code):
     run = tmp_path / "run"

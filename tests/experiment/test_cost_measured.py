@@ -257,6 +257,7 @@ class TestCommand:
         labels = [case.label for case in make_cases(config, "mlp", CPU)[2:]]
         assert labels == ["dfa, joint, dense", "dfa, joint, dense scale=2", "frozen, joint"]
 
+    @pytest.mark.single
     @pytest.mark.parametrize(
         "options",
         [
@@ -388,6 +389,7 @@ class TestPeers:
             "dkp",
         ]
 
+    @pytest.mark.nightly
     def test_a_folder_that_does_not_hold_them(self, tmp_path: Path) -> None:
         done = self.run("--dkp-gist", str(tmp_path))
         assert done.returncode == 2

@@ -18,6 +18,7 @@ from feedbackward.experiment.data import DataConfig, decode, load_data
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.single
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="bench/faults.py forks")
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_what_a_killed_write_left_is_removed_an_hour_later(tmp_path, cache_folde
     assert [path.name for path in cache_folder.glob(".writing-*")] == [".writing-new"]
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_signal_while_images_are_decoded_stops_at_once(

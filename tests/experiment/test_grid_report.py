@@ -181,6 +181,7 @@ def losses(folder: Path) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.nightly
 def test_a_study_that_is_stopped_goes_on_with_the_same_numbers(
     home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

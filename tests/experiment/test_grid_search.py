@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from test_grid import TINY
 from test_grid_report import block, results, rule
@@ -57,6 +58,7 @@ def test_the_rate_of_all_rules_is_picked_for_the_first(home: Path) -> None:
     assert "W's rate was picked for the first rule" in told()
 
 
+@pytest.mark.nightly
 def test_rates_are_told_as_the_runs_had_them(home: Path) -> None:
     """The file has changed since: nothing is run, and nothing is told that was not."""
     assert run("--only.seeds", "0") == 0
@@ -76,6 +78,7 @@ def test_rates_are_told_as_the_runs_had_them(home: Path) -> None:
     assert "picked of 3 in main/all" in told()
 
 
+@pytest.mark.nightly
 def test_a_rule_that_is_run_anew_leaves_the_trials_of_another(home: Path) -> None:
     assert run("--only.seeds", "0") == 0
     files = {

@@ -319,6 +319,7 @@ def test_an_unwritable_folder_is_one_clear_sentence(tmp_path):
         write_report(small(dkp=[80.0]), tmp_path / "file")
 
 
+@pytest.mark.nightly
 def test_a_rule_with_sites_of_its_own_is_shown_at_them(tmp_path):
     """A chain's or a relay's sites have other names than the nodes that the first rule has: its angles must not be left out."""
     names = [f"{site}.input" for site in SITES]

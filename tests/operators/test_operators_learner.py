@@ -210,6 +210,7 @@ def test_channels_last(rule: fb.Rule) -> None:
         assert_close(q.grad, p.grad, name)
 
 
+@pytest.mark.single
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_compiled(rule: fb.Rule) -> None:

@@ -69,6 +69,7 @@ def run(job: Job, interrupts: Interrupts | None = None) -> tuple[Outcome, list[t
     return run_divided(job, send, interrupts or Interrupts()), events
 
 
+@pytest.mark.nightly
 def test_a_stopped_cell_is_gone_on_with(job: Job) -> None:
     """It saves itself, and ends with the weights of one process that nothing disturbed."""
     outcome, events = run(job, Interrupts())

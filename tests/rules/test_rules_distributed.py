@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import chosen
 from steps import give_gradients, staleness
 from test_rules_everywhere import CASES, trained
 from torch.nn import functional as F
@@ -48,13 +49,13 @@ def run(name: str, rank: int) -> dict[str, Any]:
     return {"start": start, "end": learner.state_dict()}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
     )
     found: dict[str, Any] = {}
-    for name in fb.RULES:
+    for name in names:
         try:
             found[name] = run(name, rank)
         except Exception as error:
@@ -65,9 +66,11 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    mp.spawn(worker, args=(str(folder), chosen(request, "name")), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -143,6 +143,7 @@ def test_pfa_forms_no_second_sum_over_the_batch() -> None:
     assert extra == [3 * 6 * 5] * 2
 
 
+@pytest.mark.single
 @pytest.mark.parametrize(
     "rule",
     [fb.rules.PFA(expand=2), fb.rules.InformationAlignment(standardize=False)],

@@ -237,6 +237,7 @@ def test_evaluations_and_probes_do_not_count_as_passes() -> None:
     assert [learner.feedback_of(edge)[1].item() for edge in learner.graph.edges] == [0, 0, 0]
 
 
+@pytest.mark.single
 @pytest.mark.parametrize("name", ["usf", "brsf", "frsf"])
 def test_compiled_passes_are_the_plain_ones(name: str) -> None:
     torch._dynamo.reset()

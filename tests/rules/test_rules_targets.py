@@ -325,6 +325,7 @@ def accuracy(rule: fb.Rule) -> float:
     return (model(x).argmax(1) == y).double().mean().item()
 
 
+@pytest.mark.single
 @pytest.mark.parametrize(
     "rule",
     [fb.rules.DTP(activation="tanh"), fb.rules.DDTP(), fb.rules.SDTP()],

@@ -37,6 +37,19 @@ class Failure:
         raise AssertionError(f"a rank raised {self.kind}: {self.text}")
 
 
+def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
+    """The values of a parameter with which tests of this module will run: processes need not work for those left out."""
+    calls = [
+        getattr(item, "callspec", None)
+        for item in request.session.items
+        if item.path == request.path
+    ]
+    found = [
+        call.params[parameter] for call in calls if call is not None and parameter in call.params
+    ]
+    return list(dict.fromkeys(found))
+
+
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """`work(rank, *args)` on every rank, in one gloo group; what each returned, a `Failure` where it
     raised, None where it was killed. Tensors and plain values only are returned."""
