@@ -215,3 +215,15 @@ def test_a_cell_whose_process_dies_does_not_stop_the_others(home: Path) -> None:
     text = (home / "out" / "report.md").read_text()
     assert "failed (its process died (exit code 9" in text
     assert "1 done, 1 failed" in text
+
+
+@pytest.mark.parametrize(("task", "what"), [("classification", "images"), ("music", "to train on")])
+def test_a_head_calls_examples_what_they_are(task: str, what: str) -> None:
+    run = {
+        "data": {"train": 1200},
+        "config": {"task": task},
+        "column": "some",
+        "seeds": [0],
+        "epochs": 2,
+    }
+    assert head(run) == f"some (1,200 {what}, 2 epochs, 1 seed)"

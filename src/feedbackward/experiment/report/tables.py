@@ -106,8 +106,9 @@ def head(block: Results) -> str:
         return f"{block['column']} (no data)"
     data, size = block["data"], (block.get("config") or {}).get("data", {}).get("size")
     seeds = len(block["seeds"])
+    images = (block.get("config") or {}).get("task", "classification") == "classification"
     parts = [
-        f"{data['train']:,} images",
+        f"{data['train']:,} {'images' if images else 'to train on'}",
         f"at {size} px" if size else "",
         _count(block["epochs"], "epoch"),
         _count(seeds, "seed"),
