@@ -254,11 +254,8 @@ def timelines(picture: Path) -> None:
     panels = []
     for name in ("vgg16", "vgg16 one", "transformer", "inside"):
         chosen = GROUPS[name]
-        who = [each for each in chosen["who"] if each in (*PIPELINES, "gpipe", "dkp-plain")]
-        if OWN[name.split()[0]] == "dkp":
-            who = [each for each in who if each != "dkp-plain"]
-        else:
-            who = [each for each in who if each != "dkp"]
+        stock = [each for each in chosen["who"] if each in ("1f1b", "gpipe", "zero-bubble")]
+        who = [*stock, OWN[name.split()[0]]]
         plan = {
             "net": name.split()[0],
             "ranks": 2,

@@ -229,6 +229,16 @@ def test_weights_that_are_tied_later_are_noticed() -> None:
         learner(torch.randn(5, 4))
 
 
+@pytest.mark.parametrize("rule", [fb.FA(), fb.KolenPollack()], ids=str)
+def test_a_chain_notices_weights_that_it_does_not_feed(rule: fb.Rule) -> None:
+    """No hook is lost where an activation gives way to an adapter, but the error would travel through its weights."""
+    model, x = Net(), torch.randn(5, 4)
+    learner = fb.attach(model, rule, example=x)
+    CHANGES["adapter at a functional site"](model)
+    with pytest.raises(fb.AttachError, match=r"'body.2' \(ReLU\) was replaced by a"):
+        learner(x)
+
+
 @pytest.mark.parametrize("change", ["another class", "forward patched"])
 @pytest.mark.parametrize("rule", [fb.FA(), fb.KolenPollack()], ids=str)
 def test_a_chain_notices_that_a_layer_applies_its_weight_in_another_way(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import operator
 import shutil
-import signal
 import sys
 import types
 import typing
@@ -21,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from test_train import StopAfter
 from torch import nn
 
 from feedbackward.cli import main
@@ -105,15 +105,6 @@ def test_a_checkpoint_that_does_not_say_its_data_is_refused() -> None:
             check_same_data(old, data, "c")
 
 
-class StopAfter(Interrupts):
-    left = 6
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise InterruptedRunError(signal.SIGINT)
-
-
 @pytest.fixture
 def pets(tmp_path: Path, cache_folder: Path) -> Path:
     draw = np.random.RandomState(0)
@@ -171,7 +162,7 @@ def test_a_run_goes_on_with_its_own_data_only(pets, finished, change, message) -
         run(config)
     else:
         with pytest.raises(InterruptedRunError):
-            run(config, StopAfter())
+            run(config, StopAfter(6))
     change(pets)
     if message is None:
         assert run(replace(config, resume=True))["status"] == "done"
@@ -197,7 +188,7 @@ def test_the_folder_of_a_run_says_how_to_use_its_model(pets) -> None:
 def test_a_checkpoint_of_other_insides_is_refused(pets) -> None:
     config = configured(pets)
     with pytest.raises(InterruptedRunError):
-        run(config, StopAfter())
+        run(config, StopAfter(6))
     file = pets.parent / "run" / "checkpoint.safetensors"
     whole = checkpoint.load(file)
     shutil.copy(file, pets / "kept")
@@ -214,7 +205,7 @@ def test_a_checkpoint_of_other_insides_is_refused(pets) -> None:
 def stopped(config: TrainConfig) -> TrainConfig:
     """The run, stopped in its second epoch; returns what goes on with it."""
     with pytest.raises(InterruptedRunError):
-        run(config, StopAfter())
+        run(config, StopAfter(6))
     return replace(config, resume=True)
 
 

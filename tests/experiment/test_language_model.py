@@ -13,7 +13,8 @@ from feedbackward.experiment import nets
 from feedbackward.experiment.config.data import DataConfig
 from feedbackward.experiment.config.schema import Changes, TrainConfig
 from feedbackward.experiment.config.tasks import ACCURACY, PERPLEXITY
-from feedbackward.experiment.data.text import SequenceLoader, load_text
+from feedbackward.experiment.data.splits import PairLoader
+from feedbackward.experiment.data.text import load_text
 from feedbackward.experiment.grid.candidates import pick
 from feedbackward.experiment.report.summary import conclusion, paired, summarise
 from feedbackward.experiment.tasks import TASKS
@@ -57,7 +58,7 @@ def test_split(text):
 
 def test_loader_sees_every_sequence_once_and_the_same_after_a_resume(text):
     data = load_text(DataConfig(name=str(text), context=8))
-    loader = SequenceLoader(data.train, 16, seed=3)
+    loader = PairLoader(data.train, 16, seed=3)
     batches = list(loader.epoch(0))
     assert len(batches) == len(loader) == 9
     seen = torch.cat([inputs for inputs, _ in batches])
@@ -65,7 +66,7 @@ def test_loader_sees_every_sequence_once_and_the_same_after_a_resume(text):
     resumed = next(loader.epoch(0, start=4))
     assert all(torch.equal(a, b) for a, b in zip(resumed, batches[4], strict=True))
     torch.manual_seed(5)
-    again = list(SequenceLoader(data.train, 16, seed=3).epoch(0))
+    again = list(PairLoader(data.train, 16, seed=3).epoch(0))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(again, batches, strict=True))
 
 

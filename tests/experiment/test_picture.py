@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from test_train import StopAfter
 
 import feedbackward as fb
 from feedbackward.cli import main
@@ -45,8 +46,8 @@ def config(**changes):
 def test_every_pixel_is_in_one_split():
     data = load_picture(DataConfig(name="picture", size=16))
     assert [len(part) for part in (data.train, data.validation, data.test)] == [128, 64, 64]
-    places = torch.cat([part.places for part in (data.train, data.validation, data.test)])
-    colours = torch.cat([part.colours for part in (data.train, data.validation, data.test)])
+    places = torch.cat([part.inputs for part in (data.train, data.validation, data.test)])
+    colours = torch.cat([part.targets for part in (data.train, data.validation, data.test)])
     rows, columns = ((places + 1) * 8).long().unbind(1)
     assert sorted((rows * 16 + columns).tolist()) == list(range(256))
     # the middle of the pixel in row r and column c is at (2 r + 1) / 16 - 1
@@ -66,9 +67,9 @@ def test_an_image_file(tmp_path):
     pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     data = load_picture(DataConfig(name=str(tmp_path / "a.png"), size=4))
-    rows, columns = ((data.train.places + 1) * 2).long().unbind(1)
+    rows, columns = ((data.train.inputs + 1) * 2).long().unbind(1)
     mean = torch.from_numpy(pixels).float().unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2)) / 255
-    assert (data.train.colours - mean[rows, columns]).abs().max() <= 1 / 255
+    assert (data.train.targets - mean[rows, columns]).abs().max() <= 1 / 255
 
 
 def test_signal_to_noise_by_its_formula():
@@ -84,7 +85,7 @@ def test_signal_to_noise_by_its_formula():
 
 def test_guessing_is_the_mean_colour():
     data = load_picture(DataConfig(name="picture", size=16))
-    colours = data.train.colours
+    colours = data.train.targets
     mean = colours.mean(0).expand_as(colours)
     assert TASK.guess(data) == pytest.approx(TASK.loss(mean, colours).item(), rel=1e-5)
 
@@ -104,21 +105,8 @@ def test_evaluation_is_that_of_the_whole_split_at_once():
     run = Run(config(rule="bp"), load_picture(config().data), CPU)
     split = run.data.test
     with torch.no_grad():
-        error = (run.learner.model(split.places) - split.colours).square().mean().item()
+        error = (run.learner.model(split.inputs) - split.targets).square().mean().item()
     assert run.evaluate(split)["psnr"] == pytest.approx(-10 * math.log10(error), rel=1e-5)
-
-
-class StopsAfter(Interrupts):
-    """As if Ctrl-C were pressed after so many checks."""
-
-    def __init__(self, checks):
-        super().__init__()
-        self.left = checks
-
-    def check(self):
-        self.left -= 1
-        if self.left < 0:
-            raise InterruptedRunError(2)
 
 
 class Quiet(Progress):
@@ -154,7 +142,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(task, model, data, sites, 
             out=str(tmp_path / out),
             resume=resume,
         )
-        with Quiet() as progress, StopsAfter(checks) if checks else Interrupts() as interrupts:
+        with Quiet() as progress, StopAfter(checks) if checks else Interrupts() as interrupts:
             return train(chosen, progress, interrupts)
 
     whole = run("whole")

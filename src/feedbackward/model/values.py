@@ -20,10 +20,11 @@ def by_place(args: Any, kwargs: Any) -> tuple[dict[str, Any], TreeSpec]:
     return {keystr(path): leaf for path, leaf in found}, spec
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def tensors_in(value: Any, deep: bool = False) -> list[Tensor]:
     """The tensors in tuples, lists, dicts and dataclasses, and in the value itself if it is an object with attributes.
 
-    Subclasses of these count as well. Other objects inside it are not searched: a cache of keys and values is no prediction.
+    Subclasses of these count as well. Other objects inside it are searched only where `deep`: a cache of keys and values is no
+    prediction.
     """
     found: list[Tensor] = []
     seen = set[int]()
@@ -32,9 +33,9 @@ def tensors_in(value: Any) -> list[Tensor]:
         for leaf in tree_leaves(stack.pop()):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
-            elif id(leaf) not in seen:
+            elif id(leaf) not in seen and not (deep and callable(leaf)):
                 seen.add(id(leaf))
-                stack += _parts(leaf, leaf is value)
+                stack += _parts(leaf, deep or leaf is value)
     return found
 
 
@@ -51,17 +52,7 @@ def _parts(leaf: Any, whole: bool) -> list[Any]:
 
 def tensors_within(value: Any) -> list[Tensor]:
     """All tensors that a value holds, however deep in objects, once each."""
-    found: dict[int, Tensor] = {}
-    seen = set[int]()
-    stack = [value]
-    while stack:
-        for leaf in tree_leaves(stack.pop()):
-            if isinstance(leaf, Tensor):
-                found[id(leaf)] = leaf
-            elif id(leaf) not in seen and not callable(leaf):
-                seen.add(id(leaf))
-                stack += _parts(leaf, True)
-    return list(found.values())
+    return list({id(t): t for t in tensors_in(value, deep=True)}.values())
 
 
 def is_opaque(value: Any) -> bool:

@@ -42,7 +42,11 @@ class Measure:
     @property
     def heading(self) -> str:
         """Heading of a column of test results."""
-        return f"Test {self.title}" + (f" ({self.unit.strip()})" if self.unit else "")
+        return self.headed("Test")
+
+    def headed(self, split: str) -> str:
+        """Heading of what was measured on a split: "Test accuracy (%)"."""
+        return f"{split} {self.title}" + (f" ({self.unit.strip()})" if self.unit else "")
 
     @property
     def points(self) -> str:

@@ -12,7 +12,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from feedbackward.experiment.data.digest import digests_of
 from feedbackward.experiment.data.fashion_mini import fashion_mini
 from feedbackward.experiment.data.loader import AUGMENTATIONS, Loader, check_augment
 from feedbackward.experiment.data.sources import DATASETS, DatasetSpec, Source, find_source
+from feedbackward.experiment.data.splits import split_order
 
 __all__ = [
     "AUGMENTATIONS",
@@ -35,8 +35,6 @@ __all__ = [
     "Loader",
     "load_data",
 ]
-
-SPLIT_SEED = 20_240_607  # of the held-out split: fixed, so that runs with different seeds select on the same images
 
 
 @dataclass(frozen=True)
@@ -202,10 +200,7 @@ def _split(decoded: Decoded, config: DataConfig) -> dict[str, tuple[str, Tensor]
 
 def _shuffled(labels: Tensor, classes: int | None) -> Tensor:
     """The index [n] of the images of the first `classes` classes, in a fixed random order."""
-    # RandomState, because its streams are guaranteed never to change
-    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(labels))).to(
-        torch.int64
-    )
+    order = torch.from_numpy(split_order(len(labels))).to(torch.int64)
     return order if classes is None else order[labels[order] < classes]
 
 

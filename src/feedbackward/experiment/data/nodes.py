@@ -19,13 +19,12 @@ from feedbackward.experiment.data.named import (
     read_arrays,
     refuse_options,
 )
-from feedbackward.experiment.data.splits import SplitData
+from feedbackward.experiment.data.splits import SPLIT_SEED, SplitData, split_order
 
 # graphs known by name, and where they lie below the data root
 GRAPHS = {name: f"small/{name}.npz" for name in ("cora", "citeseer", "amazon-photo")}
 # a label that is in no loss: PyTorch's own number for it
 LEFT_OUT = -100
-SPLIT_SEED = 20_240_607
 SPLITS = ("train", "val", "test")
 _ARRAYS = ("x_indptr", "x_indices", "x_data", "x_shape", "y", "edge_index")
 
@@ -129,7 +128,7 @@ def _features(arrays: dict[str, Any], path: str) -> Tensor:
 
 def _drawn(labels: np.ndarray) -> list[np.ndarray]:
     """A split of our own: 20 nodes of each class, then halves of the others."""
-    order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
+    order = split_order(len(labels))
     train = np.concatenate([order[labels[order] == c][:20] for c in np.unique(labels)])
     rest = order[~np.isin(order, train)]
     return [train, rest[: len(rest) // 2], rest[len(rest) // 2 :]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,49 +11,18 @@ from torch import Tensor
 
 from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.config.data import DataConfig
-from feedbackward.experiment.data.digest import digest_of
-from feedbackward.experiment.data.loader import Batches
 from feedbackward.experiment.data.named import file_digest, find_file, refuse_options
-from feedbackward.experiment.data.splits import SplitData
+from feedbackward.experiment.data.splits import Pairs, SplitData, split_order
 
 EMBEDDED = "picture"
 SIDE = 64
-SPLIT_SEED = 20_240_607
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Places float32 [n, 2], from -1 to 1 down and to the right, and colours [n, 3], from 0 to 1."""
-
-    places: Tensor
-    colours: Tensor
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def take(self, index: Tensor) -> Pixels:
-        """The pixels at `index` (int64 [n]), copied."""
-        return Pixels(self.places[index], self.colours[index])
-
-    def digest(self) -> str:
-        """SHA-256 over places and colours, in order."""
-        return digest_of(self.places, self.colours)
-
-
-class PixelLoader(Batches):
-    """Batches of pixels: places [n, 2] and colours [n, 3]."""
-
-    examples: Pixels
-
-    def rows(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        chosen = self.examples.take(index)
-        return chosen.places.to(self.device), chosen.colours.to(self.device)
 
 
 def load_picture(config: DataConfig) -> SplitData:
     """A picture of `config.size` (64) pixels a side: half of its pixels to train on, a quarter held out, a quarter to test on.
 
-    The split is drawn, in a fixed random order. The picture is the embedded one or that of an image file.
+    Inputs are places [n, 2], from -1 to 1 down and to the right, and targets colours [n, 3], from 0 to 1. The split is drawn, in a
+    fixed random order. The picture is the embedded one or that of an image file.
     Raises DataError for a file that is missing or no image, and ConfigError for an option that is not of pictures.
     """
     refuse_options(config, "a picture", "classes", "augment", "context")
@@ -64,9 +32,8 @@ def load_picture(config: DataConfig) -> SplitData:
     pixels = drawn(side) if config.name == EMBEDDED else _read(_file(config), side)
     along = (torch.arange(side, dtype=torch.float32) + 0.5) * 2 / side - 1
     places = torch.cartesian_prod(along, along)
-    whole = Pixels(places, pixels.reshape(-1, 3))
-    # RandomState, because its streams are guaranteed never to change
-    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(whole)))
+    whole = Pairs(places, pixels.reshape(-1, 3))
+    order = torch.from_numpy(split_order(len(whole)))
     half, quarter = len(whole) // 2, len(whole) // 4
     parts = order[:half], order[half : half + quarter], order[half + quarter :]
     limits = (config.train_limit, config.validation, config.test_limit)

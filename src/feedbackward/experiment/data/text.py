@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,42 +10,11 @@ from torch import Tensor
 
 from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.config.data import DataConfig
-from feedbackward.experiment.data.digest import digest_of
-from feedbackward.experiment.data.loader import Batches
 from feedbackward.experiment.data.named import file_digest, find_file, refuse_options
-from feedbackward.experiment.data.splits import SplitData
+from feedbackward.experiment.data.splits import Pairs, SplitData
 
 # texts known by name, and where they lie below the data root
 TEXTS = {"tiny-shakespeare": "small/tiny-shakespeare.txt"}
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Tokens int64 [N, T], and for each the token that follows it, [N, T]."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def take(self, index: Tensor) -> Sequences:
-        """The sequences at `index` (int64 [n]), copied."""
-        return Sequences(self.inputs[index], self.targets[index])
-
-    def digest(self) -> str:
-        """SHA-256 over shape and tokens, in order."""
-        return digest_of(self.inputs, self.targets)
-
-
-class SequenceLoader(Batches):
-    """Batches of sequences: int64 [n, T] and what follows each token, [n, T]."""
-
-    examples: Sequences
-
-    def rows(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        chosen = self.examples.take(index)
-        return chosen.inputs.to(self.device), chosen.targets.to(self.device)
 
 
 def load_text(config: DataConfig) -> SplitData:
@@ -79,7 +47,7 @@ def load_text(config: DataConfig) -> SplitData:
             f"one of at least {least:,}, or a shorter data.context."
         )
     train, validation, test = (
-        Sequences(split[:, :-1].contiguous(), split[:, 1:].contiguous()) for split in splits
+        Pairs(split[:, :-1].contiguous(), split[:, 1:].contiguous()) for split in splits
     )
     form = {"context": context, "input": "the numbers of characters in classes"}
     return SplitData(path.stem, train, validation, test, classes, (context,), form)

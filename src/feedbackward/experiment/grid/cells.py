@@ -6,7 +6,8 @@ import contextlib
 import json
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,14 @@ class ForwardedProgress(Progress):
 
     def end_run(self) -> None:
         pass
+
+
+@contextlib.contextmanager
+def warnings_sent(send: Send) -> Iterator[None]:
+    """Warnings go to `send`, each on one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda text, *where: send("warning", " ".join(str(text).split()))
+        yield
 
 
 def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,12 +20,19 @@ from typing import IO, Any
 
 from feedbackward.experiment.config.files import from_dict, to_dict
 from feedbackward.experiment.config.schema import TrainConfig
-from feedbackward.experiment.grid.cells import Job, Outcome, Send, keep_reason, run_cell
+from feedbackward.experiment.grid.cells import (
+    Job,
+    Outcome,
+    Send,
+    keep_reason,
+    run_cell,
+    warnings_sent,
+)
 from feedbackward.experiment.training.interrupts import Interrupts
 
 # begins a line of ours (RFC 7464): a model may print too
 MARK = "\x1e"
-POLL = 0.2  # seconds between two looks at the signals
+POLL = 0.2  # seconds between two looks at signals and workers
 
 
 def run_job(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
@@ -129,8 +135,7 @@ def main() -> None:
         if leads:
             print(MARK + json.dumps([kind, value]), flush=True)
 
-    warnings.showwarning = lambda text, *where: send("warning", " ".join(str(text).split()))
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, warnings_sent(send):
         outcome = run_cell(job, send, interrupts)
     send("end", (outcome.status, outcome.message))
 

@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import signal
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,8 +15,8 @@ from typing import Any
 
 import torch
 
-from feedbackward.experiment.grid.cells import Job, Outcome, keep_reason
-from feedbackward.experiment.grid.divided import run_job
+from feedbackward.experiment.grid.cells import Job, Outcome, keep_reason, warnings_sent
+from feedbackward.experiment.grid.divided import POLL, run_job
 from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.environment import environment
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
@@ -25,7 +24,6 @@ from feedbackward.experiment.training.interrupts import InterruptedRunError, Int
 # number of the job, kind of event, its value; "end" comes with an Outcome
 Report = Callable[[int, str, Any], None]
 CELL_BYTES = 2_000_000_000  # of memory that a cell is taken to need, data set and all
-POLL = 0.2  # seconds between two looks at the workers
 
 
 def default_workers(device: str, processes: int = 1) -> int:
@@ -168,14 +166,15 @@ class _WorkerInterrupts(Interrupts):
 def _work(pipe: Connection) -> None:
     """The loop of a worker process: it receives jobs and sends events, on one thread."""
     torch.set_num_threads(1)
+
+    def send(kind: str, value: Any) -> None:
+        pipe.send((kind, value))
+
     with _WorkerInterrupts() as interrupts:
         for job in _jobs(pipe):
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda text, *where: pipe.send(
-                    ("warning", " ".join(str(text).split()))
-                )
-                outcome = run_job(job, lambda kind, value: pipe.send((kind, value)), interrupts)
-            pipe.send(("end", outcome))
+            with warnings_sent(send):
+                outcome = run_job(job, send, interrupts)
+            send("end", outcome)
             if outcome.status == "stopped":  # by a signal that was meant for this process
                 return
 

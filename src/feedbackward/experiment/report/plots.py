@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from feedbackward.experiment.config.tasks import measure_of
+from feedbackward.experiment.config.tasks import KINDS, measure_of
 from feedbackward.experiment.report.drawing import (
     INK,
     WIDTH,
@@ -39,10 +39,7 @@ from feedbackward.experiment.report.summary import (
 LINE = 0.18  # inches from one name to the next
 # of each epoch, where it has them
 CURVES = {
-    "validation_accuracy": "Validation accuracy (%)",
-    "validation_perplexity": "Validation perplexity",
-    "validation_nll": "Validation NLL (nats)",
-    "validation_psnr": "Validation PSNR (dB)",
+    **{f"validation_{m.key}": m.headed("Validation") for m in (k.measure for k in KINDS.values())},
     "train_loss": "Training loss",
 }
 

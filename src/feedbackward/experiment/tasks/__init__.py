@@ -8,12 +8,9 @@ from feedbackward.experiment.data.dataset import Loader, fingerprint_data, load_
 from feedbackward.experiment.data.loader import Batches
 from feedbackward.experiment.data.music import PieceLoader, fingerprint_music, load_music
 from feedbackward.experiment.data.nodes import NodeLoader, fingerprint_graph, load_graph
-from feedbackward.experiment.data.picture import (
-    PixelLoader,
-    fingerprint_picture,
-    load_picture,
-)
-from feedbackward.experiment.data.text import SequenceLoader, fingerprint_text, load_text
+from feedbackward.experiment.data.picture import fingerprint_picture, load_picture
+from feedbackward.experiment.data.splits import PairLoader
+from feedbackward.experiment.data.text import fingerprint_text, load_text
 from feedbackward.experiment.tasks.task import AnyData, Classes, Frames, Task, Values
 
 __all__ = ["TASKS", "AnyData", "Task"]
@@ -32,7 +29,7 @@ def _plain(kind: type[Batches]) -> Any:
 
 _ALL = (
     Classes("classification", load_data, fingerprint_data, Loader, 250),
-    Classes("language_model", load_text, fingerprint_text, _plain(SequenceLoader), 64),
+    Classes("language_model", load_text, fingerprint_text, _plain(PairLoader), 64),
     # a pass takes the whole graph, however many of its nodes have a loss
     Classes(
         "node_classification",
@@ -52,7 +49,7 @@ _ALL = (
         labelled=False,
     ),
     Values(
-        "regression", load_picture, fingerprint_picture, _plain(PixelLoader), 4096, labelled=False
+        "regression", load_picture, fingerprint_picture, _plain(PairLoader), 4096, labelled=False
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

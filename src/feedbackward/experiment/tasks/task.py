@@ -152,5 +152,5 @@ class Values(Task):
         return tuple(target.shape)
 
     def guess(self, data: AnyData) -> float:
-        targets: Tensor = data.train.colours  # type: ignore[union-attr]
+        targets: Tensor = data.train.targets  # type: ignore[union-attr]
         return float(targets.var(0, correction=0).mean())

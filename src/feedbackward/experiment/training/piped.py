@@ -55,6 +55,10 @@ def check_parallel(config: TrainConfig, processes: int) -> None:
             f"torchrun started {processes} processes, and this run is not divided: give --parallel.pipeline {processes}, "
             "or start it without torchrun"
         )
+    if TASKS[config.task].whole:
+        raise ConfigError(
+            f"a batch of the task {config.task} cannot be divided into parts that count alike: leave out --parallel"
+        )
     for name in ("pipeline", "data", "micro_batches"):
         if getattr(parallel, name) < 1:
             raise ConfigError(f"parallel.{name} must be at least 1")
@@ -88,9 +92,7 @@ def train_piped(
         # torchrun starts again what failed, which is there to be gone on with
         config = replace(config, resume=True, overwrite=False)
     with start(config.parallel.timeout) as rank, ExitStack() as stack:
-        folder, result = _claimed(config, rank)
-        if folder is not None:
-            stack.callback(folder.close)
+        folder, result = _claimed(config, rank, stack)
         if rank:
             progress = Progress(Console(file=stack.enter_context(open(os.devnull, "w"))))
         result = _together(result)
@@ -101,12 +103,15 @@ def train_piped(
     return result
 
 
-def _claimed(config: TrainConfig, rank: int) -> tuple[RunFolder | None, dict[str, Any] | None]:
+def _claimed(
+    config: TrainConfig, rank: int, stack: ExitStack
+) -> tuple[RunFolder | None, dict[str, Any] | None]:
     """The folder and the result of a finished run, on rank 0; what is wrong with them is told to every rank."""
     folder, result, wrong = None, None, None
     if rank == 0:
         try:
             folder = RunFolder.claim(config)
+            stack.callback(folder.close)
             result = folder.result_under(config)
         except FeedbackError as error:
             wrong = error
@@ -167,10 +172,6 @@ class PipedRun(Run):
     def __init__(
         self, config: TrainConfig, data: AnyData, device: torch.device, leads: bool
     ) -> None:
-        if TASKS[config.task].whole:
-            raise ConfigError(
-                f"a batch of the task {config.task} cannot be divided into parts that count alike: leave out --parallel"
-            )
         super().__init__(config, data, device)
         parallel, self.leads = config.parallel, leads
         self._names = {

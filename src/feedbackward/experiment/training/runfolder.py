@@ -116,8 +116,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it is not finished."""
-        found = self._json(self.result_file)
-        return found and {key: value for key, value in found.items() if key != _SETTINGS}
+        return _without_settings(self._json(self.result_file))
 
     def result_under(self, config: TrainConfig) -> dict[str, Any] | None:
         """The result. Raises CheckpointError where the finished run had other settings than these."""
@@ -125,7 +124,7 @@ class RunFolder:
         # results of before do not have them
         if found is not None and _SETTINGS in found:
             check_same_settings(found[_SETTINGS], config, self.result_file)
-        return self.result()
+        return _without_settings(found)
 
     def finish(self, result: dict[str, Any], config: TrainConfig) -> None:
         """Write the result, and the settings that made it."""
@@ -247,3 +246,7 @@ class RunFolder:
         )
         for file in (*files, *events):
             file.unlink(missing_ok=True)
+
+
+def _without_settings(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    return found and {key: value for key, value in found.items() if key != _SETTINGS}
