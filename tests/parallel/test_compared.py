@@ -21,7 +21,7 @@ from feedbackward.experiment.training.interrupts import Interrupts
 pytestmark = needs_gloo
 
 NET = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from torch import nn
 
@@ -30,6 +30,8 @@ class Dying(nn.Linear):
         if self.training and os.environ.get("RANK") == "1" and Path("die").exists():
             Path("die").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.training and Path("slow").exists():
+            time.sleep(0.2)
         return super().forward(x)
 
 def make(classes):
@@ -72,7 +74,10 @@ def run(job: Job, interrupts: Interrupts | None = None) -> tuple[Outcome, list[t
 @pytest.mark.nightly
 def test_a_stopped_cell_is_gone_on_with(job: Job) -> None:
     """It saves itself, and ends with the weights of one process that nothing disturbed."""
+    # it must not end before the signal reaches it
+    Path("slow").touch()
     outcome, events = run(job, Interrupts())
+    Path("slow").unlink()
     assert outcome.status == "stopped"
     assert job.folder.checkpoint.exists()
     assert ("say", "a line of the model's own") in events
