@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit nightly clients docs end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
+.PHONY: demo test lint types unit nightly clients docs dist end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
 	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite
@@ -23,7 +23,7 @@ types: .venv/dev
 unit: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal --quick
 
-nightly: .venv/dev
+nightly: .venv/dev dist
 	NIGHTLY=1 $(BIN)/pytest -n auto --dist worksteal -o timeout=0
 
 # the site, in build/site; a link that leads nowhere is an error
@@ -33,6 +33,13 @@ docs: .venv/dev
 # the tools that people use feedbackward in: their tests, and the examples of docs/integrations.md
 clients: .venv/clients
 	CLIENTS=1 $(BIN)/pytest -n 0 tests/clients
+
+# wheel and source distribution, in dist/: their page, and tests from the one on the other
+dist: .venv/dist
+	rm -rf dist build/lib
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tools/check_dist.py
 
 # every one-line defect of tests/support/mutations.py must be caught: about half an hour on an idle core
 mutations: .venv/dev
@@ -69,6 +76,10 @@ bench-vgg-memory: .venv/dev
 
 .venv/clients: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[clients]'
+	@touch $@
+
+.venv/dist: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dist]'
 	@touch $@
 
 clean:
