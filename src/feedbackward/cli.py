@@ -29,9 +29,7 @@ feedbackward COMMAND --help lists the options. A first look, in under four minut
   feedbackward compare --config demo
 """
 # of the experiment layer, which needs more than the library does
-NEEDED = (
-    "jsonargparse docstring_parser yaml rich safetensors datasets jinja2 matplotlib tensorboard"
-)
+NEEDED = "jsonargparse docstring_parser yaml rich safetensors datasets huggingface_hub jinja2 matplotlib tensorboard"
 _warned: set[str] = set()  # the warnings that this command has printed
 
 
@@ -86,7 +84,7 @@ def _train(arguments: list[str]) -> int:
     config = parse(TrainConfig, arguments, "train").resolved()
     from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
     from feedbackward.experiment.training.progress import Progress
-    from feedbackward.experiment.training.runfolder import new_folder
+    from feedbackward.experiment.training.runfolder import RunFolder, new_folder
     from feedbackward.experiment.training.train import train
 
     try:
@@ -97,10 +95,15 @@ def _train(arguments: list[str]) -> int:
         return _stopped(stop.signum, config.out, again)
     if os.environ.get("RANK", "0") != "0":  # one process of several reports
         return 0
+    from feedbackward.experiment.training.card import write_card
+
+    write_card(RunFolder.existing(str(config.out)))
     kind = KINDS[config.task]
     score = kind.measure.in_words(result[f"test_{kind.measure.key}"], digits=2, named=True)
     print(f"test {score}, on {kind.unit} that no choice was made with")
-    print(f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl")
+    print(
+        f"weights: {config.out}/model.safetensors  metrics: {config.out}/metrics.jsonl  model card: {config.out}/README.md"
+    )
     return 0
 
 

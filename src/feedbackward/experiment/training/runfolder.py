@@ -33,6 +33,7 @@ OWN = (
     "metrics.jsonl",
     "model.safetensors",
     "trackers.json",
+    "README.md",
 )
 
 # in result.json beside what the run came to
@@ -71,6 +72,7 @@ class RunFolder:
         self.result_file = path / "result.json"
         self.tensorboard = path / "tensorboard"
         self.trackers_file = path / "trackers.json"
+        self.card = path / "README.md"
         self._lock: IO[str] | None = None
 
     @classmethod
