@@ -102,9 +102,9 @@ def test_own_data_and_own_names(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_text(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "text.txt").write_text("abcab " * 400)
-    folder = trained(
-        "--task", "language_model", "--model", "transformer_small", "--data", str(home / "text.txt"), "--data.context", "8", "--rule", "dfa"
-    )  # fmt: skip
+    text = str(home / "text.txt")
+    data = ["--data", text, "--data.context", "8", "--rule", "dfa"]
+    folder = trained("--task", "language_model", "--model", "transformer_small", *data)
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results[0].metric_type == "perplexity"
     assert str(home) not in card.content
