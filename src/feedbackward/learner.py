@@ -15,7 +15,7 @@ from feedbackward.engine.attached import (
 )
 from feedbackward.engine.checks import check_graph
 from feedbackward.engine.cuts import Cuts
-from feedbackward.engine.description import describe
+from feedbackward.engine.description import describe, describe_html
 from feedbackward.engine.in_place import InPlace
 from feedbackward.engine.outside import (
     averaged,
@@ -365,6 +365,9 @@ class Learner(AttachedModule, Generic[M]):
 
     def __str__(self) -> str:
         return describe(self.attached)
+
+    def _repr_html_(self) -> str:
+        return describe_html(self.attached)
 
     def _see_rows(self, tensors: Activities, example: Any) -> None:
         try:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from feedbackward.engine.autograd import BROADCAST, DEFER, JOIN
+from feedbackward.engine.html import html_table
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.measure.counting import Products, Saved
@@ -97,6 +98,11 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "total": self.total}
+
+    def _repr_html_(self) -> str:
+        values = {**self.as_dict(), **{f"held, {k}": v for k, v in self.held.items()}}
+        rows = [(k, f"{v:,}") for k, v in values.items() if isinstance(v, int)]
+        return html_table(("", "one step"), rows, f"{self.rule} on {self.model}")
 
 
 def count_cost(

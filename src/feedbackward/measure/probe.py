@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.engine.hooks import Observer
+from feedbackward.engine.html import html_table
 from feedbackward.errors import FeedbackError
 from feedbackward.graph import Edge
 from feedbackward.learner import Learner
@@ -85,21 +86,46 @@ class Probe:
 
     def __str__(self) -> str:
         width = max(len(name) for name in [*self.sites, *self.parameters, "parameter"])
-        columns = f"{'cosine':>8}{'angle':>8}{'norm ratio':>12}{'signs':>8}{'|BP|':>11}"
+        lines = []
+        for heads, rows in self._tables():
+            lines += [
+                row[0].ljust(width)
+                + "".join(c.rjust(w) for c, w in zip(row[1:], _WIDTHS, strict=False))
+                for row in (heads, *rows)
+            ]
+        return "\n".join(lines)
 
-        def line(name: str, a: ParameterAlignment) -> str:
-            text = f"{name:<{width}}{a.cosine:8.3f}{a.angle:8.1f}{a.norm_ratio:12.3g}{a.sign_agreement:8.2f}{a.bp_norm:11.2e}"
-            extra = [getattr(a, "jacobian_cosine", None), getattr(a, "readout", None)]
-            return text + "".join(f"{x:10.3f}" for x in extra if x is not None)
+    def _repr_html_(self) -> str:
+        return "".join(html_table(heads, rows) for heads, rows in self._tables())
 
-        learned = any(a.jacobian_cosine is not None for a in self.sites.values())
-        rows = [
-            f"{'site':<{width}}{columns}" + (f"{'B vs J':>10}{'readout':>10}" if learned else "")
-        ]
-        rows += [line(name, a) for name, a in self.sites.items()]
-        rows += [f"{'parameter':<{width}}{columns}"]
-        rows += [line(name, a) for name, a in self.parameters.items()]
-        return "\n".join(rows)
+    def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
+        """Heads and cells, of the sites and of the parameters."""
+        more = ["B vs J", "readout"] if any(_more(a) for a in self.sites.values()) else []
+        heads = ["cosine", "angle", "norm ratio", "signs", "|BP|"]
+        sites = [[name, *_cells(a), *_more(a)] for name, a in self.sites.items()]
+        parameters = [[name, *_cells(a)] for name, a in self.parameters.items()]
+        return [(["site", *heads, *more], sites), (["parameter", *heads], parameters)]
+
+
+_WIDTHS = (8, 8, 12, 8, 11, 10, 10)
+
+
+def _cells(a: ParameterAlignment) -> list[str]:
+    ratio = f"{a.norm_ratio:.3g}"
+    return [
+        f"{a.cosine:.3f}",
+        f"{a.angle:.1f}",
+        ratio,
+        f"{a.sign_agreement:.2f}",
+        f"{a.bp_norm:.2e}",
+    ]
+
+
+def _more(a: SiteAlignment) -> list[str]:
+    """What is known of a learned feedback. The readout alone stands under its own head."""
+    if a.readout is None:
+        return []
+    return ["" if a.jacobian_cosine is None else f"{a.jacobian_cosine:.3f}", f"{a.readout:.3f}"]
 
 
 def probe(
