@@ -1,11 +1,13 @@
-"""What the docs site needs beyond MkDocs: pages of results, docstrings as Markdown, and MathML.
+"""What the docs site needs beyond MkDocs: pages of results, the notebook, docstrings as Markdown, and MathML.
 
 Browsers show MathML themselves, so the site needs no script for its equations and no network.
 """
 
 from __future__ import annotations
 
+import base64
 import html
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -19,24 +21,54 @@ from mkdocs.structure.files import File, Files
 import feedbackward
 
 BENCH = Path(__file__).parents[1] / "bench"
+NOTEBOOK = BENCH.parent / "examples" / "first_look.ipynb"
 EQUATIONS = re.compile(r"^( *)\.\. math::(.*(?:\n(?:\1 +.*| *$))*)", re.M)
 TEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the tables of bench/ under results/."""
+    """Add the tables of bench/ under results/, and the notebook."""
     for path in sorted([*BENCH.rglob("*.md"), *BENCH.rglob("*.json")]):
         name = path.relative_to(BENCH).as_posix().removeprefix("results/")
         name = "index.md" if name == "README.md" else name
         text = path.read_text().replace("](results/", "](").replace("](../docs/", "](../")
         files.append(File.generated(config, f"results/{name}", content=text))
+    text, pictures = notebook_page(NOTEBOOK)
+    files.append(File.generated(config, "first_look.md", content=text))
+    for name, content in pictures.items():
+        files.append(File.generated(config, name, content=content))
     return files
 
 
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """An executed notebook as Markdown, and its pictures by name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = "".join(
+            "".join(o["text"]) for o in cell.get("outputs", []) if o["output_type"] == "stream"
+        )
+        parts += [f"```text\n{printed}```"] if printed else []
+        for data in (o["data"] for o in cell.get("outputs", []) if "data" in o):
+            if "image/png" in data:
+                name = f"{path.stem}-{len(pictures)}.png"
+                pictures[name] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![What the code above draws]({name})")
+            elif "text/html" in data:
+                parts.append("".join(data["text/html"]))
+            else:
+                parts.append("```text\n" + "".join(data["text/plain"]) + "\n```")
+    return "\n\n".join(parts), pictures
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead links into bench/ to the pages made of it."""
-    return markdown.replace("](../bench/README.md", "](results/index.md").replace(
-        "](../bench/results/", "](results/"
+    """Lead links into bench/, and to the notebook, to the pages made of them."""
+    return (
+        markdown.replace("](../bench/README.md", "](results/index.md")
+        .replace("](../bench/results/", "](results/")
+        .replace("](../examples/first_look.ipynb", "](first_look.md")
     )
 
 

@@ -85,12 +85,21 @@ def arguments(folder: Path, **changes: Any) -> Any:
 
 
 def torchvision_here() -> None:
-    """Import torchvision. Beside a PyTorch without CUDA its wheel of PyPI misses two operators, which nets do not use."""
+    """Skip the tests of a file where there is no torchvision."""
     needed("torch")
+    if "torchvision" not in sys.modules:
+        pytest.skip("needs torchvision: see the extra `clients`", allow_module_level=True)
+
+
+def _import_torchvision() -> None:
+    """Beside a PyTorch without CUDA its wheel of PyPI misses two operators, which nets do not use.
+
+    Before any package imports it, in every process: torchmetrics, timm and transformers do where it is installed.
+    """
     try:
         import torchvision
     except ImportError:
-        pytest.skip("needs torchvision: see the extra `clients`", allow_module_level=True)
+        return
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -98,3 +107,7 @@ def torchvision_here() -> None:
             signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             torch.library.define(f"torchvision::{operator}", signature)
         import torchvision  # noqa: F401
+
+
+if ASKED:
+    _import_torchvision()

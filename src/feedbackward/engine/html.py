@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -15,5 +16,5 @@ def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str =
 
 
 def _cell(text: str) -> str:
-    numeric = text.lstrip("-")[:1].isdigit()
+    numeric = re.fullmatch(r"-?[\d.,]+(e[+-]\d+)?|nan", text)
     return f'<td style="text-align: {"right" if numeric else "left"}">{escape(text)}</td>'
