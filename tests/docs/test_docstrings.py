@@ -31,8 +31,8 @@ def public_names() -> Iterator[tuple[str, object]]:
 
 def examples() -> list[doctest.DocTest]:
     names = [m.name for m in pkgutil.walk_packages(fb.__path__, "feedbackward.")]
-    # the last one needs a package of its own, see tests/clients
-    left_out = ("__main__", "integrations.lightning")
+    # adapters need packages of their own, see tests/clients
+    left_out = ("__main__", "integrations.huggingface", "integrations.lightning")
     modules = [fb, *(import_module(name) for name in names if not name.endswith(left_out))]
     found = [test for m in modules for test in doctest.DocTestFinder().find(m, extraglobs={})]
     return [test for test in found if test.examples]

@@ -26,6 +26,29 @@ class FeedbackMixin(Trainer):
         feedback: options of the feedback's group, for example `{"lr": 0.01}`. By default it has the rate and the decay of W.
         targets: takes the targets from the inputs of a batch, for rules that need them; by default the labels, if `[N]`.
         feedback_every, probe_every: steps between two phases; between two probes, which log the angle to backprop at every site.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+        >>> import feedbackward as fb
+        >>> from feedbackward.integrations.huggingface import FeedbackMixin
+        >>> class FeedbackTrainer(FeedbackMixin, Trainer):
+        ...     pass
+        >>> config = BertConfig(
+        ...     vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        ... )
+        >>> model = BertForSequenceClassification(config)
+        >>> data = [{"input_ids": torch.arange(6) + i, "labels": i % 2} for i in range(4)]
+        >>> example = {"input_ids": torch.stack([row["input_ids"] for row in data])}
+        >>> learner = fb.attach(model, fb.DRTP(), example=example, sites="blocks", in_place=True)
+        >>> folder = tempfile.mkdtemp()
+        >>> settings = TrainingArguments(folder, max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+        >>> trainer = FeedbackTrainer(learner=learner, args=settings, train_dataset=data)
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        >>> trainer.state.global_step
+        1
     """
 
     def __init__(

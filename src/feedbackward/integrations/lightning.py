@@ -31,6 +31,31 @@ class FeedbackCallback(pl.Callback):
         loss: `loss(output, batch) -> scalar`, of the learner's output; for the probe, and for rules whose phase needs it.
         feedback_every: steps between two phases.
         probe_every: steps between two probes, which log the angle to backprop at every site; 0 logs none.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> from feedbackward.integrations.lightning import FeedbackCallback
+        >>> class Classifier(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        ...         self.learner = fb.attach(net, fb.DRTP(), example=torch.randn(2, 4))
+        ...     def training_step(self, batch, index):
+        ...         x, y = batch
+        ...         return nn.functional.cross_entropy(self.learner(x), y)
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(fb.param_groups(self.learner), lr=0.1)
+        >>> rows = [(torch.randn(4), i % 2) for i in range(8)]
+        >>> trainer = pl.Trainer(
+        ...     max_epochs=1, callbacks=[FeedbackCallback()], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(Classifier(), torch.utils.data.DataLoader(rows, batch_size=4))
+        >>> trainer.global_step
+        2
     """
 
     def __init__(
