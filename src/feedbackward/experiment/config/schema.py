@@ -17,6 +17,7 @@ from feedbackward.errors import ConfigError
 from feedbackward.experiment.config.data import DataConfig
 from feedbackward.experiment.config.parallel import Parallel
 from feedbackward.experiment.config.recipes import Optimizer, Rates, Recipe, check, find_recipe
+from feedbackward.experiment.config.search import Search
 from feedbackward.experiment.config.tasks import KINDS
 
 
@@ -220,28 +221,6 @@ class RuleEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """The search of rates before a comparison: one grid, equal trials per rule, held-out accuracy decides.
-
-    Attributes:
-        run: pick the rates of every rule on held-out images first; --search is short for it.
-        lr: rates of W to try.
-        feedback_lr: rates of B to try with each. A rule that learns no B tries as many more rates of W.
-        epochs: epochs of a trial.
-        seed: seed of the trials.
-        baseline_only: search for backprop alone (or for the first rule, if backprop is not compared); the
-            other rules take its rate of W. A B without a rate of its own (KP, Relayed KP) follows W.
-    """
-
-    run: bool = False
-    lr: list[float] = field(default_factory=lambda: [0.005, 0.02, 0.08])
-    feedback_lr: list[float] = field(default_factory=lambda: [0.002, 0.02])
-    epochs: int = 3
-    seed: int = 1000
-    baseline_only: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class CompareConfig(Settings):
     """Several rules under one recipe, over several seeds.
 
@@ -293,10 +272,7 @@ class CompareConfig(Settings):
                 raise ConfigError(
                     f"{what} must name at least one, and none twice: got {getattr(self, what)}"
                 )
-        if self.search.run and not (
-            self.search.lr and self.search.feedback_lr and self.search.epochs > 0
-        ):
-            raise ConfigError("search needs at least one lr, one feedback_lr and one epoch")
+        self.search.check()
         for entry in entries:
             self.cell(entry, self.seeds[0]).resolved()
         name = f"runs/compare-{slug(self.model)}-{slug(self.data.name)}-{slug(self.recipe)}"

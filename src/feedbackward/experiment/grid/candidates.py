@@ -68,22 +68,31 @@ def run_config(config: CompareConfig, candidate: Candidate, seed: int) -> TrainC
 
 def trial_configs(config: CompareConfig, candidate: Candidate) -> list[tuple[str, TrainConfig]]:
     """The trials of a rule's rates: what each is called, and its run."""
-    made = []
-    for lr, feedback_lr in trial_rates(config.search, candidate.learned):
-        rates = "-".join(f"{rate:.6g}" for rate in (lr, feedback_lr) if rate is not None)
-        entry = replace(candidate.entry, lr=lr, feedback_lr=feedback_lr)
-        trial = replace(
-            config.cell(entry, config.search.seed),
-            out=f"{config.out}/search/{slug(candidate.label)}-{rates}",
-            overwrite=False,
-            resume=True,
-            epochs=config.search.epochs,
-            probe_every=0,
-            tensorboard=False,
-            logger=None,
-        ).resolved()
-        made.append((f"{candidate.label}, {rates_in_words(lr, feedback_lr)}", trial))
-    return made
+    found = trial_rates(config.search, candidate.learned)
+    return [trial_config(config, candidate, *rates) for rates in found]
+
+
+def trial_config(
+    config: CompareConfig,
+    candidate: Candidate,
+    lr: float,
+    feedback_lr: float | None,
+    mark: str = "",
+) -> tuple[str, TrainConfig]:
+    """One trial: what it is called, and its run, in a folder that ends with `mark`."""
+    rates = "-".join(f"{rate:.6g}" for rate in (lr, feedback_lr) if rate is not None)
+    entry = replace(candidate.entry, lr=lr, feedback_lr=feedback_lr)
+    trial = replace(
+        config.cell(entry, config.search.seed),
+        out=f"{config.out}/search/{slug(candidate.label)}-{rates}{mark}",
+        overwrite=False,
+        resume=True,
+        epochs=config.search.epochs,
+        probe_every=0,
+        tensorboard=False,
+        logger=None,
+    ).resolved()
+    return f"{candidate.label}, {rates_in_words(lr, feedback_lr)}", trial
 
 
 def trial_rates(search: Search, learned: bool) -> list[tuple[float, float | None]]:

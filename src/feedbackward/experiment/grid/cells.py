@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feedbackward.errors import CheckpointError, DivergenceError, FeedbackError
 from feedbackward.experiment.config.schema import TrainConfig
@@ -20,9 +20,14 @@ from feedbackward.experiment.training.progress import Progress
 from feedbackward.experiment.training.runfolder import RunFolder
 from feedbackward.experiment.training.train import train
 
+if TYPE_CHECKING:
+    from feedbackward.experiment.grid.optuna_search import Pruning
+
 Send = Callable[[str, Any], None]
 INTERVAL = 0.5  # seconds between two reports of the same cell
-STATES = ("done", "diverged", "refused", "failed", "stopped")  # how a cell can end
+# how a cell can end; with the first ones it has a result
+STATES = ("done", "diverged", "pruned", "refused", "failed", "stopped")
+ENDED = STATES[:3]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Job:
         label: the label of the rule.
         images: training images that the whole run sees, over all epochs.
         test: whether to use the test images at the end; a trial of rates must not.
+        pruning: what ends the run early, of a trial that may be.
     """
 
     title: str
@@ -43,6 +49,7 @@ class Job:
     label: str
     images: int
     test: bool = True
+    pruning: Pruning | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -62,9 +69,9 @@ class Outcome:
 class ForwardedProgress(Progress):
     """Sends on what a run reports: ("begin", (steps, done)), ("step", (done, note)), ("say", text)."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, job: Job) -> None:
         super().__init__()
-        self._send = send
+        self._send, self._job = send, job
         self._done, self._last = 0, 0.0
 
     def say(self, text: str) -> None:
@@ -80,6 +87,10 @@ class ForwardedProgress(Progress):
         if now - self._last >= INTERVAL:
             self._last = now
             self._send("step", (self._done, f"{label}, {note}"))
+
+    def enough(self) -> str | None:
+        job = self._job
+        return job.pruning.reason(job.config, job.folder.rows()) if job.pruning else None
 
     def end_run(self) -> None:
         pass
@@ -101,8 +112,8 @@ def run_cell(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
     _reason_file(job).unlink(missing_ok=True)
     try:
         beside = _finished_beside(job)
-        result = train(job.config, ForwardedProgress(send), interrupts, job.test, beside)
-        return Outcome("done", "", result)
+        result = train(job.config, ForwardedProgress(send, job), interrupts, job.test, beside)
+        return Outcome(result["status"], result["message"], result)
     except InterruptedRunError:
         return Outcome("stopped")
     except DivergenceError as error:

@@ -16,7 +16,8 @@ from feedbackward.experiment.grid.definition import load_grid
 from feedbackward.experiment.grid.gather import gather
 from feedbackward.experiment.grid.layout import title
 from feedbackward.experiment.grid.plan import Options, Plan, expand, single
-from feedbackward.experiment.grid.runner import Runner, Selection, opened
+from feedbackward.experiment.grid.runner import Runner, opened
+from feedbackward.experiment.grid.selection import Selection
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 
 # flags that say how a grid is run, and not what its comparisons are

@@ -21,6 +21,7 @@ from typing import IO, Any
 from feedbackward.experiment.config.files import from_dict, to_dict
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.grid.cells import (
+    ENDED,
     Job,
     Outcome,
     Send,
@@ -28,6 +29,7 @@ from feedbackward.experiment.grid.cells import (
     run_cell,
     warnings_sent,
 )
+from feedbackward.experiment.grid.optuna_search import Pruning
 from feedbackward.experiment.training.interrupts import Interrupts
 
 # begins a line of ours (RFC 7464): a model may print too
@@ -66,7 +68,7 @@ def run_divided(job: Job, send: Send, interrupts: Interrupts) -> Outcome:
         if outcome is None:
             outcome = Outcome("stopped") if interrupts.signum else _died(errors)
             keep_reason(job, outcome)
-    return replace(outcome, result=job.folder.result()) if outcome.status == "done" else outcome
+    return replace(outcome, result=job.folder.result()) if outcome.status in ENDED else outcome
 
 
 def _listen(process: subprocess.Popen[str], send: Send, interrupts: Interrupts) -> Outcome | None:
@@ -128,7 +130,9 @@ def main() -> None:
     """One of the processes."""
     found: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     config = replace(from_dict(TrainConfig, found.pop("config"), sys.argv[1]), resume=True)
-    job = Job(config=config, **{**found, "group": tuple(found["group"])})
+    if pruning := found.pop("pruning"):
+        pruning = Pruning(**pruning)
+    job = Job(config=config, pruning=pruning, **{**found, "group": tuple(found["group"])})
     leads = os.environ["RANK"] == "0"
 
     def send(kind: str, value: Any) -> None:

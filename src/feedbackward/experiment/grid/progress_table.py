@@ -18,7 +18,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from feedbackward.experiment.config.tasks import KINDS
-from feedbackward.experiment.grid.cells import Job, Outcome
+from feedbackward.experiment.grid.cells import ENDED, Job, Outcome
 from feedbackward.experiment.grid.eta import CellTime, duration, seconds_left
 from feedbackward.experiment.grid.layout import column_name, tables
 from feedbackward.experiment.grid.plan import Plan
@@ -76,7 +76,7 @@ class ProgressTable:
     def add(self, key: Key, job: Job, outcome: Outcome | None) -> None:
         """A cell of this run of the grid; `outcome` if it had ended before."""
         state = self.states[key] = State(job)
-        if outcome is not None and outcome.status in ("done", "diverged"):
+        if outcome is not None and outcome.status in ENDED:
             self._end(state, outcome)
 
     def __enter__(self) -> ProgressTable:

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from feedbackward.errors import AttachError, ConfigError, DataError
 from feedbackward.experiment.config.schema import Only, TrainConfig
-from feedbackward.experiment.config.suggest import hint
 from feedbackward.experiment.grid.candidates import (
     Candidate,
     at_best_rates,
@@ -22,10 +21,12 @@ from feedbackward.experiment.grid.candidates import (
     run_config,
     trial_configs,
 )
-from feedbackward.experiment.grid.cells import Job, find_outcome, run_record
+from feedbackward.experiment.grid.cells import ENDED, Job, find_outcome, run_record
 from feedbackward.experiment.grid.layout import title
-from feedbackward.experiment.grid.plan import Block, Comparison, Plan, in_words
+from feedbackward.experiment.grid.optuna_search import Pruning, optuna_trials, trial_count
+from feedbackward.experiment.grid.plan import Comparison, Plan, in_words
 from feedbackward.experiment.grid.progress_table import Key, ProgressTable
+from feedbackward.experiment.grid.selection import Selection
 from feedbackward.experiment.grid.survey import Facts, survey
 from feedbackward.experiment.grid.workers import default_workers, run_jobs
 from feedbackward.experiment.training.building import import_from_here
@@ -33,59 +34,6 @@ from feedbackward.experiment.training.environment import command_line
 from feedbackward.experiment.training.interrupts import Interrupts
 from feedbackward.experiment.training.refusal import refusal
 from feedbackward.experiment.training.runfolder import RunFolder
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The part of a plan that is to be run. Raises ConfigError for a name that the plan does not have."""
-
-    plan: Plan
-    only: Only
-
-    def __post_init__(self) -> None:
-        configs = [comparison.config for comparison in self.plan.comparisons.values()]
-        candidates = [c for found in self.plan.comparisons.values() for c in found.candidates]
-        known: dict[str, set[Any]] = {
-            "models": {config.model for config in configs},
-            "data": {in_words("data.name", config.data.name) for config in configs},
-            "rules": {name for c in candidates for name in (c.entry.rule, c.label)},
-            "sections": {block.section for block in self.plan.blocks},
-            "seeds": {seed for config in configs for seed in config.seeds},
-        }
-        for what, names in known.items():
-            for name in getattr(self.only, what) or ():
-                if name not in names:
-                    near = hint(str(name), sorted(map(str, names)))
-                    raise ConfigError(f"--only.{what}: there is no '{name}' here: {near}")
-
-    def blocks(self) -> Iterator[Block]:
-        """Those with something to run."""
-        for block in self.plan.blocks:
-            config = self.plan.of(block).config
-            wanted = (
-                (self.only.sections, block.section),
-                (self.only.models, config.model),
-                (self.only.data, in_words("data.name", config.data.name)),
-            )
-            if all(names is None or name in names for names, name in wanted):
-                yield block
-
-    def cells(self) -> Iterator[tuple[str, Candidate, int]]:
-        """Folder, rule and seed of every cell to run: the first seed of all, then the second."""
-        chosen: dict[Key, tuple[str, Candidate, int]] = {}
-        only = self.only
-        for block in self.blocks():
-            for candidate in self.plan.of(block).candidates:
-                names = {candidate.label, candidate.entry.rule}
-                if candidate.label in block.labels and (
-                    only.rules is None or names & {*only.rules}
-                ):
-                    for place, seed in enumerate(block.seeds):
-                        if only.seeds is None or seed in only.seeds:
-                            key = block.folder, candidate.label, place
-                            chosen.setdefault(key, (block.folder, candidate, seed))
-        order = sorted(chosen, key=lambda key: key[2])  # stable
-        yield from (chosen[key] for key in order)
 
 
 @dataclass
@@ -129,15 +77,13 @@ class Runner:
         shared = on.config.search.baseline_only
         return comparison.search_on, on.candidates[0].label if shared else label
 
-    def job(
-        self, folder: str, config: TrainConfig, label: str, what: str, test: bool = True
-    ) -> Job:
+    def job(self, folder: str, config: TrainConfig, label: str, what: str) -> Job:
         """A cell of a comparison as a job."""
         block = next(block for block in self.plan.blocks if block.folder == folder)
         group = (config.model, config.data.name, folder)
         images = self.facts[folder].train * (config.epochs or 1)
         name = ", ".join(filter(None, (title(self.plan, block), what)))
-        return Job(name, config, group, label, images, test)
+        return Job(name, config, group, label, images)
 
     def jobs(self, rated: bool = True) -> list[tuple[Key, Job]]:
         """The cells to run that have data and rates; with `rated` false, also those without rates yet."""
@@ -166,15 +112,24 @@ class Runner:
                 continue
             if {on, folder} & {*self.missing} or (on, label) in self.refused:
                 continue
-            there = {c.label: c for c in self.plan.comparisons[on].candidates}
-            if label in there:
-                needed[on, label] = [
-                    self.job(on, config, label, f"trial of {name}", test=False)
-                    for name, config in trial_configs(
-                        self.plan.comparisons[on].config, there[label]
-                    )
-                ]
+            if any(c.label == label for c in self.plan.comparisons[on].candidates):
+                needed[on, label] = self._trials_of(on, label)
         return needed
+
+    def _trials_of(self, folder: str, label: str) -> list[Job]:
+        """The trials of a rule; of those that Optuna suggests, the ones that are known by now."""
+        comparison = self.plan.comparisons[folder]
+        candidate = next(c for c in comparison.candidates if c.label == label)
+        found: list[tuple[str, TrainConfig, Pruning | None]]
+        if comparison.config.search.by == "optuna":
+            found = [*optuna_trials(comparison.config, candidate)]
+        else:
+            found = [(*trial, None) for trial in trial_configs(comparison.config, candidate)]
+        jobs = []
+        for name, run, pruning in found:
+            job = self.job(folder, run, label, f"trial of {name}")
+            jobs.append(replace(job, test=False, pruning=pruning))
+        return jobs
 
     def choose(
         self, trials: Mapping[tuple[str, str], Sequence[Job]], say: Callable[[str], None]
@@ -198,7 +153,9 @@ class Runner:
                 continue
             found = at_best_rates(candidate, [_trial(job, candidate.learned) for job in jobs])
             rates = rates_in_words(found.entry.lr or 0, found.entry.feedback_lr)
-            text = found.refused or f"{label}: picked {rates} of {len(jobs)} trials"
+            pruned = sum(end.status == "pruned" for end in ends)
+            of = f"{len(jobs)} trials" + (f", {pruned} of them pruned" if pruned else "")
+            text = found.refused or f"{label}: picked {rates} of {of}"
             say(f"{folder}, {text}" if folder else text)
             self.picks[folder, label] = found
 
@@ -227,19 +184,13 @@ class Runner:
         for folder, reason in self._missing_data().items():
             text = f"no data for {folder}: {reason}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
-        for jobs in (*trials.values(), [job for _, job in self.jobs()] if not trials else []):
-            for job in jobs:
-                job.folder.check_free(job.config)
+        for job in [job for _, job in self.jobs()] if not trials else []:
+            job.folder.check_free(job.config)
         shown = ProgressTable(self.plan, console, self.workers, self.missing)
-        flat = [
-            ((folder, f"{label} trial", n), job)
-            for (folder, label), row in trials.items()
-            for n, job in enumerate(row)
-        ]
-        for key, job in [*flat, *self.jobs(rated=False)]:
+        for key, job in self.jobs(rated=False):
             shown.add(key, job, find_outcome(job))
         with shown:
-            self._run_all(flat, shown, interrupts)
+            self._search(trials, shown, interrupts)
             self.choose(trials, shown.say)
             cells = self.jobs()
             self._report_unrated({key[:2] for key, _ in cells}, shown.say)
@@ -247,6 +198,38 @@ class Runner:
                 job.folder.check_free(job.config)
                 shown.add(key, job, find_outcome(job))
             self._run_all(cells, shown, interrupts)
+
+    def _search(
+        self, trials: dict[tuple[str, str], list[Job]], shown: ProgressTable, interrupts: Interrupts
+    ) -> None:
+        """Run the trials, and add to them those that Optuna suggests when it knows how the ones before ended."""
+
+        def begun(row: tuple[str, str], first: int) -> list[tuple[Key, Job]]:
+            made = [((row[0], f"{row[1]} trial", n), job) for n, job in enumerate(trials[row])]
+            for key, job in made[first:]:
+                job.folder.check_free(job.config)
+                shown.add(key, job, find_outcome(job))
+            return made[first:]
+
+        def follow(key: Key) -> list[tuple[Key, Job]]:
+            row = key[0], key[1].removesuffix(" trial")
+            before, trials[row] = len(trials[row]), self._trials_of(*row)
+            return begun(row, before)
+
+        cells = []
+        for row, jobs in trials.items():
+            for n in range(len(jobs), self._trial_count(*row)):
+                # not known yet: it takes about as long as the last one that is
+                shown.add((row[0], f"{row[1]} trial", n), jobs[-1], None)
+            cells += begun(row, 0)
+        self._run_all(cells, shown, interrupts, follow)
+
+    def _trial_count(self, folder: str, label: str) -> int:
+        """How many trials Optuna is to suggest for a rule."""
+        comparison = self.plan.comparisons[folder]
+        learned = next(c.learned for c in comparison.candidates if c.label == label)
+        search = comparison.config.search
+        return trial_count(search, learned) if search.by == "optuna" else 0
 
     def _admit(self, console: Console, interrupts: Interrupts) -> None:
         """Find the rules that are refused before time is spent on the others.
@@ -288,15 +271,24 @@ class Runner:
                 say(f"{where}: not run, because its search of rates did not come to an end")
 
     def _run_all(
-        self, cells: Sequence[tuple[Key, Job]], shown: ProgressTable, interrupts: Interrupts
+        self,
+        cells: Sequence[tuple[Key, Job]],
+        shown: ProgressTable,
+        interrupts: Interrupts,
+        follow: Callable[[Key], list[tuple[Key, Job]]] = lambda key: [],
     ) -> None:
-        """Run the cells that have not ended."""
-        rest = [c for c in cells if shown.states[c[0]].status not in ("done", "diverged")]
+        """Run the cells that have not ended, and those that follow from the end of one."""
+        rest = [c for c in cells if shown.states[c[0]].status not in ENDED]
+        jobs = [job for _, job in rest]
 
         def report(number: int, kind: str, value: Any) -> None:
             shown.report(rest[number][0] if number >= 0 else None, kind, value)
+            if kind == "end" and value.status in ENDED:
+                new = follow(rest[number][0])
+                rest.extend(new)
+                jobs.extend(job for _, job in new)
 
-        run_jobs([job for _, job in rest], self.workers, report, interrupts)
+        run_jobs(jobs, self.workers, report, interrupts)
 
     def _missing_data(self) -> dict[str, str]:
         """Why data sets are missing, each once."""

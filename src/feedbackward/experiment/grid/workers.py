@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -36,13 +35,13 @@ def default_workers(device: str, processes: int = 1) -> int:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, report: Report, interrupts: Interrupts) -> None:
-    """Run every job; `report` receives the progress and the end of each, in this process.
+    """Run every job; `report` receives the progress and the end of each, in this process, and may add jobs at an end.
 
     Raises:
         InterruptedRunError: a signal came; the running cells are saved.
     """
     if workers > 1 and len(jobs) > 1:
-        _Pool(min(workers, len(jobs)), report, interrupts).run(jobs)
+        _Pool(workers, report, interrupts).run(jobs)
         return
     for number, job in enumerate(jobs):
         interrupts.check()
@@ -65,12 +64,13 @@ class _Pool:
         self.stopping = False
 
     def run(self, jobs: Sequence[Job]) -> None:
-        self.jobs, waiting = jobs, deque(range(len(jobs)))
+        self.jobs, given = jobs, 0
         try:
-            while waiting or self.running:
+            while given < len(jobs) or self.running:
                 self.interrupts.check()
-                while waiting and len(self.running) < self.count:
-                    self._give(waiting.popleft())
+                while given < len(jobs) and len(self.running) < self.count:
+                    self._give(given)
+                    given += 1
                 self._listen()
                 self.report(-1, "tick", None)
         except InterruptedRunError:

@@ -248,7 +248,9 @@ def rates(results: Results) -> list[list[str]]:
                 for key in ("lr", "feedback_lr")
             )
             if rule.get("searched"):
-                way = f"picked of {len(rule['search'])} in {rule['searched']}"
+                pruned = sum(trial.get("status") == "pruned" for trial in rule["search"])
+                of = f"{len(rule['search'])}" + (f" ({pruned} pruned)" if pruned else "")
+                way = f"picked of {of} in {rule['searched']}"
             else:
                 way = f"that of {rule['follows']}" if rule.get("follows") else "config"
             rows.append([block["title"], rule["label"], lr, feedback, way])

@@ -328,6 +328,10 @@ class PipedLoop(Loop):
 
     run: PipedRun
 
+    def enough(self) -> str | None:
+        reason: str | None = _together(super().enough())
+        return reason
+
     def end_epoch(self) -> None:
         self.run.add_sums()
         super().end_epoch()

@@ -58,6 +58,10 @@ class Progress:
         if self._bars and self._run is not None:
             self._bars.update(self._run, advance=1, description=escape(label), note=escape(note))
 
+    def enough(self) -> str | None:
+        """Asked before every epoch: why the run should end without it; None where it should go on."""
+        return None
+
     def end_run(self) -> None:
         """The run is over, one way or another."""
         if self._bars and self._run is not None:

@@ -116,8 +116,8 @@ class Loop:
         self.progress.begin_run(run.epochs * batches, position.epoch * batches + position.batch)
         with self.record:
             try:
-                self.epochs()
-                return self.finish(test)
+                pruned = self.epochs()
+                return _result(run, "pruned", pruned) if pruned else self.finish(test)
             except InterruptedRunError:
                 self.save()
                 raise
@@ -126,15 +126,22 @@ class Loop:
             finally:
                 self.progress.end_run()
 
-    def epochs(self) -> None:
-        """From the run's position to the end, with a checkpoint after every epoch."""
+    def epochs(self) -> str | None:
+        """From the run's position to the end, with a checkpoint after every epoch; why it ends early, if it does."""
         position = self.run.position
         self.probe_if_due()
         while position.epoch < self.run.epochs:
+            if reason := self.enough():
+                return reason
             self.steps()
             self.end_epoch()
             self.save()
             self.probe_if_due()
+        return None
+
+    def enough(self) -> str | None:
+        """Why the run should not go on after the epochs that it has."""
+        return self.progress.enough()
 
     def steps(self) -> None:
         """The rest of the running epoch."""
