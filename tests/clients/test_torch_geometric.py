@@ -124,3 +124,23 @@ def test_nodes_that_do_not_hear_of_themselves_are_refused() -> None:
     model = kinds.Sequential("x, e", layers).double()
     with pytest.raises(fb.AttachError, match="self loops"):
         fb.attach(model, fb.DFA(), example=(X, EDGES), sites=["module_0", "module_1"])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_layers_are_found_and_feedback_of_zero_leaves_the_last_one_alone(name: str) -> None:
+    """Its Linear is not torch's. What enters the layers of the last convolution is cut, and so is all below."""
+    model = net(name)
+    learner = fb.attach(model, fb.DFA(), example=(X, EDGES), sites="layers")
+    assert len(learner.sites) >= 2
+    assert learner.plan.unreached == ()
+    with torch.no_grad():
+        for B in learner.feedback.buffers():
+            B.zero_()
+    params = dict(model.named_parameters())
+    loss = F.cross_entropy(model(X, EDGES)[KNOWN], Y[KNOWN])
+    truth = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+    found = gradients(learner)
+    moved = {n for n, g in found.items() if g.abs().max() > 0}
+    assert moved == set(learner.plan.head.parameters)
+    for n in moved:
+        torch.testing.assert_close(found[n], truth[n])

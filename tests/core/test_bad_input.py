@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         lambda: nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.LayerNorm(6)),
         {},
         fb.AttachError,
-        r"no Linear or convolution layer.*name the sites yourself with `sites=",
+        r"no module of the model multiplies.*name the sites yourself with `sites=",
     ),
     "one layer": (
         lambda: nn.Linear(6, 3),

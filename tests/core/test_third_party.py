@@ -118,10 +118,14 @@ def test_gpt2_with_its_loss_as_output_is_refused() -> None:
         )
 
 
-def test_layers_of_a_class_of_their_own_are_named_as_the_reason() -> None:
-    """GPT-2's layers are not torch's, so `"layers"` finds the head alone."""
-    with pytest.raises(fb.AttachError, match=r'For layers of other kinds use sites="blocks"'):
-        fb.attach(gpt2(), fb.DKP.published(), example=words(), output=lambda out: out.logits)
+def test_layers_of_a_class_of_their_own_are_layers() -> None:
+    """GPT-2's layers are not torch's. Four of them are in a block, and the head takes what the last one makes."""
+    model = gpt2()
+    learner = fb.attach(model, fb.DKP.published(), example=words(), output=lambda out: out.logits)
+    assert len(learner.sites) == 4 * len(model.transformer.h)
+    assert learner.plan.unreached == ()
+    # features of a token, whatever the number of tokens
+    assert {site.tokens for site in learner.sites} == {1}
 
 
 @pytest.mark.single

@@ -14,7 +14,7 @@ from feedbackward.graph import HookPoint, Site, Source
 from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.repeated import every_call
-from feedbackward.model.trace import PARAMETRIC, Call, Trace
+from feedbackward.model.trace import Call, Trace
 from feedbackward.model.values import describe_type, is_opaque, tensors_in
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -90,10 +90,10 @@ class _Finder:
 
     def layers(self) -> list[Site]:
         """The activity that enters each parametric layer after the first; one site per distinct tensor."""
-        calls = [c for c in self.trace.calls if isinstance(c.module, PARAMETRIC)]
+        calls = [c for c in self.trace.calls if c.is_layer]
         if not calls:
             raise AttachError(
-                "the model has no Linear or convolution layer that runs as a module, so there is nothing to "
+                "no module of the model multiplies an activity with a weight, as Linear and convolutions do, so there is nothing to "
                 'feed; name the sites yourself with `sites=["name", ...]`.'
             )
         entering = [
@@ -118,11 +118,7 @@ class _Finder:
         The latter have another height and width than the site before them, or than the input.
         """
         sites = self.layers()
-        images = [
-            call.activity[1]
-            for call in self.trace.calls
-            if isinstance(call.module, PARAMETRIC) and call.inputs
-        ]
+        images = [call.activity[1] for call in self.trace.calls if call.is_layer and call.inputs]
         before = [tuple(images[0].shape[2:]), *(site.shape[1:] for site in sites)]
         return [
             s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from contextlib import ExitStack
@@ -15,7 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import EVERY, HookPoint
-from feedbackward.model.autograd_graph import of_parameters
+from feedbackward.model.autograd_graph import (
+    below,
+    is_product,
+    of_parameters,
+    parameter_behind,
+    walk,
+)
 from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.features import CHANNELS_FIRST, CONVOLUTIONS, FEATURES_LAST, feature_axis
 from feedbackward.model.state import Parts
@@ -82,6 +89,34 @@ class Call:
         """The first of the inputs that depend on parameters."""
         return self.activities[0]
 
+    @functools.cached_property
+    def products(self) -> list[Any]:
+        """The nodes in which a module without parts multiplies by a weight of its own."""
+        own = {id(p) for p in self.module.parameters(recurse=False) if p.dim() > 1}
+        if not own or not self.inputs or next(self.module.children(), None) is not None:
+            return []
+        given = {tensor.grad_fn for tensor, _ in self.inputs}
+        made = [t.grad_fn for t, _ in self.outputs if isinstance(t, Tensor)]
+        within = walk(made, lambda node: [] if node in given else below(node))
+        found = [node for node in within if node not in given and is_product(node)]
+        return [n for n in found if any(id(parameter_behind(part)) in own for part in below(n))]
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the module multiplies an activity with a weight of its own, of whatever class it is."""
+        return isinstance(self.module, PARAMETRIC) or bool(self.products)
+
+    @property
+    def features_known(self) -> bool:
+        """Whether it is a layer whose class, or whose product, says which dimension holds the features."""
+        if isinstance(self.module, CHANNELS_FIRST + FEATURES_LAST):
+            return True
+        # a product of the last dimension; what a convolution of no class does is seen in the graph
+        if not self.products or any(n.name().startswith("Convolution") for n in self.products):
+            return False
+        leading = self.activity[1].shape[:-1]
+        return all(isinstance(t, Tensor) and t.shape[:-1] == leading for t, _ in self.outputs)
+
 
 @dataclass
 class Trace:
@@ -96,7 +131,7 @@ class Trace:
         self.layers: dict[Any, nn.Module] = {
             (t.grad_fn, t.output_nr): call.module
             for call in self.calls
-            if isinstance(call.module, CHANNELS_FIRST + FEATURES_LAST)
+            if call.features_known
             for t, _ in call.outputs
             if isinstance(t, Tensor) and t.grad_fn is not None
         }
