@@ -34,7 +34,7 @@ HEADINGS = {
     "Images": "classes channels size batch",
     "Measurement": "measure schedules rounds",
     "Pipeline of processes": "stages micro_batches link latency",
-    "Machine": "device precision threads workers compile channels_last",
+    "Machine": "device precision threads workers executor compile channels_last",
     "Several processes": "parallel.",
     "Advanced: schedules and feedback": "",
     "Advanced: optimizer of the network's weights": "forward.",

@@ -307,6 +307,8 @@ class CompareCommand(CompareConfig):
         scale: share of the training images, such as 0.05. Below 1, a grid's `scaled` settings apply.
         workers: runs at once, each in a process and on a thread of its own; by default one per core, as
             far as memory allows, and one on a GPU.
+        executor: what runs them: processes of this machine (local), or tasks of Ray (extra `ray`), here or on a cluster whose
+            nodes see the folder of the results; there, --workers is by default what its CPUs allow.
         dry_run: show what would be run, and run nothing.
         report_only: write the report of what is there, and run nothing.
     """
@@ -314,6 +316,7 @@ class CompareCommand(CompareConfig):
     only: Only = field(default_factory=Only)
     scale: float = 1.0
     workers: int | None = None
+    executor: Literal["local", "ray"] = "local"
     dry_run: bool = False
     report_only: bool = False
 

@@ -21,7 +21,17 @@ from feedbackward.experiment.grid.selection import Selection
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
 
 # flags that say how a grid is run, and not what its comparisons are
-RUN = ("title", "out", "overwrite", "only", "scale", "workers", "dry_run", "report_only")
+RUN = (
+    "title",
+    "out",
+    "overwrite",
+    "only",
+    "scale",
+    "workers",
+    "executor",
+    "dry_run",
+    "report_only",
+)
 
 
 def parse_compare(arguments: Sequence[str]) -> tuple[Plan, CompareCommand]:
@@ -33,7 +43,7 @@ def parse_compare(arguments: Sequence[str]) -> tuple[Plan, CompareCommand]:
     grids = [file for file, given in files if "sections" in given]
     if not grids:
         command = parse(CompareCommand, arguments, "compare")
-        plan = single(command.comparison(), command.scale)
+        plan = single(command.comparison(), command.scale, executor(command))
     else:
         if len(grids) > 1:
             raise ConfigError(f"give one grid at a time, not {grids[0]} and {grids[1]}")
@@ -45,10 +55,15 @@ def parse_compare(arguments: Sequence[str]) -> tuple[Plan, CompareCommand]:
         grid = load_grid(grids[0])
         small = "" if command.scale == 1 else f"-{command.scale:g}"
         out = command.out or f"runs/{slug(grid.name)}{small}"
-        plan = expand(grid, Options(out, command.scale, changes))
+        plan = expand(grid, Options(out, command.scale, changes, executor(command)))
     if command.workers is not None and command.workers < 1:
         raise ConfigError(f"--workers is {command.workers}: it must be at least 1")
     return plan, command
+
+
+def executor(command: CompareCommand) -> str:
+    """What runs the cells; a report of what is there needs no cluster."""
+    return "local" if command.report_only or command.dry_run else command.executor
 
 
 def compare(config: CompareConfig, console: Console, interrupts: Interrupts) -> dict[str, Any]:

@@ -25,11 +25,13 @@ class Options:
         out: the folder of the results.
         scale: the share of the training images; below 1, the grid's `scaled` settings apply.
         changes: settings of the command line, which every comparison takes.
+        executor: what runs the cells.
     """
 
     out: str
     scale: float = 1.0
     changes: Mapping[str, Any] = field(default_factory=dict)
+    executor: str = "local"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1:
@@ -98,7 +100,7 @@ class Plan:
         return max(c.config.parallel.processes for c in self.comparisons.values())
 
 
-def single(config: CompareConfig, scale: float = 1.0) -> Plan:
+def single(config: CompareConfig, scale: float = 1.0, executor: str = "local") -> Plan:
     """One comparison as a grid of one cell. Raises ConfigError for a config that is not valid."""
     config = config.resolved()
     assert config.out is not None
@@ -112,7 +114,7 @@ def single(config: CompareConfig, scale: float = 1.0) -> Plan:
     )
     block = Block("", {}, "", labels, tuple(config.seeds))
     comparison = Comparison("", config, "" if config.search.run else None)
-    return Plan(grid, Options(config.out, scale), (block,), {"": comparison})
+    return Plan(grid, Options(config.out, scale, executor=executor), (block,), {"": comparison})
 
 
 def expand(grid: Grid, options: Options) -> Plan:

@@ -288,7 +288,7 @@ class Runner:
                 rest.extend(new)
                 jobs.extend(job for _, job in new)
 
-        run_jobs(jobs, self.workers, report, interrupts)
+        run_jobs(jobs, self.workers, report, interrupts, self.plan.options.executor)
 
     def _missing_data(self) -> dict[str, str]:
         """Why data sets are missing, each once."""
@@ -326,7 +326,7 @@ def opened(
         plan, facts, missing = survey(plan, interrupts)
         if plan.single and missing:
             raise DataError(missing[""])
-        count = workers or default_workers(plan.device, plan.processes)
+        count = workers or default_workers(plan)
         runner = Runner(plan, only, count, facts, missing)
         if overwrite:
             runner.clear()

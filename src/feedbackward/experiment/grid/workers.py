@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -16,6 +17,7 @@ import torch
 
 from feedbackward.experiment.grid.cells import Job, Outcome, keep_reason, warnings_sent
 from feedbackward.experiment.grid.divided import POLL, run_job
+from feedbackward.experiment.grid.plan import Plan
 from feedbackward.experiment.training.building import find_device
 from feedbackward.experiment.training.environment import environment
 from feedbackward.experiment.training.interrupts import InterruptedRunError, Interrupts
@@ -25,23 +27,38 @@ Report = Callable[[int, str, Any], None]
 CELL_BYTES = 2_000_000_000  # of memory that a cell is taken to need, data set and all
 
 
-def default_workers(device: str, processes: int = 1) -> int:
-    """One process per core as far as memory goes, for cells that take so many; one where there is a GPU."""
-    if find_device(device).type == "cuda":
+def default_workers(plan: Plan) -> int:
+    """One process per core as far as memory goes, for cells that take several; one where there is a GPU; what a cluster has."""
+    if plan.options.executor == "ray":
+        from feedbackward.experiment.grid.ray_workers import cluster_workers
+
+        return cluster_workers(plan)
+    if find_device(plan.device).type == "cuda":
         return 1
     known = environment(torch.device("cpu"))
     most = min(known["cores"] or 1, (known["memory_bytes"] or CELL_BYTES) // CELL_BYTES)
-    return max(1, most // processes)
+    return max(1, most // plan.processes)
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, report: Report, interrupts: Interrupts) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int,
+    report: Report,
+    interrupts: Interrupts,
+    executor: str = "local",
+) -> None:
     """Run every job; `report` receives the progress and the end of each, in this process, and may add jobs at an end.
 
     Raises:
         InterruptedRunError: a signal came; the running cells are saved.
     """
+    if executor == "ray":
+        from feedbackward.experiment.grid.ray_workers import RayTasks
+
+        RayTasks(workers, report, interrupts).run(jobs)
+        return
     if workers > 1 and len(jobs) > 1:
-        _Pool(workers, report, interrupts).run(jobs)
+        _Processes(workers, report, interrupts).run(jobs)
         return
     for number, job in enumerate(jobs):
         interrupts.check()
@@ -53,17 +70,17 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Report, interrupts: Inte
             raise InterruptedRunError(signal.SIGINT)
 
 
-class _Pool:
-    """Processes that run a job at a time each. One that dies fails its cell, and another takes its place."""
+class Pool(ABC):
+    """Runs jobs side by side, at most `count` at once. `running`: what runs a job now, and the job's number."""
 
     def __init__(self, count: int, report: Report, interrupts: Interrupts) -> None:
         self.count, self.report, self.interrupts = count, report, interrupts
-        self.processes: dict[Connection, BaseProcess] = {}
-        self.running: dict[Connection, int] = {}
+        self.running: dict[Any, int] = {}
         self.jobs: Sequence[Job] = ()
         self.stopping = False
 
     def run(self, jobs: Sequence[Job]) -> None:
+        """Run all. Raises InterruptedRunError for a signal, once the running jobs are saved."""
         self.jobs, given = jobs, 0
         try:
             while given < len(jobs) or self.running:
@@ -74,10 +91,37 @@ class _Pool:
                 self._listen()
                 self.report(-1, "tick", None)
         except InterruptedRunError:
+            self.stopping = True
             self._stop()
+            while self.running:
+                self._listen()
             raise
         finally:
             self._end()
+
+    @abstractmethod
+    def _give(self, number: int) -> None:
+        """Start a job."""
+
+    @abstractmethod
+    def _listen(self) -> None:
+        """Wait for a moment; report what happened, and the end of jobs."""
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Ask every running job to save itself and end."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Let go of everything, at once if jobs still run."""
+
+
+class _Processes(Pool):
+    """Processes that run a job at a time each. One that dies fails its cell, and another takes its place."""
+
+    def __init__(self, count: int, report: Report, interrupts: Interrupts) -> None:
+        super().__init__(count, report, interrupts)
+        self.processes: dict[Connection, BaseProcess] = {}
 
     def _give(self, number: int) -> None:
         idle = [pipe for pipe in self.processes if pipe not in self.running]
@@ -99,7 +143,6 @@ class _Pool:
         return here
 
     def _listen(self) -> None:
-        """Report what the workers send, and notice those that died."""
         for pipe in wait(list(self.processes), timeout=POLL):
             assert isinstance(pipe, Connection)
             try:
@@ -123,12 +166,8 @@ class _Pool:
             self.report(number, "end", outcome)
 
     def _stop(self) -> None:
-        """Let every running cell save itself."""
-        self.stopping = True
         for pipe in self.running:
             self.processes[pipe].terminate()  # SIGTERM, which the worker notes
-        while self.running:
-            self._listen()
 
     def _end(self) -> None:
         for pipe, process in self.processes.items():
