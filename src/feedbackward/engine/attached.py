@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -48,6 +49,7 @@ class Attached:
         model: the user's model, on which the hooks of `cuts` sit.
         rule, sites, source: as `attach` got or found them; `rule` is the whole network's, the edges carry their own.
         graph: what is cut, and what is sent where.
+        rules: those of the edges and local losses; of a graph without any, the rule itself.
         feedback: the module that holds the feedback weights and auxiliary networks.
         cuts: the hooks of a pass.
         whole_plan: which parameters each segment holds, whether they train now or not.
@@ -62,6 +64,7 @@ class Attached:
     graph: Graph
     feedback: Feedback
     cuts: Cuts
+    rules: tuple[Rule, ...] = field(init=False)
     whole_plan: Plan = field(init=False)
     rows: Rows = field(init=False)
     structure: Structure = field(init=False)
@@ -76,6 +79,7 @@ class Attached:
     without_phase: int | None = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        self.rules = self.graph.rules or (self.rule,)
         self.rows = Rows(self.graph)
         self.structure = Structure(self.model, self.rule, self.graph)
         self.mirrored = Mirrored(self.model, self.feedback, self.graph)
@@ -85,11 +89,6 @@ class Attached:
         """Which parameters each segment trains, of those that train now."""
         trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
         return self.whole_plan.among(trainable)
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The rules of the edges and local losses; of a graph without any, the rule itself."""
-        return self.graph.rules or (self.rule,)
 
     @property
     def needs_error(self) -> bool:
@@ -183,6 +182,9 @@ class Attached:
 
     def _refuse_shards(self) -> None:
         """Refuse a graph that needs weights which are whole only while their own module runs."""
+        if not dist.is_available() or not dist.is_initialized():
+            # a shard is held by a group of processes
+            return
         names = {n for e in self.graph.edges for n in (e.shares, e.forward_weight) if n}
         refuse_shards(
             (weight_named(self.model, name) for name in names),

@@ -88,7 +88,8 @@ def _rows(t: Tensor, edge: Edge, shape: torch.Size) -> Tensor:
     """What the source has for each row of a site of this shape: `[M, *source]`."""
     if edge.repeats:
         t = t.unsqueeze(1).expand(-1, shape[1], *t.shape[1:])
-    return t.flatten(0, edge.leading + edge.repeats - 1)
+    lead = edge.leading + edge.repeats
+    return t if lead == 1 else t.flatten(0, lead - 1)
 
 
 class Join(torch.autograd.Function):

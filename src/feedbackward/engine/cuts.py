@@ -35,7 +35,10 @@ class Cuts(Hooked):
         ]
         self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
         self.local = {place[end.site]: end for end in graph.local}
-        self._in_time = any(site.every for site in graph.sites)
+        self._every = [site.every for site in graph.sites]
+        self._in_time = any(self._every)
+        # by edge, the shapes and types of the site and the source that were found to fit
+        self._fitting: dict[int, tuple[object, ...]] = {}
         self.upward = Upward(graph)
         self._sites_by_points = {site.points: place[site] for site in graph.sites}
         # whether the latest forward pass was cut: a checkpoint may repeat a part of it
@@ -47,7 +50,7 @@ class Cuts(Hooked):
         if tape is None:
             return h.detach() if self._repeated() else h
         cut, site = tape.cut[index], self.sites[index]
-        if site.every:
+        if self._every[index]:
             return self._on_call(index, h, tape)
         if tape.seen[index] == len(site.points) or (cut is not None and tape.h[index] is not h):
             raise SiteError(
@@ -332,9 +335,19 @@ class Cuts(Hooked):
 
     def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
         """Refuse an edge whose site was not reached, was changed in place, or does not fit its source."""
-        site = edge.site
-        self._check_met(site, h, version)
+        self._check_met(edge.site, h, version)
         assert h is not None
+        if torch.compiler.is_compiling():
+            self._check_fit(edge, h, source)
+            return
+        kinds = (h.shape, h.dtype, source.shape, source.dtype)
+        if self._fitting.get(id(edge)) != kinds:
+            self._check_fit(edge, h, source)
+            self._fitting[id(edge)] = kinds
+
+    def _check_fit(self, edge: Edge, h: Tensor, source: Tensor) -> None:
+        """Refuse an activity and a source of whose shapes or types the edge cannot make signals."""
+        site = edge.site
         if h.is_complex() or source.is_complex():
             name = site.name if h.is_complex() else edge.source.name
             raise SiteError(

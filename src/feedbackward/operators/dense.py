@@ -100,7 +100,7 @@ def outer(d: Tensor, h: Tensor, center: bool) -> Tensor:
 
 def rows(t: Tensor) -> Tensor:
     """One row per item of the first dimension; also of a tensor [M]."""
-    return t.reshape(len(t), -1)
+    return t if t.dim() == 2 else t.reshape(len(t), -1)
 
 
 def _channels_last(B: Tensor) -> bool:
