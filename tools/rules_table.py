@@ -29,8 +29,9 @@ UNBROKEN = {"break_long_words": False, "break_on_hyphens": False}
 PLACE = re.compile(r"(<!-- rules -->\n).*?(<!-- end of rules -->)", re.S)
 MEASURED_LEGEND = {
     "CIFAR-10": "test accuracy in % of the DKP authors' small CNN (three hidden layers) after five epochs on 8,000 images, "
-    "one seed, with rates picked on held-out images by equal trials of one epoch "
-    "([report](../bench/results/all-rules-conv/report.md)). With one seed, differences of two points say nothing. "
+    "with rates picked on held-out images by equal trials of one epoch "
+    "([report](../bench/results/all-rules-conv/report.md)): mean and standard deviation over three seeds, or one seed, "
+    "whose differences of two points say nothing. "
     "*not above Frozen*: it is not above the control there; [Recipes](recipes.md#every-rule-on-one-net) has more, and "
     "what the rules that this net cannot serve reach on an MLP."
 }
@@ -38,14 +39,16 @@ MEASURED_LEGEND = {
 
 def measured() -> dict[str, str]:
     """Test accuracy by the rule's label, with a note where it is not above Frozen's."""
-    rows = re.findall(
-        r"^\| ([^|]+?) \| (\d+\.\d)(?: ± \d+\.\d)? \| \d+ \|", MEASURED.read_text(), re.M
-    )
-    means = {label: float(mean) for label, mean in rows}
-    below = {label for label, mean in means.items() if mean <= means["Frozen"]} - {"Frozen"}
+    row = r"^\| ([^|]+?) \| (\d+\.\d)( ± \d+\.\d)? \| \d+ \|"
+    # of a rule with several rows the last one counts: it has more seeds
+    rows = {
+        label: (float(mean), mean + spread)
+        for label, mean, spread in re.findall(row, MEASURED.read_text(), re.M)
+    }
+    floor, _ = rows["Frozen"]
     return {
-        label: f"{mean}" + (", *not above Frozen*" if label in below else "")
-        for label, mean in means.items()
+        label: shown + (", *not above Frozen*" if mean <= floor and label != "Frozen" else "")
+        for label, (mean, shown) in rows.items()
     }
 
 
