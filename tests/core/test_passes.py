@@ -173,3 +173,12 @@ def test_a_batch_of_one() -> None:
     centred = fb.attach(net, fb.DKP.published(center=True), example=torch.randn(3, 4))
     with pytest.raises(fb.SiteError, match=r"batch of at least 2, got 1.*Drop the last"):
         centred(torch.randn(1, 4))
+
+
+def test_sizes_are_checked_in_every_pass() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))  # fmt: skip
+    learner = fb.attach(model, fb.DFA(), example=torch.zeros(2, 1, 8, 8), sites=["1"])
+    for _ in range(2):
+        learner(torch.randn(2, 1, 8, 8)).sum().backward()
+        with pytest.raises(fb.SiteError, match="fits one input size"):
+            learner(torch.randn(2, 1, 11, 9))

@@ -333,15 +333,6 @@ def test_one_patch_serves_inputs_of_any_size() -> None:
         learner(torch.randn(2, 1, 11, 9))
 
 
-def test_sizes_are_checked_in_every_pass() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))  # fmt: skip
-    learner = fb.attach(model, fb.DFA(), example=torch.zeros(2, 1, 8, 8), sites=["1"])
-    for _ in range(2):
-        learner(torch.randn(2, 1, 8, 8)).sum().backward()
-        with pytest.raises(fb.SiteError, match="fits one input size"):
-            learner(torch.randn(2, 1, 11, 9))
-
-
 @pytest.mark.parametrize("operator", [*LEARNED, *FIXED], ids=str)
 def test_the_probe_reads_every_form(operator: fb.Operator) -> None:
     learner, (x, y) = MLP.attach(fb.DFA(operator=operator)), MLP.batch()

@@ -334,7 +334,7 @@ MUTATIONS = (
     ("engine/structure.py", "ids == self._ids or len({*ids}) == self._tensors", "True", CHANGED),
     ("engine/plan.py", "heirs.get(n, set()) & there", "False", CHANGED),
     ("engine/cuts.py", "self._check_met(end.site, h, tape.versions[place])", "pass", "rules/test_rules_local.py"),
-    ("engine/cuts.py", "if self._fitting.get(id(edge)) != kinds:", "if id(edge) not in self._fitting:", "operators/test_operators_learner.py"),
+    ("engine/cuts.py", "if self._fitting.get(id(edge)) != kinds:", "if id(edge) not in self._fitting:", "core/test_passes.py"),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -17,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.mirrored import Mirrored
-from feedbackward.engine.outside import is_fsdp, refuse_shards, refuse_transforms
+from feedbackward.engine.outside import in_group, is_fsdp, refuse_shards, refuse_transforms
 from feedbackward.engine.plan import Plan, make_plan
 from feedbackward.engine.rows import Rows
 from feedbackward.engine.structure import Structure
@@ -182,7 +181,7 @@ class Attached:
 
     def _refuse_shards(self) -> None:
         """Refuse a graph that needs weights which are whole only while their own module runs."""
-        if not dist.is_available() or not dist.is_initialized():
+        if not in_group():
             # a shard is held by a group of processes
             return
         names = {n for e in self.graph.edges for n in (e.shares, e.forward_weight) if n}

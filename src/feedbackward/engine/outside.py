@@ -90,9 +90,14 @@ def refuse_transforms(inputs: Any) -> None:
         )
 
 
+def in_group() -> bool:
+    """Whether torch.distributed has begun, be it with one process."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def several_processes() -> bool:
     """Whether this process is one of several that know each other."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return in_group() and dist.get_world_size() > 1
 
 
 def check_reduce(reduce: bool | None, parameters: Iterable[nn.Parameter]) -> bool:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.hooks import Observer
+from feedbackward.engine.outside import several_processes
 from feedbackward.errors import FeedbackError
 from feedbackward.graph import Edge, Site, Source
 from feedbackward.model.example import copied, run
@@ -223,7 +224,7 @@ def _add(weight: Tensor, grad: Tensor) -> None:
 
 
 def _mean_of_ranks(grad: Tensor) -> Tensor:
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_processes():
         return grad
     total = grad.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)

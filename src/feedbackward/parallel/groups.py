@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from feedbackward.engine.outside import in_group
 from feedbackward.errors import AttachError
 
 
@@ -44,7 +45,7 @@ def make_groups(mesh: DeviceMesh | None, timeout: float) -> Groups:
 
     Raises AttachError where the mesh has other dimensions than "pipeline" and "data".
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not in_group():
         return Groups()
     wait = timedelta(seconds=timeout)
     if mesh is None:

@@ -59,6 +59,10 @@ class Comparison:
         """Its rules, the baseline first, without the rates that a search picks."""
         return find_candidates(self.config)
 
+    def candidate(self, label: str) -> Candidate | None:
+        """The rule of this label, if it is compared here."""
+        return next((c for c in self.candidates if c.label == label), None)
+
 
 @dataclass(frozen=True)
 class Block:

@@ -112,14 +112,15 @@ class Runner:
                 continue
             if {on, folder} & {*self.missing} or (on, label) in self.refused:
                 continue
-            if any(c.label == label for c in self.plan.comparisons[on].candidates):
+            if self.plan.comparisons[on].candidate(label):
                 needed[on, label] = self._trials_of(on, label)
         return needed
 
     def _trials_of(self, folder: str, label: str) -> list[Job]:
         """The trials of a rule; of those that Optuna suggests, the ones that are known by now."""
         comparison = self.plan.comparisons[folder]
-        candidate = next(c for c in comparison.candidates if c.label == label)
+        candidate = comparison.candidate(label)
+        assert candidate is not None
         found: list[tuple[str, TrainConfig, Pruning | None]]
         if comparison.config.search.by == "optuna":
             found = [*optuna_trials(comparison.config, candidate)]
@@ -139,8 +140,8 @@ class Runner:
         A rule gets no pick while a trial is missing or has failed.
         """
         for (folder, label), jobs in trials.items():
-            candidates = self.plan.comparisons[folder].candidates
-            candidate = next(c for c in candidates if c.label == label)
+            candidate = self.plan.comparisons[folder].candidate(label)
+            assert candidate is not None
             ends = [end for job in jobs if (end := find_outcome(job)) is not None]
             if len(ends) < len(jobs):
                 continue
@@ -227,9 +228,9 @@ class Runner:
     def _trial_count(self, folder: str, label: str) -> int:
         """How many trials Optuna is to suggest for a rule."""
         comparison = self.plan.comparisons[folder]
-        learned = next(c.learned for c in comparison.candidates if c.label == label)
-        search = comparison.config.search
-        return trial_count(search, learned) if search.by == "optuna" else 0
+        candidate, search = comparison.candidate(label), comparison.config.search
+        assert candidate is not None
+        return trial_count(search, candidate.learned) if search.by == "optuna" else 0
 
     def _admit(self, console: Console, interrupts: Interrupts) -> None:
         """Find the rules that are refused before time is spent on the others.
