@@ -1,5 +1,7 @@
 """The loader: order, augmentation, normalisation, and the same batches after a resume."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,23 @@ def test_every_image_once_in_an_order_of_its_own_each_epoch():
         assert torch.equal(raw(inputs), images.images[labels])
 
 
-@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+class Draws:
+    """Adds a number of each generator that a transform may draw from."""
+
+    def __call__(self, image):
+        numbers = torch.randint(9, ()), random.randrange(9), np.random.randint(9)
+        return image + sum(int(n) for n in numbers)
+
+
+def text(image):
+    return "an image"
+
+
+def halves(image):
+    return image.float() / 2
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip", "test_loader:Draws"])
 def test_resume_gives_bit_identical_batches(augment):
     images = noise(45, side=16)
     whole = batches(Loader(images, data_of(images), 8, augment=augment, seed=1), epoch=5)
@@ -179,3 +197,38 @@ def test_bad_options():
         Loader(images, data_of(images), 0)
     with pytest.raises(ConfigError, match="Unknown augment 'mixup'"):
         Loader(images, data_of(images), 2, augment="mixup")
+
+
+def test_a_transform_of_the_users_own_sees_each_image_and_leaves_the_generators():
+    images = noise(12, side=4)
+    augmented = Loader(images, data_of(images), 12, augment="test_loader:Draws", shuffle=False)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    wanted = random.random(), np.random.rand(), torch.rand(())
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    ((inputs, _),) = batches(augmented)
+    assert (random.random(), np.random.rand(), torch.rand(())) == wanted
+    added = (raw(inputs) - images.images).flatten(1)
+    assert (added == added[:, :1]).all()
+    assert len(added[:, 0].unique()) > 3
+    other = Loader(images, data_of(images), 12, augment="test_loader:Draws", shuffle=False, seed=1)
+    assert not torch.equal(batches(other)[0][0], inputs)
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        (
+            "test_loader:halves",
+            r"returned torch.float32 \[3, 4, 4\] for an image uint8 \[3, 4, 4\]",
+        ),
+        ("test_loader:text", r"returned <class .str.>"),
+        ("test_loader:Loader", "cannot be made without arguments"),
+        ("test_loader:np", "is a module: expected a function of one image"),
+        ("test_loader:absent", "augmentation 'test_loader:absent' could not be imported"),
+        ("mirror", "Unknown augment 'mirror': choose one of none, .*torchvision.transforms.v2"),
+    ],
+)
+def test_transforms_refused(augment, message):
+    images = noise(4, side=4)
+    with pytest.raises(ConfigError, match=message):
+        batches(Loader(images, data_of(images), 4, augment=augment))

@@ -90,8 +90,8 @@ def test_a_name_that_is_asked_twice_is_one_logger(tmp_path: Path) -> None:
     [
         ("wandbb", r"known are tensorboard, wandb, mlflow; or package\.module:Class"),
         ("mlflow", "pip install mlflow"),
-        ("no_such_module:Kept", r"expected package\.module:Class"),
-        ("test_loggers:Nothing", r"expected package\.module:Class"),
+        ("no_such_module:Kept", r"expected package\.module:name"),
+        ("test_loggers:Nothing", r"expected package\.module:name"),
     ],
 )
 def test_a_logger_that_is_not_there_is_refused_before_the_data_are_read(

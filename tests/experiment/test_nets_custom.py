@@ -25,7 +25,7 @@ def own(monkeypatch):
     module.fixed = lambda: nn.Linear(2, 3)
     module.only_classes = lambda classes=5: nn.Linear(2, classes)
     module.passes_on = lambda width=4, **options: nn.Linear(width, len(options) + 1)
-    module.needs_more = lambda in_shape, depth: nn.Linear(1, 1)
+    module.needs_more = lambda in_shape, depth: nn.Linear(in_shape[0], depth)
     module.text = lambda: "not a model"
     module.instance = nn.Linear(2, 3)
     module.number = 3
@@ -40,6 +40,27 @@ def test_own_model_gets_the_arguments_that_it_names():
     assert build("own_nets:only_classes", (3, 8, 8), 4).out_features == 4
     assert build("own_nets:passes_on", (3, 8, 8), 4).out_features == 1
     assert default_sites("own_nets:Own") == "layers"
+
+
+@pytest.mark.usefixtures("own")
+def test_options_are_further_keywords():
+    model = build("own_nets:needs_more", (3, 8, 8), 4, options={"depth": 7})
+    assert (model.in_features, model.out_features) == (3, 7)
+    assert build("own_nets:passes_on", (3, 8, 8), 4, options={"a": 1, "b": 2}).out_features == 3
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("own_nets:fixed", {"depth": 7}, "cannot be called with depth"),
+        ("own_nets:only_classes", {"classes": 7}, "names 'classes', which the data or `norm` decides"),
+        ("vgg6", {"depth": 7}, "'vgg6' has no options, but model_options names depth"),
+    ],
+)  # fmt: skip
+def test_options_refused(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(name, (3, 8, 8), 4, options=options)
 
 
 @pytest.mark.usefixtures("own")

@@ -17,6 +17,7 @@ from feedbackward.experiment import nets
 from feedbackward.experiment.config.arguments import parse
 from feedbackward.experiment.config.cost import CostConfig
 from feedbackward.experiment.config.schema import RuleEntry
+from feedbackward.experiment.randomness import seed_everything
 from feedbackward.experiment.training.building import (
     find_rule,
     import_from_here,
@@ -24,7 +25,6 @@ from feedbackward.experiment.training.building import (
     make_operator,
     make_rule,
 )
-from feedbackward.experiment.training.randomness import seed_everything
 from feedbackward.operators import OPERATORS
 from feedbackward.rules import RULES, Rule
 
@@ -138,7 +138,13 @@ class Subject:
         """A fresh network, in training mode."""
         seed_everything(0)
         with torch.device(self.device):
-            model = nets.build(self.model, self.shape, self.config.classes, norm=self.config.norm)
+            model = nets.build(
+                self.model,
+                self.shape,
+                self.config.classes,
+                norm=self.config.norm,
+                options=self.config.model_options,
+            )
         model = model.to(self.device)
         if self.config.channels_last and self.device.type != "meta":
             model = in_channels_last(model, self.device)

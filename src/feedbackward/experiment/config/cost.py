@@ -13,7 +13,9 @@ class CostConfig:
     """What a training step costs, by rule, operator and schedule, beside backprop.
 
     Attributes:
-        models: nets, or package.module:callable; also as arguments without a flag.
+        models: nets, package.module:callable, path/to/file.py:callable, timm:name or hf:type; also as arguments without a
+            flag.
+        model_options: options of a net of your own, of timm or of transformers.
         rules: names, entries with rule, label and options, or `all`; by default all, and with --measure
             dfa and dkp.
         operators: forms of the feedback, for the rules that have a choice; by default each rule's own.
@@ -41,6 +43,7 @@ class CostConfig:
     """
 
     models: list[str] = field(default_factory=list)
+    model_options: dict[str, Any] = field(default_factory=dict)
     rules: list[str | RuleEntry] | None = None
     operators: list[str | dict[str, Any]] = field(default_factory=list)
     sites: str | list[str] | None = None

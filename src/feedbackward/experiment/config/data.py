@@ -20,7 +20,8 @@ class DataConfig:
         test_limit: use at most so many test images.
         classes: keep the first so many classes only.
         size: resize the images to size x size pixels when decoding; the picture of a regression has 64.
-        augment: none, flip, crop or crop-flip, applied to training batches.
+        augment: none, flip, crop or crop-flip, applied to training batches; or your own transform of an image, as
+            package.module:name, for example torchvision.transforms.v2:TrivialAugmentWide.
         context: characters in a sequence of a text, by default 64; or frames in a piece of music, by default all.
     """
 

@@ -25,7 +25,7 @@ SHORT = {
 
 # heading in --help: fields of a config, or "part." for all of a part; all others are advanced
 HEADINGS = {
-    "Model and rule": "task model models rule rule_options rules operators sites norm dropout",
+    "Model and rule": "task model models model_options rule rule_options rules operators sites norm dropout",
     "Data": "data.",
     "Training": "recipe epochs batch_size forward.name forward.lr feedback.lr seed seeds",
     "Search of rates": "search.",

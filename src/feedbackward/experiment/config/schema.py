@@ -58,7 +58,9 @@ class Settings:
         model: the network: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56,
             resnet110, mlp; for a language model transformer_small, transformer4, transformer6, gru, lstm; for nodes gcn,
             gcn4, gat, sage, gin; for music music_rnn, music_gru, music_lstm, and the same with _steps; for regression
-            field; or your own as package.module:callable.
+            field; timm:resnet18 or any other of timm; hf:vit or any other of transformers, by its type, folder or
+            repository; or your own as package.module:callable or path/to/file.py:callable.
+        model_options: an option of a net of your own, of timm or of transformers, as in --model-options.depth 4.
         norm: use batch norm in the named networks.
         dropout: probability of the network's dropout layers. A network without any gets them after its
             hidden linear layers.
@@ -102,6 +104,7 @@ class Settings:
         "classification", "language_model", "node_classification", "music", "regression"
     ] = "classification"
     model: str = "vgg6"
+    model_options: dict[str, Any] = field(default_factory=dict)
     norm: bool = True
     dropout: float | None = None
     sites: str | list[str] | None = None

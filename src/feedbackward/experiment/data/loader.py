@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from feedbackward.errors import ConfigError
 from feedbackward.experiment.data.decode import Images
+from feedbackward.experiment.imported import imported
+from feedbackward.experiment.randomness import random_numbers_of
 
 if TYPE_CHECKING:
     from feedbackward.experiment.data.dataset import Data
@@ -18,10 +20,30 @@ if TYPE_CHECKING:
 AUGMENTATIONS = ("none", "flip", "crop", "crop-flip")
 
 
-def check_augment(augment: str) -> None:
-    """Raise ConfigError unless `augment` is one of AUGMENTATIONS."""
-    if augment not in AUGMENTATIONS:
-        raise ConfigError(f"Unknown augment '{augment}': choose one of {', '.join(AUGMENTATIONS)}.")
+def find_transform(augment: str) -> Callable[[Tensor], Any] | None:
+    """The user's own transform of one image, `package.module:name` or `path/to/file.py:name`; None for AUGMENTATIONS.
+
+    A class, such as those of `torchvision.transforms.v2`, is made without arguments. Raises ConfigError if there is none.
+    """
+    if augment in AUGMENTATIONS:
+        return None
+    if ":" not in augment:
+        raise ConfigError(
+            f"Unknown augment '{augment}': choose one of {', '.join(AUGMENTATIONS)}; or package.module:name for your own, "
+            "for example torchvision.transforms.v2:TrivialAugmentWide."
+        )
+    found = imported(augment, "augmentation")
+    try:
+        transform = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise ConfigError(
+            f"the augmentation {augment!r} cannot be made without arguments ({error}): name an object that is made"
+        ) from error
+    if not callable(transform):
+        raise ConfigError(
+            f"the augmentation {augment!r} is a {type(transform).__name__}: expected a function of one image, or a class of such"
+        )
+    return transform
 
 
 class Batches(ABC):
@@ -68,7 +90,8 @@ class Loader(Batches):
     """Batches of `images`, normalised with the mean and std of `data`'s training split.
 
     The augmentation of a batch depends only on (seed, epoch, batch index). It is drawn on the CPU, as the order is: a run
-    resumed within an epoch sees bit-identical batches, and every device sees the same crops and flips.
+    resumed within an epoch sees bit-identical batches, and every device sees the same crops and flips. A transform of the
+    user's own gets one image, uint8 [C, H, W], and returns such; it may draw from PyTorch's, Python's and NumPy's generators.
     Inputs are float32 [n, C, H, W] and labels int64 [n].
     """
 
@@ -83,7 +106,7 @@ class Loader(Batches):
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        check_augment(augment)
+        self._transform = find_transform(augment)
         super().__init__(images, batch_size, device=device, seed=seed, shuffle=shuffle)
         self.images, self.augment = images, augment
         # pixel / 255 standardised, as one product and one sum on the raw bytes
@@ -93,10 +116,26 @@ class Loader(Batches):
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
     def rows(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        pixels = self.images.images[index].to(self.device, non_blocking=True)
-        pixels = self._augmented(pixels, _generator(self.seed, epoch, batch))
+        pixels = self.images.images[index]
+        if self._transform is not None:
+            with random_numbers_of(_seed(self.seed, epoch, batch)):
+                pixels = torch.stack([self._transformed(image) for image in pixels])
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self._transform is None:
+            pixels = self._augmented(pixels, _generator(self.seed, epoch, batch))
         inputs = pixels.float().mul_(self._scale).add_(self._shift)
         return inputs, self.images.labels[index].to(self.device, non_blocking=True)
+
+    def _transformed(self, image: Tensor) -> Tensor:
+        assert self._transform is not None
+        made = self._transform(image)
+        if not isinstance(made, Tensor) or (made.shape, made.dtype) != (image.shape, image.dtype):
+            got = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else type(made)
+            raise ConfigError(
+                f"the augmentation {self.augment!r} returned {got} for an image uint8 {list(image.shape)}: it must return the "
+                "like, since all images of a batch have one size and are normalised after it"
+            )
+        return made
 
     def _augmented(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 [n, C, H, W] -> the same, cropped and flipped per image as `augment` says."""
@@ -117,6 +156,11 @@ class Loader(Batches):
 
 
 def _generator(*key: int) -> torch.Generator:
-    """A generator for (seed, epoch[, batch]); neighbouring keys give unrelated streams."""
+    """A generator for (seed, epoch[, batch])."""
+    return torch.Generator().manual_seed(_seed(*key))
+
+
+def _seed(*key: int) -> int:
+    """A seed for this key; neighbouring keys give unrelated streams."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -73,6 +73,7 @@ def count(runner: Runner, comparison: Comparison) -> dict[str, Results]:
     candidates = comparison.candidates
     counting = CostConfig(
         models=[config.model],
+        model_options=config.model_options,
         rules=list[str | RuleEntry](candidate.entry for candidate in candidates),
         sites=config.sites,
         error_at=config.error_at,

@@ -5,7 +5,7 @@ possible site (a name means that module's output). Weights are drawn from PyTorc
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -188,12 +188,13 @@ def build(
     classes: int,
     norm: bool = True,
     task: str = "classification",
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The net `name` for images of `in_shape` (C, H, W): [N, C, H, W] -> [N, classes], or sequences (T,): [N, T] -> [N, T, classes].
 
-    `name` is a key of `NETS`, or `package.module:callable` for a model of the user's own. `norm=False` drops
-    batch norm; convolutions then have a bias. Raises ConfigError for an unknown name, a net for another task or an unusable
-    shape.
+    `name` is a key of `NETS`, or `package.module:callable`, `path/to/file.py:callable`, `timm:name` or `hf:type` for another
+    model, which is given the `options` too. `norm=False` drops batch norm; convolutions then have a bias. Raises ConfigError for
+    an unknown name, a net for another task, an unusable shape or options that the net does not have.
     """
     if task == "classification" and (len(in_shape) != 3 or min(in_shape) < 1):
         raise ConfigError(
@@ -202,8 +203,13 @@ def build(
     if classes < 2:
         raise ConfigError(f"classes of the net {name!r} is {classes}, expected at least 2.")
     if ":" in name:
-        return build_custom(name, in_shape, classes, norm)
+        return build_custom(name, in_shape, classes, norm, task, options)
     net = _find(name)
+    if options:
+        raise ConfigError(
+            f"the net {name!r} has no options, but model_options names {', '.join(options)}: they are for your own nets and those "
+            "of timm: and hf:"
+        )
     if net.task != task:
         fitting = ", ".join(key for key, other in NETS.items() if other.task == task)
         raise ConfigError(
@@ -245,5 +251,5 @@ def _find(name: str) -> Net:
     near = difflib.get_close_matches(name.lower(), NETS, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(
-        f"unknown net {name!r}. {hint}Known nets: {', '.join(NETS)}; or package.module:callable for your own."
+        f"unknown net {name!r}. {hint}Known nets: {', '.join(NETS)}; or package.module:callable for your own, timm:name, hf:type."
     )

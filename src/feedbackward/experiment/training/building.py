@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import os
 import sys
 import warnings
@@ -23,8 +22,9 @@ from feedbackward.experiment.config.option_types import check_types
 from feedbackward.experiment.config.schema import TrainConfig
 from feedbackward.experiment.config.suggest import hint
 from feedbackward.experiment.data.dataset import DataConfig
+from feedbackward.experiment.imported import imported
+from feedbackward.experiment.randomness import seed_everything
 from feedbackward.experiment.tasks import TASKS, AnyData
-from feedbackward.experiment.training.randomness import seed_everything
 from feedbackward.learner import Learner
 from feedbackward.model.example import run
 from feedbackward.operators import OPERATORS, Operator
@@ -38,13 +38,7 @@ def find_rule(name: str) -> type[Rule]:
         return named[name]
     if ":" not in name:
         raise ConfigError(f"unknown rule '{name}': {hint(name, named)} (or package.module:Class)")
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"the rule '{name}' cannot be imported ({error}): check its spelling"
-        ) from error
+    found = imported(name, "rule")
     if not (isinstance(found, type) and issubclass(found, Rule)):
         raise ConfigError(f"'{name}' is not a subclass of feedbackward.Rule")
     return found
@@ -181,9 +175,8 @@ def build_learner(config: TrainConfig, data: AnyData, device: torch.device) -> L
     seed_everything(config.seed)
     rule = make_rule(config.rule, config.rule_options)
     task = TASKS[config.task]
-    model = nets.build(config.model, data.shape, data.num_classes, config.norm, task.name).to(
-        device
-    )
+    shape, classes, options = data.shape, data.num_classes, config.model_options
+    model = nets.build(config.model, shape, classes, config.norm, task.name, options).to(device)
     if config.dropout is not None:
         nets.set_dropout(model, config.dropout)
     if config.channels_last:

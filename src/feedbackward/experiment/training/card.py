@@ -18,7 +18,7 @@ from feedbackward.rules import TIERS, Rule
 # what the hub calls a task
 _HUB_TASKS = {"classification": "image-classification", "language_model": "text-generation"}
 # what the text of the card says already
-_TOLD = ("rule", "rule_options", "task", "model", "norm", "seed")
+_TOLD = ("rule", "rule_options", "task", "model", "model_options", "norm", "seed")
 _UNLOCKED = {
     "": "A layer's signal waits for those of the layers above.",
     "backward": "No layer's signal waits for that of another layer.",

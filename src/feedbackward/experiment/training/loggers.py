@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from feedbackward.errors import ConfigError
+from feedbackward.experiment.imported import imported
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,13 @@ def find_logger(name: str) -> Any:
         raise ConfigError(
             f"unknown logger {name!r}: known are {', '.join(LOGGERS)}; or package.module:Class for your own"
         )
-    module, _, attribute = name.partition(":")
-    package = module if attribute else {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
+    if ":" in name:
+        return imported(name, "logger")
+    package = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     try:
-        found = importlib.import_module(package)
-        return getattr(found, attribute) if attribute else LOGGERS[name]
-    except (ImportError, AttributeError) as error:
-        what = (
-            "expected package.module:Class"
-            if attribute
-            else f"install it with `pip install {name}`"
-        )
-        raise ConfigError(f"the logger {name!r} could not be imported ({error}): {what}") from error
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"the logger {name!r} could not be imported ({error}): install it with `pip install {name}`"
+        ) from error
+    return LOGGERS[name]

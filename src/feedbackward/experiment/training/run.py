@@ -15,6 +15,11 @@ from torch.utils._pytree import tree_map
 
 from feedbackward.errors import AttachError, CheckpointError, ConfigError, DivergenceError
 from feedbackward.experiment.config.schema import TrainConfig
+from feedbackward.experiment.randomness import (
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
 from feedbackward.experiment.tasks import TASKS, AnyData
 from feedbackward.experiment.training.building import build_learner
 from feedbackward.experiment.training.checkpoint import check_same_tensors
@@ -28,11 +33,6 @@ from feedbackward.experiment.training.identity import (
     tied_settings,
 )
 from feedbackward.experiment.training.optimizing import Weights
-from feedbackward.experiment.training.randomness import (
-    random_state,
-    restore_random_state,
-    seed_everything,
-)
 from feedbackward.measure.probe import Probe, probe
 from feedbackward.model.example import run as run_model
 from feedbackward.schedules.delayed import Delayed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,3 +38,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+@contextmanager
+def random_numbers_of(seed: int) -> Iterator[None]:
+    """Random numbers of this seed within; after it the generators go on as if nothing had been drawn."""
+    before = random_state()
+    try:
+        seed_everything(seed)
+        yield
+    finally:
+        restore_random_state(before)
