@@ -49,12 +49,15 @@ class Activity:
 
     tokens: how many of the leading dimensions of `shape` are token dimensions. It is 0 unless the layer that made the
         tensor works on the last dimension only. Of an activity of every call (:attr:`every`) the calls are the first.
+    unflattened: of a vector that a flatten made of a map, the shape of the map: channels, then two or three dimensions of
+        space. Otherwise empty.
     """
 
     name: str
     points: tuple[HookPoint, ...]
     shape: tuple[int, ...]
     tokens: int = 0
+    unflattened: tuple[int, ...] = ()
 
     @property
     def every(self) -> bool:

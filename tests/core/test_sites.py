@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -350,3 +351,33 @@ def test_output_changed_in_place_by_the_caller() -> None:
         out.square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+# --- what a flatten made of a map ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("between", "known"),
+    [
+        (lambda h: h.flatten(1), True),
+        (lambda h: F.dropout(h.reshape(len(h), -1), 0.5), True),
+        (lambda h: h.permute(0, 2, 3, 1).flatten(1), False),
+        (lambda h: h.mean((2, 3)).repeat(1, 36), False),
+        (lambda h: F.adaptive_avg_pool2d(h.repeat(1, 36, 1, 1), 1).flatten(1), False),
+    ],
+    ids=["flatten", "reshape-dropout", "permuted", "averaged", "one-place"],
+)
+def test_a_site_knows_the_map_that_it_was(
+    between: Callable[[Tensor], Tensor], known: bool, layout: torch.memory_format
+) -> None:
+    model = Net(
+        lambda m, x: m.out(between(m.conv(x).relu())),
+        conv=nn.Conv2d(2, 4, 3),
+        out=nn.Linear(144, 3),
+    )
+    x = torch.randn(5, 2, 8, 8).to(memory_format=layout)
+    learner = fb.attach(model.to(memory_format=layout), fb.DFA(), example=x)
+    (site,) = learner.sites
+    assert site.shape == (144,)
+    assert site.unflattened == ((4, 6, 6) if known else ())

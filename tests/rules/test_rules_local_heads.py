@@ -59,6 +59,9 @@ def reduced(x: Array) -> Array:
 
 def predsim(pair: Pair, head: nn.Module, h: Array, y: Tensor, beta: float, bio: bool) -> float:
     own = {k: v.detach().numpy() for k, v in head.state_dict().items()}
+    if pair is CONV and h.shape[1] == 24:
+        # what the flatten of the pair was given
+        h = h.reshape(len(h), 6, 2, 2)
     labels, maps = y.flatten().numpy(), pair is CONV and h.ndim == 4
     z = rows(pair, h, y)
     scores = z @ own["decoder.weight"].T + own["decoder.bias"]

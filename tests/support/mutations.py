@@ -80,6 +80,8 @@ MUTATIONS = (
     ("rules/local/predsim.py", "x = x.flatten(2).std(2)", "x = x.flatten(2).mean(2)", HEADS),
     ("rules/local/predsim.py", "x = x - x.mean(1, keepdim=True)", "pass", HEADS),
     ("rules/local/predsim.py", "(z - z.detach()) @ self.back.t()", "(z - z.detach()) @ self.decoder.weight.t()", HEADS),
+    ("rules/local/heads.py", "else site.unflattened", "else ()", HEADS),
+    ("model/autograd_graph.py", 'startswith(("Permute", "Transpose"))', 'startswith("None")', "core/test_sites.py"),
     ("rules/local/predsim.py", "(wanted > 0)", "(wanted < 0)", HEADS),
     ("rules/local/lls.py", "F.normalize(self.reader(h), dim=1)", "self.reader(h)", HEADS),
     ("rules/local/lls.py", "scores / self.temperature", "scores", HEADS),

@@ -16,6 +16,9 @@ Output = tuple[Node, int]
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
 # what may be picked by the data, or is repeated for every sample
 _PICKED = ("Embedding", "Index", "Gather", "Take", "Expand", "Repeat")
+# how the nodes of a dropout begin, and those of a reshape
+_MASKING = ("NativeDropout", "Mul")
+_RESHAPING = ("View", "UnsafeView", "ReshapeAlias")
 # views and casts of a single tensor
 PASSING = frozenset(
     [
@@ -110,6 +113,28 @@ def parameter_behind(node: Node) -> Tensor | None:
             return None
         node = node.next_functions[0][0]
     return None if node is None else node.variable
+
+
+def flattened_from(tensor: Tensor) -> tuple[int, ...]:
+    """`(c, *space)` of the maps that a flatten made vectors `[N, n]` of, also through a dropout.
+
+    Empty for other tensors, and for maps of one place.
+    """
+    node = tensor.grad_fn
+    while node is not None and node.name().startswith(_MASKING):
+        node = node.next_functions[0][0]
+    if tensor.dim() != 2 or node is None or not node.name().startswith(_RESHAPING):
+        return ()
+    shape = tuple(int(n) for n in node._saved_self_sym_sizes)  # type: ignore[attr-defined]
+    made_by = node.next_functions[0][0]
+    if made_by is not None and made_by.name().startswith("Clone"):
+        made_by = made_by.next_functions[0][0]
+    # moved dimensions: the first one need not be the channels
+    if made_by is None or made_by.name().startswith(("Permute", "Transpose")):
+        return ()
+    if len(shape) not in (4, 5) or shape[0] != len(tensor) or max(shape[2:]) == 1:
+        return ()
+    return shape[1:]
 
 
 def of_parameters(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, Site, Source
-from feedbackward.model.autograd_graph import outputs_behind
+from feedbackward.model.autograd_graph import flattened_from, outputs_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.repeated import every_call
 from feedbackward.model.trace import Call, Trace
@@ -241,7 +241,7 @@ def _activity(
             f"{name!r} has shape {list(tensor.shape)}: with equal batch and token counts it cannot be told whether the "
             "batch comes first. Attach with an example whose batch size differs from its sequence length."
         )
-    return kind(name, points, tuple(tensor.shape[1:]), tokens)
+    return kind(name, points, tuple(tensor.shape[1:]), tokens, flattened_from(tensor))
 
 
 def _sequence_first(trace: Trace) -> bool:

@@ -54,6 +54,11 @@ def is_map(site: Site) -> bool:
     return len(site.shape) in (2, 3, 4) and not site.tokens
 
 
+def map_shape(site: Site) -> tuple[int, ...]:
+    """The shape `[c, *space]` of a site that is a map, also of one that a flatten made a vector; else ()."""
+    return site.shape if is_map(site) else site.unflattened
+
+
 def pooled_space(shape: Sequence[int], features: int) -> tuple[int, ...]:
     """The space of a map `[c, *space]`, its longest side halved until no more than so many features are left."""
     channels, *space = shape
@@ -66,23 +71,27 @@ def pooled_space(shape: Sequence[int], features: int) -> tuple[int, ...]:
 class Reader(nn.Module):
     """The features of an activity that a head reads, one row per target: `[N, features]`.
 
-    Maps are averaged down to `space`. Tokens with targets of their own are rows; others are averaged.
+    Maps are averaged down to `space`, if that is not empty. Tokens with targets of their own are rows; others are averaged.
     """
 
     def __init__(self, site: Site, source: Source, space: tuple[int, ...]) -> None:
         super().__init__()
         self.space, self.averaged = space, site.tokens if not per_token(site, source) else 0
-        shape = site.shape[site.tokens :]
-        self.kept = len(shape)
+        shape = map_shape(site) if space else site.shape[site.tokens :]
+        self.kept, self.shape = len(shape), shape
         self.channels = shape[0]
         self.width = shape[0] * math.prod(space) if space else math.prod(shape)
 
     def forward(self, h: Tensor) -> Tensor:
         if self.space:
-            return self.pooled(h).flatten(1)
+            return self.pooled(self.as_map(h)).flatten(1)
         if self.averaged:
             return h.flatten(1, self.averaged).mean(1).flatten(1)
         return h.flatten(-self.kept).flatten(0, -2)
+
+    def as_map(self, h: Tensor) -> Tensor:
+        """The activity of a map `[N, c, ...]`, which a flatten may have made a vector."""
+        return h if h.dim() > 2 else h.unflatten(1, self.shape)
 
     def pooled(self, h: Tensor) -> Tensor:
         """A map `[N, c, ...]` averaged down."""

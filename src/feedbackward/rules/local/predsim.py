@@ -17,8 +17,8 @@ from feedbackward.rule import Rule
 from feedbackward.rules.local.heads import (
     Reader,
     count_classes,
-    is_map,
     local_losses,
+    map_shape,
     pooled_space,
 )
 
@@ -34,8 +34,8 @@ class PredSim(Rule):
 
     `Y: [N, C]` one-hot. :math:`A_l` is a 3x3 convolution of as many channels (a matrix, for vectors); before S a map is
     reduced to the standard deviation of each channel over space. :math:`\bar x_i` is the mean over the features of sample i.
-    :math:`D_l` starts at zero; both are trained by the same loss. No error travels between segments. The part above the
-    last site learns by the network's own loss.
+    A vector that a flatten made of a map is read as the map. :math:`D_l` starts at zero; both are trained by the same loss.
+    No error travels between segments. The part above the last site learns by the network's own loss.
 
     Call `learner.target(y)` with class indices before every forward pass; what multiplies the loss goes into its `scale`.
     The similarity needs batches of many samples, and of tokens with targets of their own all `N T` of them.
@@ -88,7 +88,8 @@ class PredSim(Rule):
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         classes = count_classes(self.label, site, source)
-        space = pooled_space(site.shape, self.features) if is_map(site) else ()
+        shape = map_shape(site)
+        space = pooled_space(shape, self.features) if shape else ()
         return _Head(Reader(site, source, space), classes, self.targets if self.bio else 0)
 
     def local_loss(self, output: _Views, target: Tensor) -> Tensor:
@@ -142,11 +143,13 @@ class _Head(nn.Module):
 
     def forward(self, h: Tensor) -> _Views:
         z = self.reader(h)
+        seen = self.reader.as_map(h) if self.reader.space else z
         if not self.bio:
-            return _Views(self.layer(h if self.reader.space else z), self.decoder(z), None)
+            return _Views(self.layer(seen), self.decoder(z), None)
         # the values of D, and the gradient of the fixed matrix
         scores = self.decoder(z.detach()) + (z - z.detach()) @ self.back.t()
-        return _Views(self.reader.pooled(h) if self.reader.space else z, scores, self.projection)
+        compared = self.reader.pooled(seen) if self.reader.space else z
+        return _Views(compared, scores, self.projection)
 
 
 def _similarity(x: Tensor) -> Tensor:
