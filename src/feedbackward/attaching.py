@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedbackward.engine.attached import refuse_input_gradients, refuse_wrapped
 from feedbackward.engine.in_place import refuse_other_learners
 from feedbackward.engine.size import in_bytes
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError
-from feedbackward.graph import LayerInput
+from feedbackward.graph import LayerInput, PreActivation, Site, Source
 from feedbackward.learner import Learner, M
 from feedbackward.model.layers import find_layer_inputs
-from feedbackward.model.sites import Sites, find_sites, find_source, refuse_unrecorded
-from feedbackward.model.trace import trace
+from feedbackward.model.sites import (
+    Sites,
+    find_pre_activations,
+    find_sites,
+    find_source,
+    refuse_unrecorded,
+)
+from feedbackward.model.trace import Trace, trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import within
 from feedbackward.rule import Rule
 from feedbackward.rules import RULES
+
+# how the places of each kind that a rule feeds are found
+FINDERS: dict[type[Site], Callable[[nn.Module, Trace, Sites, Source], Sequence[Site]]] = {
+    Site: find_sites,
+    LayerInput: find_layer_inputs,
+    PreActivation: find_pre_activations,
+}
 
 
 def attach(
@@ -52,7 +65,8 @@ def attach(
             first. `"every-2"`: every second of these, from the last one down (also 3, ...). `"stages"`: the last of each
             height and width. `"blocks"`: the outputs of residual or transformer blocks. Or a list of module names, whose
             outputs are taken, or a function `(name, module) -> bool`. For chains (FA, KP) the sites are the inputs of layers,
-            and names are names of layers.
+            and names are names of layers. For rules with a `derivative` they are the inputs of activation modules, and names
+            are names of such modules.
         error_at: the module whose output's error is sent. Layers above it learn by their true gradient. Default: the
             model's output.
         output: a function that takes the output tensor from a structured output, for example `lambda o: o.logits`.
@@ -90,8 +104,7 @@ def attach(
     recorded = trace(model, example)
     refuse_unrecorded(recorded)
     source = find_source(model, recorded, error_at, output)
-    find = find_layer_inputs if issubclass(rule.feeds, LayerInput) else find_sites
-    found = find(model, recorded, sites, source)
+    found = FINDERS[rule.feeds](model, recorded, sites, source)
     if not found:
         raise AttachError(
             f"{type(model).__name__} has no activity to feed between its first Linear or convolution and the source "

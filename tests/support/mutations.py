@@ -33,6 +33,7 @@ SIGNS, ALIGNED, PRODUCTS = (
 PREDICTIVE = "rules/test_rules_predictive.py"
 HIGHWAY = "rules/test_rules_highway.py"
 HEADS = "rules/test_rules_local_heads.py"
+AUGMENTED = "rules/test_rules_augmented.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -76,6 +77,8 @@ MUTATIONS = (
     ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", ALIGNED),
     ("rules/chain/weight_mirror.py", "self.decay * B - mirrored", "self.decay * B + mirrored", ALIGNED),
     # local losses
+    ("rules/direct/augmented.py", "sent * DERIVATIVES[self.derivative](h)", "sent", AUGMENTED),
+    ("rules/direct/augmented.py", "return edge.site.activation(h) if", "return h if", AUGMENTED),
     ("rules/local/predsim.py", "(1 - self.similarity) * prediction", "prediction", HEADS),
     ("rules/local/predsim.py", "x = x.flatten(2).std(2)", "x = x.flatten(2).mean(2)", HEADS),
     ("rules/local/predsim.py", "x = x - x.mean(1, keepdim=True)", "pass", HEADS),

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import HookPoint, Site, Source
+from feedbackward.graph import HookPoint, PreActivation, Site, Source
 from feedbackward.model.autograd_graph import flattened_from, outputs_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.repeated import every_call
-from feedbackward.model.trace import Call, Trace
+from feedbackward.model.trace import ELEMENTWISE, Call, Trace
 from feedbackward.model.values import describe_type, is_opaque, tensors_in
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -43,6 +43,35 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
         picked = [name for name, module in model.named_modules() if name and sites(name, module)]
         return finder.named(picked, chosen=False)
     return finder.named(known_modules(model, sites))
+
+
+def find_pre_activations(
+    model: nn.Module, trace: Trace, sites: Sites, source: Source
+) -> list[PreActivation]:
+    """What enters the elementwise activation modules, in forward order; `sites` is "layers", names or a predicate.
+
+    Raises SiteError for a name that is no such module on the way to the source, and AttachError where there is none.
+    """
+    finder = _Finder(trace, source)
+    if isinstance(sites, str) and (sites in ("blocks", "stages") or sites.startswith("every-")):
+        raise AttachError(
+            f'sites={sites!r} are no inputs of activations, whose derivative is to be replaced: use sites="layers", or name '
+            "activation modules."
+        )
+    wanted = None
+    if callable(sites):
+        wanted = [name for name, module in model.named_modules() if sites(name, module)]
+    elif sites != "layers":
+        wanted = known_modules(model, [sites] if isinstance(sites, str) else sites)
+    found, names = finder.pre_activations(wanted)
+    missing = [name for name in wanted or () if name not in names and not callable(sites)]
+    if missing or not found:
+        named = repr(missing[0]) if missing else f"what {type(model).__name__} has"
+        raise SiteError(
+            f"{named} is no elementwise activation module (nn.ReLU, nn.Tanh) on the way to the source, so there is no derivative to "
+            "replace: write functional activations as modules, name others, or leave out derivative=."
+        )
+    return found
 
 
 def find_source(
@@ -111,6 +140,25 @@ class _Finder:
             consumers = [(c, n) for c, n, t, v in entering if t is tensor and v == version]
             found[id(tensor)] = self._site(call, number, tensor, version, consumers)
         return list(found.values())
+
+    def pre_activations(self, wanted: Sequence[str] | None) -> tuple[list[PreActivation], set[str]]:
+        """What enters each activation module of these names, one site per distinct tensor; and the modules that were met."""
+        calls = [c for c in self.trace.calls if type(c.module) in ELEMENTWISE]
+        found: dict[int, PreActivation] = {}
+        names = set()
+        for call in calls:
+            number, tensor, version = call.activity
+            left_out = wanted is not None and call.name not in wanted
+            if left_out or not self._reaches_source(tensor, call.start):
+                continue
+            names.add(call.name)
+            entering = [(c, *c.activity) for c in calls]
+            takers = [(c, n) for c, n, t, v in entering if t is tensor and v == version]
+            site = self._site(call, number, tensor, version, takers)
+            f = call.module.forward
+            kept = (site.name, site.points, site.shape, site.tokens, site.unflattened)
+            found.setdefault(id(tensor), PreActivation(*kept, activation=f))
+        return list(found.values()), names
 
     def stages(self) -> list[Site]:
         """The last of the layers' sites, and those that a pool or a stride made.

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.operators import Dense, Operator
-from feedbackward.rule import Rule, refuse_zeros
+from feedbackward.rule import refuse_zeros
+from feedbackward.rules.direct.augmented import Augmented
 from feedbackward.topologies import star
 
 
 @dataclass(frozen=True)
-class DFA(Rule):
+class DFA(Augmented):
     r"""Direct feedback alignment: the output error reaches every site through a fixed random matrix.
 
     .. math:: \delta h_l = e\, B_l, \qquad B_l\ \text{fixed},\quad e: [N, C],\ B_l: [C, n_l]
@@ -20,10 +21,16 @@ class DFA(Rule):
     in place of backprop's :math:`e\, \partial a_L / \partial h_l`. All sites get their signals at once.
 
     operator: the form of the feedback weights, and their initial values.
+    derivative: augmented DFA (Nakajima et al. 2022): the name of a function g (`"one"`, `"step"`, `"leaky"`, `"tanh"`,
+        `"sigmoid"`, `"cos"`) that takes the place of the activations' derivative, :math:`\delta a_l = (e\, B_l) \odot g(a_l)`, where
+        that is unknown or costly, as in physical networks. The sites are then the inputs of the activation modules
+        (`nn.ReLU`, not `F.relu`), before a pool, and `sites` names these modules.
 
     Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NeurIPS 2016
     (arXiv:1609.01596). The paper draws B from a uniform distribution of width 1/sqrt(fan). The default
-    here, `kaiming_uniform`, is that of the DKP authors' code for CIFAR-10.
+    here, `kaiming_uniform`, is that of the DKP authors' code for CIFAR-10. Nakajima et al., "Physical deep learning with
+    biologically inspired training method: gradient-free approach for physical hardware", Nature Communications 13, 2022
+    (arXiv:2204.13991); which g suits which activation is inferred.
 
     Example:
         >>> import torch
@@ -39,6 +46,7 @@ class DFA(Rule):
     """
 
     operator: Operator = Dense()
+    derivative: str | None = None
 
     name = "dfa"
     label = "DFA"
@@ -46,6 +54,7 @@ class DFA(Rule):
     unlocked = "backward"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_zeros(self.label, self.operator)
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:

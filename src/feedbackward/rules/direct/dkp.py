@@ -11,13 +11,13 @@ from torch import Tensor
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Orthogonal, Weights
-from feedbackward.rule import Rule
+from feedbackward.rules.direct.augmented import Augmented, activity
 from feedbackward.rules.direct.whitening import has_places, whitened
 from feedbackward.topologies import star
 
 
 @dataclass(frozen=True)
-class DKP(Rule):
+class DKP(Augmented):
     r"""Direct Kolen-Pollack: DFA whose feedback is learned from the error and the site's own activity.
 
     .. math::
@@ -46,6 +46,8 @@ class DKP(Rule):
     strength: of orthogonal signals.
     operator: the form of the feedback weights and how they start; one that can be learned. From zero, a site gets no
         signal in the first step and no random one later.
+    derivative: the name of a function in place of the activations' derivative, as in :class:`DFA`. `B` learns from the
+        activity :math:`h_l = f(a_l)` all the same.
 
     Webster, Choi & Ahn, "Learning the Connections in Direct Feedback Alignment", 2020 (OpenReview
     zgGmAx9ZcY). The authors' code starts B with `kaiming_uniform` in its CIFAR-10 net and with zeros in its
@@ -73,6 +75,7 @@ class DKP(Rule):
     orthogonal: bool = True
     strength: float = 0.1
     operator: Operator = Dense(init="zeros")
+    derivative: str | None = None
 
     name = "dkp"
     label = "DKP"
@@ -81,6 +84,7 @@ class DKP(Rule):
     learned = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.ridge > 0:
             raise AttachError(
                 f"{self.label}'s ridge is {self.ridge}: it must be above 0, for channels may be copies of each other."
@@ -102,7 +106,7 @@ class DKP(Rule):
         return star(sites, source, form)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
-        center = self.center
+        h, center = activity(edge, h), self.center
         if self.whiten and has_places(edge.site, h):
             d, h = whitened(edge.site, d, h, center, self.ridge)
             center = False  # it is done

@@ -135,7 +135,7 @@ class Mixed(Rule):
         other = next((rule for rule in cutting if rule.feeds is not first.feeds), None)
         if other is not None:
             raise AttachError(
-                f"{first.label} and {other.label} cannot be mixed: one feeds activities, the other inputs of layers, "
+                f"{first.label} and {other.label} cannot be mixed: one feeds activities, another inputs of layers or activations, "
                 "and skip paths would carry an error round the cuts. Mix direct rules (DFA, DKP) or chains (FA, KP); BP fits both."
             )
 
