@@ -60,6 +60,13 @@ class Activity:
     unflattened: tuple[int, ...] = ()
 
     @property
+    def map(self) -> tuple[int, ...]:
+        """`[c, *space]` of a map with one to three dimensions of space, also if a flatten made it a vector. Otherwise empty."""
+        if len(self.shape) in (2, 3, 4) and not self.tokens:
+            return self.shape
+        return self.unflattened
+
+    @property
     def every(self) -> bool:
         """Whether it is what a module returns in all of its calls, stacked behind the batch: a cell's state in time."""
         return any(point.call == EVERY for point in self.points)

@@ -235,4 +235,4 @@ def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
 
 
 def as_source(site: Site) -> Source:
-    return Source(site.name, site.points, site.shape, site.tokens)
+    return Source(site.name, site.points, site.shape, site.tokens, site.unflattened)

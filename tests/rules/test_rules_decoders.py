@@ -53,7 +53,10 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
 @pytest.mark.parametrize("pair", [MLP, CONV], ids=str)
 @pytest.mark.parametrize(
     "rule",
-    [fb.rules.DTP(activation="tanh", sigma=0.2), fb.rules.SDTP(activation="relu", sigma=0.2)],
+    [
+        fb.rules.DTP(activation="tanh", sigma=0.2, kernel=0, normalized=False),
+        fb.rules.SDTP(activation="relu", sigma=0.2, kernel=0, normalized=False),
+    ],
     ids=lambda r: r.name,
 )
 def test_reconstruction_gradients(

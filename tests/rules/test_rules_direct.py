@@ -15,10 +15,11 @@ import feedbackward as fb
 
 def test_ebd_feedback_is_the_moving_average_of_the_correlation() -> None:
     """R <- lambda R + (1 - lambda) / N sum_n g(h_n) eps_n^T while the network trains, with eps = softmax - onehot."""
-    memory, learner = 0.8, MLP.attach(fb.rules.EBD())
+    memory, forget = 0.8, 0.25
+    learner = MLP.attach(fb.rules.EBD(forget=forget))
     B = learner.feedback_of(learner.graph.edges[1])
     model = learner.model
-    groups = fb.param_groups(learner, model={"lr": 0.3}, feedback={"lr": 1 - memory})
+    groups = fb.param_groups(learner, model={"lr": 0.3}, feedback={"lr": (1 - memory) / forget})
     optimizer = torch.optim.SGD(groups, lr=0.1)
     R = B.detach().numpy().T.copy()
     for t in range(6):
@@ -39,7 +40,7 @@ def test_ebd_signal_descends_the_correlation() -> None:
     x, y = MLP.batch()
     after = {}
     for rule in (
-        fb.rules.EBD(operator=fb.Dense("zeros")),
+        fb.rules.EBD(forget=1.0, operator=fb.Dense("zeros")),
         fb.DKP.published(operator=fb.Dense("zeros")),
     ):
         learner = MLP.attach(rule)

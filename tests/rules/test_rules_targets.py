@@ -94,13 +94,13 @@ def targets_step(
 
 
 TARGETS = [
-    (fb.rules.DTP(beta=0.3), 0.3),
-    (fb.rules.DTP(beta=0.3, activation="tanh"), 0.3),
-    (fb.rules.DTP(beta=2.0, activation="relu"), 2.0),
-    (fb.rules.DTP(beta=0.3, activation="tanh", top="decoder"), 0.3),
+    (fb.rules.DTP(beta=0.3, kernel=0), 0.3),
+    (fb.rules.DTP(beta=0.3, activation="tanh", kernel=0), 0.3),
+    (fb.rules.DTP(beta=2.0, activation="relu", kernel=0), 2.0),
+    (fb.rules.DTP(beta=0.3, activation="tanh", top="decoder", kernel=0), 0.3),
     (fb.rules.DDTP(beta=0.3, activation="tanh"), 0.3),
     (fb.rules.DDTP(beta=0.3, hidden=5), 0.3),
-    (fb.rules.SDTP(activation="tanh"), 1.0),
+    (fb.rules.SDTP(activation="tanh", kernel=0), 1.0),
 ]
 
 

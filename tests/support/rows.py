@@ -74,7 +74,7 @@ ROWS = (
     Row("dkp-flipped", Flipped(DKP.published()), oracles.reversed_direct, oracles.outer_product),
     Row("dkp_pc", DKPPC.published(), oracles.direct),  # what its phase gives: test_rules_predictive
     Row("sign_dfa", SignDFA(), oracles.sign_of_error),
-    Row("ebd", EBD(), oracles.direct, oracles.towards_correlation),
+    Row("ebd", EBD(forget=1.0), oracles.direct, oracles.towards_correlation),
     Row(
         "fdfa", FDFA(operator=Dense()), oracles.direct
     ),  # what it learns, in a phase: test_rules_direct

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from feedbackward.errors import AttachError
 from feedbackward.operators.base import Operator, Shape, Weights, widened
@@ -94,11 +95,63 @@ class Decoder(Decoding):
         B, bias = weights
         return self._affine(B, bias, s, site)
 
+    def reach(self, s: Tensor) -> Tensor:
+        """The mean over M of the squared slope of one output by all of its weights, where the activation's slope is 1."""
+        return s.square().sum() / len(s) + 1
+
     def macs(self, source: Shape, site: Shape) -> int:
         return 2 * math.prod(source) * math.prod(site)
 
     def bytes(self, source: Shape, site: Shape) -> int:
         return 4 * (math.prod(source) + 1) * math.prod(site)
+
+
+@dataclass(frozen=True)
+class MapDecoder(Decoding):
+    r""":math:`g(s) = f(B * \mathrm{resize}(s) + b)` from map to map: the source `[c', *space']`, repeated or thinned out to the
+    space of the site `[c, *space]`, under a convolution `B: [c', c, k, ...]` with an odd kernel k; `b: [c]`.
+
+    above, below: the shapes of the two maps, whose activities may be flat.
+    """
+
+    above: Shape = ()
+    below: Shape = ()
+    kernel: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise AttachError(f"the kernel of a decoder of maps is {self.kernel}: it must be odd.")
+
+    def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        ends = self.above[0], self.below[0]
+        size = (self.kernel,) * len(self.below[1:])
+        bound = math.sqrt(6 / (sum(ends) * math.prod(size)))
+        B = torch.empty(*ends, *size).uniform_(-bound, bound, generator=generator)
+        return B, torch.zeros(self.below[0])
+
+    def decode(self, weights: Weights, s: Tensor, site: Shape) -> Tensor:
+        B, bias = weights
+        conv = (F.conv1d, F.conv2d, F.conv3d)[B.dim() - 3]
+        out = conv(self._resized(s), B.transpose(0, 1), bias, padding=self.kernel // 2)
+        return ACTIVATIONS[self.activation](out).reshape(len(s), *site)
+
+    def reach(self, s: Tensor) -> Tensor:
+        """The same for an output channel, summed over its places."""
+        read = self._resized(s)
+        taps = self.kernel ** (read.dim() - 2)
+        return taps * read.square().sum() / len(read) + math.prod(self.below[1:])
+
+    def _resized(self, s: Tensor) -> Tensor:
+        return F.interpolate(s.reshape(len(s), *self.above), size=self.below[1:])
+
+    def macs(self, source: Shape, site: Shape) -> int:
+        taps = self.kernel ** len(self.below[1:])
+        return 2 * taps * self.above[0] * math.prod(self.below)
+
+    def bytes(self, source: Shape, site: Shape) -> int:
+        taps = self.kernel ** len(self.below[1:])
+        return 4 * (taps * self.above[0] + 1) * self.below[0]
 
 
 @dataclass(frozen=True)

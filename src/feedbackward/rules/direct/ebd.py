@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
 from feedbackward.operators import Dense, Operator, Weights
 from feedbackward.rule import Rule
@@ -18,20 +19,24 @@ class EBD(Rule):
     r"""Error broadcast and decorrelation: the feedback is the running correlation of activity and error.
 
     .. math::
-        B_l \leftarrow \lambda B_l + (1 - \lambda)\, e^\top h_l, \qquad \delta h_l = e\, B_l \qquad (B_l = R_l^\top: [C, n_l])
+        B_l \leftarrow \lambda B_l + (1 - \lambda)\, e^\top h_l, \qquad \delta h_l = e\, B_l \qquad (B_l = R_l^\top: [C, n_l]),
+        \qquad \nabla B_l = \mathrm{forget} \cdot (B_l - e^\top h_l)
 
     The error of the best estimator has no correlation with the activities. The signal descends this correlation,
     :math:`\tfrac12 \lVert R_l \rVert^2`, through :math:`h_l` for a fixed error. `e` carries the 1/N of a mean loss, so
-    :math:`e^\top h_l` is a batch mean. The moving average is the gradient step :math:`\nabla B_l = B_l - e^\top h_l`. This is
-    exactly the published one under plain SGD for B with the rate :math:`1 - \lambda`, without momentum or decay.
+    :math:`e^\top h_l` is a batch mean. Under plain SGD for B with the rate :math:`\eta`, :math:`1 - \lambda` is
+    :math:`\eta \cdot \mathrm{forget}`; a momentum m makes it 1 / (1 - m) times as large. The published :math:`\lambda` is
+    0.99999, which is what SGD at 0.02 with momentum 0.9 makes of the default. Adam takes no notice of `forget`: give B SGD
+    there, or a rate of 1e-6.
 
     About the sign: in :math:`e\, e^\top h` the error counts twice, so either sign is possible. DKP's feedback is *minus* a sum
     of the same :math:`e^\top h_l`, and so are output weights trained by gradient descent. A `B` that is all correlation
-    therefore sends the opposite of what trains the layers below a head that descends the loss. Such networks stayed below
-    chance here. With a small :math:`1 - \lambda`, `B` stays near its random start, and EBD is DFA with a drift. At larger rates
-    it fails. :class:`Flipped` reverses the signals (`Flipped(EBD())`). This is not in the paper, but near DKP with a short
-    memory.
+    therefore sends the opposite of what trains the layers below a head that descends the loss. With a small
+    :math:`1 - \lambda`, `B` stays near its random start, and EBD is DFA with a drift; with a larger one it fails
+    (bench/results/low_rules.md has both). :class:`Flipped` reverses the signals (`Flipped(EBD())`). This is not in the paper,
+    but near DKP with a short memory.
 
+    forget: how fast B turns to the correlation, as a part of its learning rate.
     operator: the form of the feedback weights, which must be learnable, and their initial values.
 
     Erdogan, Pehlevan & Erdogan, "Error Broadcast and Decorrelation as a Potential Artificial and Natural Learning Mechanism",
@@ -51,6 +56,7 @@ class EBD(Rule):
         [(3, 8)]
     """
 
+    forget: float = 5e-5
     operator: Operator = Dense()
 
     name = "ebd"
@@ -60,10 +66,18 @@ class EBD(Rule):
     unlocked = "backward"
     learned = True
 
+    def __post_init__(self) -> None:
+        if not 0 < self.forget <= 1:
+            raise AttachError(
+                f"{self.label}'s forget is {self.forget}: it must be above 0, at most 1."
+            )
+
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         return star(sites, source, self.operator)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         correlation = edge.operator.correlate(weights, d, h, center=False)
         own = edge.operator.decay(weights, edge.source_shape, edge.site_shape)
-        return tuple(b.to(r.dtype) - r for b, r in zip(own, correlation, strict=False))
+        return tuple(
+            self.forget * (b.to(r.dtype) - r) for b, r in zip(own, correlation, strict=False)
+        )

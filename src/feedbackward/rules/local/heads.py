@@ -54,11 +54,6 @@ def is_map(site: Site) -> bool:
     return len(site.shape) in (2, 3, 4) and not site.tokens
 
 
-def map_shape(site: Site) -> tuple[int, ...]:
-    """The shape `[c, *space]` of a site that is a map, also of one that a flatten made a vector; else ()."""
-    return site.shape if is_map(site) else site.unflattened
-
-
 def pooled_space(shape: Sequence[int], features: int) -> tuple[int, ...]:
     """The space of a map `[c, *space]`, its longest side halved until no more than so many features are left."""
     channels, *space = shape
@@ -77,7 +72,7 @@ class Reader(nn.Module):
     def __init__(self, site: Site, source: Source, space: tuple[int, ...]) -> None:
         super().__init__()
         self.space, self.averaged = space, site.tokens if not per_token(site, source) else 0
-        shape = map_shape(site) if space else site.shape[site.tokens :]
+        shape = site.map if space else site.shape[site.tokens :]
         self.kept, self.shape = len(shape), shape
         self.channels = shape[0]
         self.width = shape[0] * math.prod(space) if space else math.prod(shape)

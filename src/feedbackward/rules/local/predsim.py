@@ -18,7 +18,6 @@ from feedbackward.rules.local.heads import (
     Reader,
     count_classes,
     local_losses,
-    map_shape,
     pooled_space,
 )
 
@@ -88,8 +87,7 @@ class PredSim(Rule):
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         classes = count_classes(self.label, site, source)
-        shape = map_shape(site)
-        space = pooled_space(shape, self.features) if shape else ()
+        space = pooled_space(site.map, self.features) if site.map else ()
         return _Head(Reader(site, source, space), classes, self.targets if self.bio else 0)
 
     def local_loss(self, output: _Views, target: Tensor) -> Tensor:

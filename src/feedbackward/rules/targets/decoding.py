@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
-from feedbackward.operators.decoder import Decoder, Decoding
+from feedbackward.operators import Operator
+from feedbackward.operators.decoder import Decoder, Decoding, MapDecoder
 from feedbackward.rule import Rule
 from feedbackward.topologies import ladder
 
@@ -23,10 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Laddered(Rule):
-    """A rule whose targets come down from site to site through decoders that learn from noise. Abstract: DTP and SDTP."""
+    """A rule whose targets come down from site to site through decoders that learn from noise. Abstract: DTP and SDTP.
+
+    kernel: of the convolution that a decoder from map to map is; 0 for dense decoders.
+    normalized: divide a decoder's gradient by what bounds the curvature of its loss.
+    """
 
     sigma: float = 0.25
     activation: str = "linear"
+    kernel: int = 3
+    normalized: bool = True
 
     sends_activity = True
     in_phase = True
@@ -40,14 +47,26 @@ class Laddered(Rule):
         """The graph, with a decoder on every edge."""
         graph = ladder(sites, source, Decoder(self.activation, beta))
         refuse_mixed_tokens(self.label, graph)
-        return graph
+        edges = (replace(edge, operator=self._decoder(edge, beta)) for edge in graph.edges)
+        return replace(graph, edges=tuple(edges))
+
+    def _decoder(self, edge: Edge, beta: float) -> Operator:
+        above, below = edge.source.map, edge.site.map
+        # of images and volumes: two dimensions may as well be something else than a map
+        if self.kernel and len(above) == len(below) > 2:
+            return MapDecoder(self.activation, beta, above, below, self.kernel)
+        return edge.operator
 
 
 def reconstruct(
-    phase: Phase, sigma: float, seen: Callable[[Edge, Tensor], Tensor] = lambda edge, s: s
+    phase: Phase,
+    sigma: float,
+    normalized: bool,
+    seen: Callable[[Edge, Tensor], Tensor] = lambda edge, s: s,
 ) -> None:
     """Let each decoder reconstruct its noisy site from the output of the segment above.
 
+    normalized: see :class:`Laddered`.
     seen: `seen(edge, s)` is the decoder's input.
     """
     with learning(phase):
@@ -57,8 +76,13 @@ def reconstruct(
         made = phase.forward(change=lambda site, h: noisy[site])
         for edge in phase.edges:
             s, h = rows(edge, made.sources[edge.source.name]), rows(edge, noisy[edge.site])
-            difference = decoder(phase, edge)(seen(edge, s)) - h
-            descend(phase, edge, difference.square().sum() / (len(h) * sigma**2))
+            read = seen(edge, s)
+            loss = (decoder(phase, edge)(read) - h).square().sum() / (len(h) * sigma**2)
+            if normalized:
+                assert isinstance(edge.operator, Decoder | MapDecoder)
+                # twice the mean square slope is the largest that the curvature can be
+                loss = loss * sigma**2 / (2 * edge.operator.reach(read))
+            descend(phase, edge, loss)
 
 
 @contextmanager

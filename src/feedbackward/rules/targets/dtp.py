@@ -40,9 +40,9 @@ class DTP(Laddered):
         \epsilon \sim \mathcal N(0, \sigma^2)
 
     where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay
-    random. The published training begins with some epochs of it. This loss has another scale than the network's, so give the
-    feedback its own optimizer. Inverses make the signals much larger than the output's error, so use Adam for the network
-    as well, as Meulemans et al. 2020 do.
+    random. The published training begins with some epochs of it. The curvature of this loss grows with the width of what a
+    decoder reads (1e5 on a small CNN), so the gradient is divided by a bound of it: SGD is stable then at any rate below 2.
+    Inverses make the signals larger than backprop's, so the network wants a lower rate, or Adam, as Meulemans et al. 2020 use.
 
     If a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian, but biased
     towards the data (Meulemans et al. 2020). :class:`DDTP` does not have this bias.
@@ -53,10 +53,12 @@ class DTP(Laddered):
         outputs hardly determine the activity below them: such signals stayed at about 90 degrees to backprop's.
     sigma: the standard deviation of the noise.
     activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
+    kernel: of the decoders from one map of two or three dimensions to another (:class:`MapDecoder`), also where a flatten made
+        it a vector. 0 makes them dense, which is affordable for a few small sites only.
+    normalized: divide each decoder's gradient by the bound of its curvature. False is the loss as above, for Adam.
 
     Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's
-    normalisation as in the code of Meulemans et al. 2020. Inferred: the decoders of maps are dense, which is affordable for
-    a few small sites only.
+    normalisation as in the code of Meulemans et al. 2020. Inferred: the form of the decoders of maps, and their normalisation.
 
     Example:
         >>> import torch
@@ -104,4 +106,4 @@ class DTP(Laddered):
         return pair(activity, self.beta * len(d) * d)
 
     def feedback_step(self, phase: Phase) -> None:
-        reconstruct(phase, self.sigma)
+        reconstruct(phase, self.sigma, self.normalized)

@@ -34,7 +34,7 @@ class SDTP(Laddered):
     scale below one puts the output's target at that fraction of the way from p to y.
 
     sigma: the standard deviation of the noise that the decoders learn from.
-    activation: of the decoders.
+    activation: of the decoders. kernel, normalized: as in :class:`DTP`.
 
     Bartunov, Santoro, Richards, Marris, Hinton & Lillicrap, "Assessing the Scalability of Biologically-Motivated Deep
     Learning Algorithms and Architectures", NeurIPS 2018 (arXiv:1807.04587). A class says little about the activity below it, so
@@ -83,5 +83,8 @@ class SDTP(Laddered):
     def feedback_step(self, phase: Phase) -> None:
         hidden = {edge.site.points for edge in phase.edges}
         reconstruct(
-            phase, self.sigma, lambda edge, s: s if edge.source.points in hidden else s.softmax(1)
+            phase,
+            self.sigma,
+            self.normalized,
+            lambda edge, s: s if edge.source.points in hidden else s.softmax(1),
         )
