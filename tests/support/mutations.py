@@ -14,6 +14,7 @@ DENSE, LEARNER, PROBE, TRACE = (
     "model/trace.py",
 )
 GRAPHS = "core/test_rows_of_graphs.py"
+ANY_CLASS, MATRIX = "core/test_chains_of_any_class.py", "model/matrix.py"
 BLOCKS, LEFT = "model/blocks.py", "core/test_left_as_it_was.py"
 ROWS, CHANGED = "core/test_rows.py", "core/test_changed_models.py"
 ORACLES, LAWS, STEPS = "rules/test_oracles.py", "core/test_laws.py", "core/test_steps.py"
@@ -56,7 +57,17 @@ MUTATIONS = (
     (CUTS, "            if W.requires_grad\n", "", CHAIN),
     ("model/layers.py", "c.activity[1].requires_grad]", "c.activity[1].requires_grad][1:]", CHAIN),
     ("model/layers.py", "        end = max(call.end for call in trace.calls)", "        pass", CHAIN),
-    ("operators/layer.py", "return d @ B", "return d @ B * 2", CHAIN),
+    ("operators/layer.py", "return d @ (B.t()", "return 2 * d @ (B.t()", CHAIN),
+    ("operators/layer.py", "transposed else B)", "transposed else 2 * B)", CHAIN),
+    ("operators/layer.py", "(weight if self.form.transposed else", "(weight if False else", ANY_CLASS),
+    ("operators/layer.py", "h.t() @ d if", "d.t() @ h if", ANY_CLASS),
+    ("operators/layer.py", "fan_in, fan_out = fan_out, fan_in", "pass", ANY_CLASS),
+    (MATRIX, "+ straight) % 2 == 0", "+ straight) % 2 == 1", ANY_CLASS),
+    (MATRIX, "and product._saved_alpha == 1", "", ANY_CLASS),
+    (MATRIX, "if len(call.products) != 1 or", "if", ANY_CLASS),
+    (MATRIX, "and len(inner) == 1", "", ANY_CLASS),
+    (MATRIX, "return (name, form) if fits else None", "return (name, form)", ANY_CLASS),
+    ("model/autograd_graph.py", "(found := parameter_behind(node)) is not None", "True", ANY_CLASS),
     ("operators/layer.py", "folded, period - folded)", "folded, period - folded - 1)", CHAIN),
     ("operators/layer.py", "return position % size", "return position.clamp(0, size - 1)", CHAIN),
     # predictive coding

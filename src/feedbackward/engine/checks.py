@@ -48,7 +48,7 @@ def check_graph(model: nn.Module, rule: Rule, graph: Graph) -> None:
             if len(uses) > 1 and named == edge.shares:
                 raise AttachError(
                     f"{rule.label} {does} {named!r}, which is tied ({' and '.join(uses)}) and gets the sum of "
-                    "several. Untie the weights, or use FA or a rule with direct feedback."
+                    "several. Untie the weights, take the error below them (`error_at=`), or use FA or a rule with direct feedback."
                 )
 
 

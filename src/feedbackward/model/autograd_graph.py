@@ -14,8 +14,10 @@ Output = tuple[Node, int]
 
 # how the nodes of matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
-# what may be picked by the data, or is repeated for every sample
-_PICKED = ("Embedding", "Index", "Gather", "Take", "Expand", "Repeat")
+# what may be picked by the data
+_BY_DATA = ("Embedding", "Index", "Gather", "Take")
+# or is repeated for every sample
+_PICKED = (*_BY_DATA, "Expand", "Repeat")
 # how the nodes of a dropout begin, and those of a reshape
 _MASKING = ("NativeDropout", "Mul")
 _RESHAPING = ("View", "UnsafeView", "ReshapeAlias")
@@ -135,6 +137,19 @@ def flattened_from(tensor: Tensor) -> tuple[int, ...]:
     if len(shape) not in (4, 5) or shape[0] != len(tensor) or max(shape[2:]) == 1:
         return ()
     return shape[1:]
+
+
+def weight_behind(operand: Output) -> Tensor | None:
+    """The parameter that a factor of a product is, or was made from as a matrix of its size: masked, normed or quantised."""
+    node, number = operand
+    if node is None or (found := parameter_behind(node)) is not None:
+        return found if node is not None else None
+    nodes = walk([node])
+    if any(is_product(n) or n.name().startswith(_BY_DATA) for n in nodes):
+        return None
+    size = sorted(node._input_metadata[number].shape)
+    like = (n.variable for n in nodes if is_leaf(n) and sorted(n.variable.shape) == size)
+    return next((p for p in like if p.dim() > 1), None)
 
 
 def of_parameters(tensor: Tensor) -> bool:

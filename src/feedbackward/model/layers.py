@@ -15,10 +15,12 @@ from feedbackward.model.autograd_graph import (
     dominators,
     is_leaf,
     is_product,
-    parameter_behind,
     walk,
+    weight_behind,
 )
 from feedbackward.model.branches import branch_inputs
+from feedbackward.model.features import CONVOLUTIONS
+from feedbackward.model.matrix import matrix_form
 from feedbackward.model.sites import Sites, known_modules, source_tensor
 from feedbackward.model.trace import ELEMENTWISE, PARAMETRIC, Call, Trace
 from feedbackward.model.values import tensors_in
@@ -42,14 +44,12 @@ def find_layer_inputs(
         end = max(call.end for call in trace.calls)
     else:
         above = [final]
-    calls = [
-        c for c in trace.calls if isinstance(c.module, PARAMETRIC) and c.end <= end and c.inputs
-    ]
+    calls = [c for c in trace.calls if c.end <= end and c.inputs and _is_layer(c)]
     fed = [c for c in calls if c.activity[1].requires_grad]
     if sites == "layers":
         _refuse_hidden_weights(model, above, calls)
         return _layer_inputs(trace, fed, final)
-    wanted, chosen = _wanted(model, sites)
+    wanted, chosen = _wanted(model, sites, {c.name for c in calls})
     missing = [name for name in wanted if name not in {c.name for c in fed}]
     if missing and chosen:
         raise SiteError(
@@ -79,10 +79,10 @@ def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
             f"layer {call.name!r} is called {trace.counts[call.name]} times in one forward pass, and a chain feeds each layer "
             "once. Use a module of its own for each call, or a rule with direct feedback."
         )
-    _refuse_subclass(call)
+    weight, form = _form(call)
     number, into, _ = call.activity
     out = call.outputs[0][0]
-    linear = isinstance(call.module, nn.Linear)
+    linear = not form.stride
     points = (HookPoint(call.name, "output"),)
     source = Source(call.name, points, tuple(out.shape[1:]), out.dim() - 2 if linear else 0)
     return LayerInput(
@@ -91,22 +91,34 @@ def _layer_input(trace: Trace, call: Call, dominates: bool) -> LayerInput:
         tuple(into.shape[1:]),
         into.dim() - 2 if linear else 0,
         source=source,
-        form=_form(call, into, out),
-        weight=f"{call.name}.weight",
+        form=form,
+        weight=f"{call.name}.{weight}",
         below=_below(trace, call),
         dominates=dominates,
     )
 
 
-def _form(call: Call, into: Tensor, out: Tensor) -> LayerForm:
-    """The layer's form in this call. `output_size` overrides the output padding of a transposed convolution."""
+def _is_layer(call: Call) -> bool:
+    return isinstance(call.module, PARAMETRIC) or matrix_form(call) is not None
+
+
+def _form(call: Call) -> tuple[str, LayerForm]:
+    """The name of the layer's weight, and the layer's form in this call.
+
+    Raises AttachError for a layer that uses its weight in another way than its class: a plain `B` could not replace it.
+    """
+    found = matrix_form(call)
+    if found is not None:
+        return found
+    _refuse_other_forms(call)
     form = LayerForm.of(call.module)
     if not form.transposed:
-        return form
-    extra = form.extra(out.shape[2:], into.shape[2:])
+        return "weight", form
+    # `output_size` overrides the output padding of a transposed convolution
+    extra = form.extra(call.outputs[0][0].shape[2:], call.activity[1].shape[2:])
     # the second argument, by position or by name, is a list
     chosen = any(place.startswith(("[0][1]", "[1]['output_size']")) for place in call.given)
-    return replace(form, output_padding=extra, output_size=chosen)
+    return "weight", replace(form, output_padding=extra, output_size=chosen)
 
 
 def _below(trace: Trace, call: Call) -> PreActivation | str:
@@ -121,21 +133,20 @@ def _below(trace: Trace, call: Call) -> PreActivation | str:
         if made is None:
             return "an operation that is no module of its own"
         before = made[0]
-        if isinstance(before.module, PARAMETRIC):
+        if _is_layer(before):
             break
         if type(before.module) in ELEMENTWISE and activation is None:
             activation = before.module
         elif not isinstance(before.module, nn.Flatten):
             return f"{before.name or 'the model'!r} ({type(before.module).__name__})"
         _, tensor, version = before.activity
-    tokens = tensor.dim() - 2 if isinstance(before.module, nn.Linear) else 0
+    tokens = 0 if isinstance(before.module, CONVOLUTIONS) else tensor.dim() - 2
     points = (HookPoint(before.name, "output"),)
     f = (activation or nn.Identity()).forward
     return PreActivation(before.name, points, tuple(tensor.shape[1:]), tokens, activation=f)
 
 
-def _refuse_subclass(call: Call) -> None:
-    """Refuse a layer that uses its weight in another way than its class: a plain `B` could not replace it."""
+def _refuse_other_forms(call: Call) -> None:
     kind = type(call.module)
     base = next(c for c in PARAMETRIC if issubclass(kind, c))
     if any(
@@ -167,16 +178,14 @@ def _is_product(out: Tensor) -> bool:
     return True
 
 
-def _wanted(model: nn.Module, sites: Sites) -> tuple[list[str], bool]:
+def _wanted(model: nn.Module, sites: Sites, layers: set[str]) -> tuple[list[str], bool]:
     """The names, and whether the user gave them one by one."""
     if isinstance(sites, str) and (sites in ("blocks", "stages") or sites.startswith("every-")):
         raise AttachError(
             'a chain runs from layer to layer: use sites="layers", names of layers, or a predicate.'
         )
     if callable(sites):
-        return [
-            n for n, m in model.named_modules() if isinstance(m, PARAMETRIC) and sites(n, m)
-        ], False
+        return [n for n, m in model.named_modules() if n in layers and sites(n, m)], False
     return known_modules(model, [sites] if isinstance(sites, str) else sites), True
 
 
@@ -188,7 +197,7 @@ def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: l
         recurrent = "Rnn" in node.name() or "Lstm" in node.name() or "Gru" in node.name()
         if not recurrent and not is_product(node):
             continue
-        operands = [parameter_behind(operand) for operand in below(node)]
+        operands = [weight_behind(other) for other in node.next_functions if other[0] is not None]
         if all(p is not None for p in operands) and not recurrent:
             # nothing below it gets an error
             continue

@@ -31,6 +31,8 @@ MIRROR_ROUNDS = 6  # a chain of L layers then begins at a cosine of about (1 + 2
 class LayerForm:
     """How a layer uses its weight: the weight's shape, and the geometry of a convolution.
 
+    A weight is `[outputs, inputs, *kernel]`, or `[inputs, outputs, *kernel]` where it is `transposed`.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -153,6 +155,8 @@ class LayerShaped(Operator):
         shape = self.form.shape
         field = math.prod(shape[2:])
         fan_in, fan_out = shape[1] * field, shape[0] * field
+        if self.form.transposed and not self.form.stride:  # PyTorch turns no convolution's fans
+            fan_in, fan_out = fan_out, fan_in
         squares = {
             "zeros": 0.0,
             "mirrored": 0.0,
@@ -229,7 +233,7 @@ class LayerShaped(Operator):
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         B = weights[0]  # the edge's forward weight may follow
         if not self.form.stride:
-            return d @ B
+            return d @ (B.t() if self.form.transposed else B)
         if not self.form.pad:
             return self._convolve_back(B, d, site)
         padded = [site[0], *(n + sum(self._pads(i)) for i, n in enumerate(site[1:]))]
@@ -238,7 +242,7 @@ class LayerShaped(Operator):
     def project(self, weight: Tensor, h: Tensor) -> Tensor:
         """The layer's output for `h: [M, *site]` with this weight, without a bias. `send` is the adjoint of this map."""
         if not self.form.stride:
-            return h @ weight.t()
+            return h @ (weight if self.form.transposed else weight.t())
         return torch.ops.aten.convolution(self.padded(h), weight, None, *self._geometry())
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
@@ -246,7 +250,7 @@ class LayerShaped(Operator):
         if center:
             h = h - h.mean([i for i in range(h.dim()) if i != 1], keepdim=True)
         if not self.form.stride:
-            return (d.t() @ h,)
+            return (h.t() @ d if self.form.transposed else d.t() @ h,)
         mask = (False, True, False)
         B = weights[0].to(d.dtype)  # only its shape is read
         h = self.padded(h)
