@@ -90,7 +90,7 @@ def test_an_error_of_zero_has_no_sign() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [fb.DKP.published(), fb.DFA(), fb.DRTP(), fb.rules.FDFA(operator=fb.Dense())],
+    [fb.DKP.published(), fb.DFA(), fb.DRTP(), fb.rules.FDFA.published(operator=fb.Dense())],
     ids=lambda r: r.name,
 )
 def test_flipped_negates_hidden_gradients_and_nothing_else(rule: fb.Rule) -> None:

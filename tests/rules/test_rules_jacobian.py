@@ -83,7 +83,7 @@ def estimates(learner: fb.Learner, x: Tensor, noise: list[Tensor]) -> list[Tenso
 @pytest.mark.parametrize("pair", [MLP, CONV, TOKENS, VIT], ids=str)
 def test_fdfa_estimates_the_jacobian_along_its_noise(pair: Pair, noise: list[Tensor]) -> None:
     """grad B = B - (1/M) d^T u, with d by reverse mode, whatever norm or pool lies above the sites."""
-    learner = pair.attach(fb.rules.FDFA(operator=fb.Dense()))
+    learner = pair.attach(fb.rules.FDFA.published(operator=fb.Dense()))
     x, _ = pair.batch(3)
     learner.feedback_step(x)
     assert len(noise) == len(learner.sites)
@@ -92,10 +92,29 @@ def test_fdfa_estimates_the_jacobian_along_its_noise(pair: Pair, noise: list[Ten
         assert_close(B.grad, B.detach() - J.detach(), edge.site.name)
 
 
+def test_fdfa_by_default_sends_orthogonal_signals_and_follows_slowly(noise: list[Tensor]) -> None:
+    """strength e U V^T of the singular vectors of B, and a tenth of the gradient."""
+    rule = fb.rules.FDFA(operator=fb.Dense(), rate=0.1, strength=0.3)
+    learner = MLP.attach(rule)
+    x, y = MLP.batch(3)
+    B = {edge.site.name: learner.feedback_of(edge).detach() for edge in learner.graph.edges}
+    with learner.exact():
+        logits = learner(x)
+    e = torch.autograd.grad(loss_fn(y)(logits), logits)[0]
+    for name, signal in signals(learner, x, y).items():
+        U, _, V = torch.linalg.svd(B[name], full_matrices=False)
+        assert_close(signal, 0.3 * e @ U @ V, name, tolerance=1e-3)
+    learner.zero_grad()
+    learner.feedback_step(x)
+    for edge, J in zip(learner.graph.edges, estimates(learner, x, noise), strict=True):
+        expected = 0.1 * (B[edge.site.name] - J.detach())
+        assert_close(learner.feedback_of(edge).grad, expected, edge.site.name)
+
+
 def test_fdfa_is_the_product_of_the_weights_on_a_linear_net() -> None:
     """E[J_hat] = W_L ... W_{l+1}. The entry (c, j) has the variance (sum_ki J_k[c, i]^2 + J_l[c, j]^2) / samples."""
     model, x = linear_net()
-    learner = fb.attach(model, fb.rules.FDFA(), example=x)
+    learner = fb.attach(model, fb.rules.FDFA.published(), example=x)
     phases = 400
     for _ in range(phases):
         learner.feedback_step(x)
@@ -113,7 +132,7 @@ def test_fdfa_is_the_product_of_the_weights_on_a_linear_net() -> None:
 def test_fdfa_feedback_is_a_moving_average() -> None:
     """B after SGD steps of rate alpha: sum_t alpha (1 - alpha)^(T - t) J_hat_t."""
     model, x = linear_net()
-    learner = fb.attach(model, fb.rules.FDFA(), example=x)
+    learner = fb.attach(model, fb.rules.FDFA.published(), example=x)
     edge = learner.graph.edges[0]
     B = learner.feedback_of(edge)
     optimizer = torch.optim.SGD(learner.feedback.parameters(), lr=0.1)
@@ -128,7 +147,9 @@ def test_fdfa_feedback_is_a_moving_average() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.rules.FDFA(), fb.rules.EBD(operator=fb.Dense("zeros"))], ids=["fdfa", "ebd"]
+    "rule",
+    [fb.rules.FDFA.published(), fb.rules.EBD(operator=fb.Dense("zeros"))],
+    ids=["fdfa", "ebd"],
 )
 def test_feedback_that_starts_at_zero_trains_hidden_layers_from_the_second_step(
     rule: fb.Rule,
@@ -204,7 +225,7 @@ class Factors(fb.Operator):
 
 def test_fdfa_with_factors_descends_the_distance_to_the_jacobian(noise: list[Tensor]) -> None:
     """Of half of |B - J_hat|^2, by autograd."""
-    learner = MLP.attach(fb.rules.FDFA(operator=Factors()))
+    learner = MLP.attach(fb.rules.FDFA.published(operator=Factors()))
     x, _ = MLP.batch()
     learner.feedback_step(x)
     for edge, J in zip(learner.graph.edges, estimates(learner, x, noise), strict=True):
@@ -323,7 +344,9 @@ def test_grape_between_forward_and_backward_changes_no_signal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "rate"), [(fb.rules.FDFA(), 0.01), (fb.rules.GrAPE(), 0.3)], ids=["fdfa", "grape"]
+    ("rule", "rate"),
+    [(fb.rules.FDFA.published(), 0.01), (fb.rules.GrAPE(), 0.3)],
+    ids=["fdfa", "grape"],
 )
 def test_probe_sees_feedback_near_the_jacobian(rule: fb.Rule, rate: float) -> None:
     model, x = linear_net()

@@ -196,7 +196,7 @@ MUTATIONS = (
     (FUNCTIONS, "if edge.factor != 1:", "if False:", ORACLES),
     ("rules/direct/ebd.py", "b.to(r.dtype) - r) for", "b.to(r.dtype) + r) for", DIRECT),
     ("rules/direct/fdfa.py", "moves / len(moves)", "moves", JACOBIAN),
-    ("rules/direct/fdfa.py", "tuple(b - j for", "tuple(-j for", JACOBIAN),
+    ("rules/direct/fdfa.py", "self.rate * (b - j) for", "self.rate * -j for", JACOBIAN),
     ("rules/direct/grape.py", ".data.div_(_norms(weights[0]))", ".data", JACOBIAN),
     ("rules/direct/grape.py", "* B - J) / len(B)", "* B - J)", JACOBIAN),
     ("engine/phase.py", "if tangent is None else tangent + noise[site]", "", JACOBIAN),

@@ -76,7 +76,7 @@ ROWS = (
     Row("sign_dfa", SignDFA(), oracles.sign_of_error),
     Row("ebd", EBD(forget=1.0), oracles.direct, oracles.towards_correlation),
     Row(
-        "fdfa", FDFA(operator=Dense()), oracles.direct
+        "fdfa", FDFA.published(operator=Dense()), oracles.direct
     ),  # what it learns, in a phase: test_rules_direct
     Row("grape", GrAPE(), oracles.normalised_direct),
 )

@@ -36,8 +36,8 @@ class EBD(Rule):
     (bench/results/low_rules.md has both). :class:`Flipped` reverses the signals (`Flipped(EBD())`). This is not in the paper,
     but near DKP with a short memory.
 
-    forget: how fast B turns to the correlation, as a part of its learning rate.
     operator: the form of the feedback weights, which must be learnable, and their initial values.
+    forget: how fast B turns to the correlation, as a part of its learning rate.
 
     Erdogan, Pehlevan & Erdogan, "Error Broadcast and Decorrelation as a Potential Artificial and Natural Learning Mechanism",
     2025 (arXiv:2504.11558). We had neither the paper's text nor the authors' code. The equations are from descriptions, and the
@@ -56,8 +56,8 @@ class EBD(Rule):
         [(3, 8)]
     """
 
-    forget: float = 5e-5
     operator: Operator = Dense()
+    forget: float = 5e-5
 
     name = "ebd"
     label = "EBD"
