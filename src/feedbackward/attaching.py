@@ -15,11 +15,12 @@ from feedbackward.engine.in_place import refuse_other_learners
 from feedbackward.engine.size import in_bytes
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError
-from feedbackward.graph import LayerInput, PreActivation, Site, Source
+from feedbackward.graph import LayerInput, ModelInput, PreActivation, Site, Source
 from feedbackward.learner import Learner, M
 from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import (
     Sites,
+    find_input,
     find_pre_activations,
     find_sites,
     find_source,
@@ -36,6 +37,7 @@ FINDERS: dict[type[Site], Callable[[nn.Module, Trace, Sites, Source], Sequence[S
     Site: find_sites,
     LayerInput: find_layer_inputs,
     PreActivation: find_pre_activations,
+    ModelInput: find_input,
 }
 
 
@@ -65,8 +67,8 @@ def attach(
             first. `"every-2"`: every second of these, from the last one down (also 3, ...). `"stages"`: the last of each
             height and width. `"blocks"`: the outputs of residual or transformer blocks. Or a list of module names, whose
             outputs are taken, or a function `(name, module) -> bool`. For chains (FA, KP) the sites are the inputs of layers,
-            and names are names of layers. For rules with a `derivative` they are the inputs of activation modules, and names
-            are names of such modules.
+            and names are names of layers. For rules with a `derivative`, and for PEPITA, they are the inputs of activation
+            modules, and names are names of such modules.
         error_at: the module whose output's error is sent. Layers above it learn by their true gradient. Default: the
             model's output.
         output: a function that takes the output tensor from a structured output, for example `lambda o: o.logits`.

@@ -113,6 +113,10 @@ class PreActivation(Site):
     activation: Callable[[Tensor], Tensor] = field(kw_only=True, compare=False)
 
 
+class ModelInput(Site):
+    """The input of the whole model. It depends on no parameter, so no pass sends a signal there by itself."""
+
+
 @dataclass(frozen=True)
 class LayerInput(Site):
     """The input of one layer, cut for that layer alone.

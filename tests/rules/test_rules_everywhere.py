@@ -103,12 +103,19 @@ def refused(message: str, rule: fb.Rule, model: nn.Module) -> NoReturn:
 
 
 def trained(learner: fb.Learner) -> set[str]:
-    """The parameters that the plan and the rule's graph say are trained: those of the head and of every segment with a signal."""
+    """The parameters that the plan and the rule's graph say are trained: those of the head and of every segment with a signal.
+
+    A rule that revises gradients may train the other segments too.
+    """
     graph, plan = learner.graph, learner.plan
     ends = {end.site for end in (*graph.edges, *graph.local)} | {
         upward_edge.above for upward_edge in graph.upward
     }
-    parts = [s for site, s in zip(graph.sites, plan.segments, strict=True) if site in ends]
+    parts = [
+        s
+        for site, s in zip(graph.sites, plan.segments, strict=True)
+        if site in ends or learner.rule.revises
+    ]
     return {name for segment in (*parts, plan.head) for name in segment.parameters}
 
 

@@ -35,6 +35,8 @@ PREDICTIVE = "rules/test_rules_predictive.py"
 HIGHWAY = "rules/test_rules_highway.py"
 HEADS = "rules/test_rules_local_heads.py"
 AUGMENTED = "rules/test_rules_augmented.py"
+PEPITA = "rules/test_rules_pepita.py"
+CWCOMP = "rules/test_rules_cwcomp.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -90,6 +92,11 @@ MUTATIONS = (
     # local losses
     ("rules/direct/augmented.py", "sent * DERIVATIVES[self.derivative](h)", "sent", AUGMENTED),
     ("rules/direct/augmented.py", "return edge.site.activation(h) if", "return h if", AUGMENTED),
+    ("rules/local/pepita.py", "return a + shift.reshape(a.shape)", "return a - shift.reshape(a.shape)", PEPITA),
+    ("rules/local/pepita.py", "len(error) * error", "error", PEPITA),
+    ("rules/local/pepita.py", "/ (len(before) * places)", "/ len(before)", PEPITA),
+    ("rules/local/cwcomp.py", "self.reader(h.square())", "self.reader(h).square()", CWCOMP),
+    ("rules/local/cwcomp.py", "* classes // reader.width", "% classes", CWCOMP),
     ("rules/local/predsim.py", "(1 - self.similarity) * prediction", "prediction", HEADS),
     ("rules/local/predsim.py", "x = x.flatten(2).std(2)", "x = x.flatten(2).mean(2)", HEADS),
     ("rules/local/predsim.py", "x = x - x.mean(1, keepdim=True)", "pass", HEADS),

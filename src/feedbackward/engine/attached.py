@@ -106,7 +106,9 @@ class Attached:
 
     @property
     def learns_in_phase(self) -> bool:
-        """Whether feedback waits for a phase: some that trains gets its gradient there alone."""
+        """Whether something waits for a phase: feedback that gets its gradient there alone, or the model's own weights."""
+        if any(rule.revises for rule in self.in_phase):
+            return True
         edges = [e for e in self.graph.edges if e.rule.in_phase]
         return any(w.requires_grad for edge in edges for w in self.weights_of(edge))
 
@@ -198,8 +200,8 @@ class Attached:
         self.without_phase += 1
         if self.without_phase == PASSES_WITHOUT_PHASE and self.learns_in_phase:
             warnings.warn(
-                f"{self.rule.label} learns its feedback in a phase of its own, and {self.without_phase} training passes ran without "
-                "one: its feedback stays as it began. Call `learner.feedback_step(x)` before `optimizer.step()`, "
+                f"{self.rule.label} learns in a phase of its own, and {self.without_phase} training passes ran without "
+                "one: what learns there stays as it began. Call `learner.feedback_step(x)` before `optimizer.step()`, "
                 "or freeze the feedback.",
                 stacklevel=5,
             )

@@ -55,7 +55,8 @@ def _rows(attached: Attached) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for site, segment in zip(attached.graph.sites, plan.segments, strict=True):
         edge = edges.get(site)
-        form, held = "none: frozen", tuple[Tensor, ...]()
+        form = "in a phase" if attached.rule.revises else "none: frozen"
+        held = tuple[Tensor, ...]()
         if edge:
             held = attached.weights_of(edge)
             form = (

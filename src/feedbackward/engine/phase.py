@@ -71,10 +71,15 @@ class Phase:
         """A weight of the model by its name, detached. The weight of a layer input is `layer_input.weight`."""
         return self._attached.model.get_parameter(name).detach()
 
+    def trainable(self) -> dict[str, Tensor]:
+        """The model's parameters that train, by name."""
+        named = self._attached.model.named_parameters()
+        return {name: p for name, p in named if p.requires_grad}
+
     def moved(self, rate: float) -> dict[str, Tensor]:
         """The model's parameters that have gradients, after a step along these: new leaves, by name."""
-        found = {name: p for name, p in self._attached.model.named_parameters() if p.requires_grad}
-        moved = {n: (p - rate * p.grad).detach() for n, p in found.items() if p.grad is not None}
+        found = self.trainable().items()
+        moved = {n: (p - rate * p.grad).detach() for n, p in found if p.grad is not None}
         if not moved:
             raise FeedbackError(
                 f"{self._attached.rule.label} goes on from the step of the backward pass, but no weight has a gradient: call "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import HookPoint, PreActivation, Site, Source
+from feedbackward.graph import HookPoint, ModelInput, PreActivation, Site, Source
 from feedbackward.model.autograd_graph import flattened_from, outputs_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.repeated import every_call
@@ -72,6 +72,25 @@ def find_pre_activations(
             "replace: write functional activations as modules, name others, or leave out derivative=."
         )
     return found
+
+
+def find_input(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Site]:
+    """The model's input, and what enters the activation modules.
+
+    Raises AttachError where the model has not one floating-point input, and as `find_pre_activations` does.
+    """
+    (whole,) = trace.calls_of("")
+    floats = [i for i, (t, _) in enumerate(whole.inputs) if t.is_floating_point()]
+    if len(floats) != 1:
+        raise AttachError(
+            f"{type(model).__name__} has {len(floats)} floating-point inputs, and the error is added to the one input that a model "
+            "has: it takes numbers that an error can be added to, not indices. Use another rule (DFA, DKP)."
+        )
+    tensor, _ = whole.inputs[floats[0]]
+    name = "input" if "input" not in trace.counts else "the model's input"
+    point = HookPoint("", "input", place=whole.places[floats[0]])
+    into = _activity(ModelInput, trace, name, (point,), tensor, whole.start)
+    return [into, *find_pre_activations(model, trace, sites, source)]
 
 
 def find_source(

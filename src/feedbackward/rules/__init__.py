@@ -40,8 +40,10 @@ from feedbackward.rules.direct.relayed_kp import RelayedKP
 from feedbackward.rules.direct.shared_dfa import SharedDFA
 from feedbackward.rules.direct.sign_dfa import SignDFA
 from feedbackward.rules.direct.sparse_dfa import SparseDFA
+from feedbackward.rules.local.cwcomp import CwComp
 from feedbackward.rules.local.dgl import DGL
 from feedbackward.rules.local.lls import LLS
+from feedbackward.rules.local.pepita import PEPITA
 from feedbackward.rules.local.predsim import PredSim
 from feedbackward.rules.mixed.cdfa import CDFA
 from feedbackward.rules.mixed.han2020 import Han2020
@@ -78,6 +80,7 @@ BASELINES: dict[str, type[Rule]] = {
     "grape": GrAPE,
     "predsim": PredSim,
     "lls": LLS,
+    "pepita": PEPITA,
     "dtp": DTP,
     "sdtp": SDTP,
     "ddtp": DDTP,
@@ -97,6 +100,7 @@ CONTRIB: dict[str, type[Rule]] = {
     "ifa": IFA,
     "dkp_pc": DKPPC,
     "highway_kp": HighwayKP,
+    "cwcomp": CwComp,
     "ebd": EBD,
     "information_alignment": InformationAlignment,
     "symmetric_alignment": SymmetricAlignment,
@@ -139,6 +143,7 @@ __all__ = [
     "LLS",
     "LRA",
     "PDFA",
+    "PEPITA",
     "PFA",
     "RULES",
     "SDTP",
@@ -146,6 +151,7 @@ __all__ = [
     "USF",
     "ActivationAlignment",
     "BinaryDFA",
+    "CwComp",
     "Flipped",
     "Frozen",
     "GrAPE",
