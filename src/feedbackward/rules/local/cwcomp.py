@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import Reader, count_classes, local_losses, map_shape
+from feedbackward.rules.local.heads import Reader, count_classes, local_losses
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CwComp(Rule):
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         classes = count_classes(self.label, site, source)
-        shape = map_shape(site)
+        shape = site.map
         reader = Reader(site, source, (1,) * len(shape[1:]))
         if reader.width < classes:
             raise AttachError(
