@@ -216,7 +216,9 @@ def test_an_operator_without_products_says_what_it_multiplies() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [fb.rules.WeightMirror(), fb.rules.FDFA(), fb.rules.DDTP()], ids=lambda rule: rule.name
+    "rule",
+    [fb.rules.WeightMirror(), fb.rules.FDFA.published(), fb.rules.DDTP()],
+    ids=lambda rule: rule.name,
 )
 def test_a_phase_of_the_feedback_is_counted_apart(rule: fb.Rule) -> None:
     x = torch.randn(N, 6)
