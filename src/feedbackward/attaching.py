@@ -110,8 +110,9 @@ def attach(
     if not found:
         raise AttachError(
             f"{type(model).__name__} has no activity to feed between its first Linear or convolution and the source "
-            f"{source.name!r}: a network without hidden layers has nothing to send the error to. For layers of other kinds "
-            'use sites="blocks" or name the sites; or choose a later error_at.'
+            f"{source.name!r}: a network without hidden layers has nothing to send the error to. Recurrent layers count if they "
+            "take whole sequences with batch_first=True. For layers of other kinds name the sites, for example "
+            'sites=["name"]; or choose a later error_at.'
         )
     learner = Learner(model, rule, tuple(found), source, seed, feedback_dtype)
     tensors = learner.attached.rows.tensors(recorded)

@@ -123,3 +123,49 @@ def test_a_product_of_activities_makes_no_layer() -> None:
 
     found = [c.name for c in trace(Rows(), torch.randn(8, 4)).calls if c.is_layer]
     assert found == ["a", "head"]
+
+
+class Recurrent(nn.Module):
+    """Two recurrent layers, of which the second begins in the state of the first."""
+
+    def __init__(self, kind: type[nn.RNNBase], batch_first: bool = True) -> None:
+        super().__init__()
+        self.one, self.two = (
+            kind(4, 6, batch_first=batch_first),
+            kind(6, 6, batch_first=batch_first),
+        )  # type: ignore[call-arg, arg-type]
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, state = self.one(x)
+        h, _ = self.two(h, state)
+        out: Tensor = self.head(h)
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_are_layers(kind: type[nn.RNNBase]) -> None:
+    """Their output sequences are the sites: the gradients are those of the error times B at each of them."""
+    torch.manual_seed(0)
+    net, x = Recurrent(kind).double(), torch.randn(8, 5, 4, dtype=torch.float64)
+    learner = fb.attach(net, fb.DFA(), example=x)
+    assert [site.name for site in learner.sites] == ["one", "two"]
+    out = learner(x)
+    out.square().mean().backward()
+    error = 2 * out.detach() / out.numel()
+    found = {name: p.grad for name, p in net.named_parameters()}
+    below, above = learner.feedback.state_dict().values()
+    h, state = net.one(x)
+    # the state is no site: what it carries goes on by backprop
+    g, _ = net.two(h.detach(), state)
+    loss = (h * (error @ below).detach()).sum() + (g * (error @ above).detach()).sum()
+    loss = loss + (net.head(g.detach()) * error).sum()
+    for name, expected in zip(
+        found, torch.autograd.grad(loss, list(net.parameters())), strict=True
+    ):
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_recurrent_layer_with_the_time_first_is_no_layer() -> None:
+    with pytest.raises(AttachError, match=r"Recurrent layers count if .* batch_first=True"):
+        fb.attach(Recurrent(nn.GRU, batch_first=False), fb.DFA(), example=torch.randn(5, 8, 4))

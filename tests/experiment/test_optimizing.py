@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from feedbackward.experiment.config.recipes import Optimizer
+from feedbackward.errors import ConfigError
+from feedbackward.experiment.config.recipes import Optimizer, check
 from feedbackward.experiment.training.optimizing import Weights
 
 
@@ -52,3 +53,37 @@ def test_norms_are_kept_where_the_recipe_says_so():
         weights.step(torch.amp.GradScaler("cpu", enabled=False))
     assert W.detach().norm().item() == pytest.approx(55**0.5)
     assert W[0, 0].item() < -1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("torch.optim:RMSprop", {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}),
+        ("torch.optim:Adamax", {"lr": 0.1, "weight_decay": 5e-4}),
+    ],
+)
+def test_an_optimizer_by_its_name_is_given_what_it_takes(name, given):
+    settings = Optimizer(name=name, lr=0.1, schedule="constant")
+    check(settings, "forward")
+    ours, theirs = (nn.Parameter(torch.arange(6.0).view(2, 3)) for _ in range(2))
+    weights = Weights([ours], settings, epochs=1, steps_per_epoch=10)
+    optimizer = getattr(torch.optim, name.partition(":")[2])([theirs], **given)
+    for _ in range(3):
+        ours.grad, theirs.grad = torch.ones(2, 3), torch.ones(2, 3)
+        weights.step(torch.amp.GradScaler("cpu", enabled=False))
+        optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_optimizers_refused():
+    with pytest.raises(ConfigError, match=r"forward\.name is 'adamm': did you mean 'adam'"):
+        check(Optimizer(name="adamm"), "forward")
+    for name, message in [
+        ("torch.nn:Linear", "no.* subclass"),
+        ("torch.optim:Absent", "could not be imported"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            Weights([nn.Parameter(torch.ones(1))], Optimizer(name=name), 1, 10)
+    # its matrices alone
+    with pytest.raises(ConfigError, match=r"'torch\.optim:Muon' cannot be made with"):
+        Weights([nn.Parameter(torch.ones(1))], Optimizer(name="torch.optim:Muon"), 1, 10)

@@ -14,6 +14,7 @@ DENSE, LEARNER, PROBE, TRACE = (
     "model/trace.py",
 )
 GRAPHS = "core/test_rows_of_graphs.py"
+OWN_LAYERS = "core/test_layers_of_any_class.py"
 ANY_CLASS, MATRIX = "core/test_chains_of_any_class.py", "model/matrix.py"
 BLOCKS, LEFT = "model/blocks.py", "core/test_left_as_it_was.py"
 ROWS, CHANGED = "core/test_rows.py", "core/test_changed_models.py"
@@ -64,6 +65,8 @@ MUTATIONS = (
     ("operators/layer.py", "(weight if self.form.transposed else", "(weight if False else", ANY_CLASS),
     ("operators/layer.py", "h.t() @ d if", "d.t() @ h if", ANY_CLASS),
     ("operators/layer.py", "fan_in, fan_out = fan_out, fan_in", "pass", ANY_CLASS),
+    (TRACE, "self.inputs[:1] if isinstance(self.module, nn.RNNBase) else self.inputs", "self.inputs", OWN_LAYERS),
+    (TRACE, "return self.module.batch_first and", "return", OWN_LAYERS),
     (MATRIX, "+ straight) % 2 == 0", "+ straight) % 2 == 1", ANY_CLASS),
     (MATRIX, "and product._saved_alpha == 1", "", ANY_CLASS),
     (MATRIX, "if len(call.products) != 1 or", "if", ANY_CLASS),

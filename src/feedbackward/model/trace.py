@@ -78,7 +78,9 @@ class Call:
         after the activity.
         """
         found: dict[int, tuple[int, Tensor, int]] = {}
-        for number, (tensor, version) in enumerate(self.inputs):
+        # what follows the sequence is a state
+        given = self.inputs[:1] if isinstance(self.module, nn.RNNBase) else self.inputs
+        for number, (tensor, version) in enumerate(given):
             if tensor.grad_fn is not None and not of_parameters(tensor):
                 found.setdefault(id(tensor), (number, tensor, version))
         others = [(n, t, v) for n, (t, v) in enumerate(self.inputs) if t.grad_fn is None]
@@ -103,7 +105,12 @@ class Call:
 
     @property
     def is_layer(self) -> bool:
-        """Whether the module multiplies an activity with a weight of its own, of whatever class it is."""
+        """Whether the module multiplies an activity with a weight of its own, of whatever class it is.
+
+        Of recurrent layers, those that take whole sequences with the batch first: `[N, T, features]`.
+        """
+        if isinstance(self.module, nn.RNNBase):
+            return self.module.batch_first and bool(self.inputs) and self.inputs[0][0].dim() == 3
         return isinstance(self.module, PARAMETRIC) or bool(self.products)
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from feedbackward.errors import ConfigError
-from feedbackward.experiment.config.suggest import choose
+from feedbackward.experiment.config.suggest import choose, hint
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Optimizer:
     """How one set of weights is updated.
 
     Attributes:
-        name: sgd, adam or adamw.
+        name: sgd, adam, adamw, or package.module:Class.
         lr: the learning rate; the peak of it where the schedule varies it.
         momentum: of sgd; adam and adamw have their usual betas.
         nesterov: of sgd.
@@ -39,6 +39,9 @@ class Optimizer:
     gamma: float = 1.0
     clip: float = 0.0
     renormalize_weights: bool = False
+
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,10 @@ def find_recipe(name: str) -> Recipe:
 
 
 def check(optimizer: Optimizer, where: str) -> None:
-    """Refuse values out of range. Raises ConfigError naming ``where.field``."""
+    """Refuse values out of range, and an unknown optimizer. Raises ConfigError naming ``where.field``."""
+    if ":" not in optimizer.name and optimizer.name not in OPTIMIZERS:
+        known = hint(optimizer.name, OPTIMIZERS)
+        raise ConfigError(f"{where}.name is '{optimizer.name}': {known} (or package.module:Class)")
     if not optimizer.lr > 0:
         raise ConfigError(f"{where}.lr is {optimizer.lr}: a learning rate must be above 0")
     for name in ("momentum", "weight_decay", "clip", "gamma"):

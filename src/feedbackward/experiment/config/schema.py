@@ -26,7 +26,8 @@ class Changes:
     """What to change in a recipe's optimizer. None keeps the recipe's value.
 
     Attributes:
-        name: the optimizer.
+        name: the optimizer: sgd, adam, adamw, or another as package.module:Class, which is given those of lr, momentum,
+            nesterov and weight_decay that it takes.
         lr: the learning rate; its peak if the schedule varies it.
         momentum: momentum of SGD.
         nesterov: use Nesterov momentum in SGD.
@@ -37,7 +38,7 @@ class Changes:
         renormalize_weights: after every update, give each matrix or kernel its initial norm back.
     """
 
-    name: Literal["sgd", "adam", "adamw"] | None = None
+    name: str | None = None
     lr: float | None = None
     momentum: float | None = None
     nesterov: bool | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
+from feedbackward.errors import ConfigError
 from feedbackward.experiment.config.recipes import Optimizer
+from feedbackward.experiment.imported import imported
 from feedbackward.optim import renormalize_weights
 
 
@@ -64,17 +67,31 @@ class Weights:
         self.schedule.load_state_dict(state["schedule"])
 
 
+# what an optimizer is given of the settings, if it takes it
+_OFFERED = ("lr", "momentum", "nesterov", "weight_decay")
+
+
+def find_optimizer(name: str) -> Any:
+    """The class of this name, or `package.module:Class`. Raises ConfigError for what is no optimizer."""
+    named = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+    if name in named:
+        return named[name]
+    found = imported(name, "optimizer")
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(f"'{name}' is not a subclass of torch.optim.Optimizer")
+    return found
+
+
 def _optimizer(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    if settings.name == "sgd":
-        return SGD(
-            parameters,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-        )
-    kind = {"adam": Adam, "adamw": AdamW}[settings.name]
-    return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    kind = find_optimizer(settings.name)
+    takes = inspect.signature(kind).parameters
+    given = {key: getattr(settings, key) for key in _OFFERED if key in takes}
+    try:
+        return kind(parameters, **given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the optimizer '{settings.name}' cannot be made with {given}: {error}"
+        ) from error
 
 
 def _schedule(
