@@ -169,3 +169,41 @@ def test_recurrent_layers_are_layers(kind: type[nn.RNNBase]) -> None:
 def test_a_recurrent_layer_with_the_time_first_is_no_layer() -> None:
     with pytest.raises(AttachError, match=r"Recurrent layers count if .* batch_first=True"):
         fb.attach(Recurrent(nn.GRU, batch_first=False), fb.DFA(), example=torch.randn(5, 8, 4))
+
+
+class OwnConvolution(nn.Module):
+    """A convolution that is no `nn.Conv2d`."""
+
+    def __init__(self, like: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+@pytest.mark.parametrize(
+    "rule", [fb.DFA(), fb.DKP(), fb.DKP.published()], ids=["dfa", "dkp", "published"]
+)
+def test_the_class_of_a_convolution_changes_nothing(rule: fb.Rule) -> None:
+    """The default DKP whitens channels: it must know which dimension they are."""
+
+    def net(own: bool) -> nn.Module:
+        torch.manual_seed(0)
+        layers = [
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Conv2d(4, 5, 3, padding=1),
+        ]
+        wrapped = [OwnConvolution(layer) if own else layer for layer in layers]
+        parts = [part for layer in wrapped for part in (layer, nn.Tanh())]
+        return nn.Sequential(*parts, nn.Flatten(), nn.Linear(5 * 16, 3)).double()
+
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    sites, expected = gradients(net(False), x, rule)
+    found_sites, found = gradients(net(True), x, rule)
+    assert len(sites) == 3
+    assert found_sites == sites
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12)

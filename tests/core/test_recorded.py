@@ -76,24 +76,73 @@ def loss(learner: fb.Learner, weights: dict[str, torch.Tensor], x: torch.Tensor,
 
 
 RULES = [fb.DFA(), fb.DKP(), fb.DRTP(), fb.DGL(hidden=0), fb.FA(), fb.KolenPollack()]
+EACH = [
+    fb.DFA(),
+    fb.DKP.published(),
+    fb.DRTP(),
+    fb.DGL(hidden=0),
+    fb.FA(),
+    fb.KolenPollack(),
+    fb.rules.RecLRA(),
+]
+
+
+def given(learner: fb.Learner) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
+    """The weights, and their gradients by a backward pass."""
+    loss(learner, {}, X, Y).backward()
+    weights = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    return weights, {name: p.grad for name, p in learner.named_parameters()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor | None]) -> None:
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            found[name], grad if grad is not None else torch.zeros_like(found[name]), msg=name
+        )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_transforms_of_functions_are_refused(rule: fb.Rule) -> None:
+def test_the_gradient_of_a_function_is_that_of_a_backward_pass(rule: fb.Rule) -> None:
     learner = fb.attach(net(), rule, example=X)
-    weights = {name: p.detach() for name, p in learner.named_parameters()}
-    refused = pytest.raises(fb.FeedbackError, match=r"torch\.func .*learner\.exact\(\)")
+    weights, expected = given(learner)
+    assert_equal(torch.func.grad(lambda w: loss(learner, w, X, Y))(weights), expected)
+    _, pullback = torch.func.vjp(lambda w: loss(learner, w, X, Y), weights)
+    (found,) = pullback(torch.ones((), dtype=X.dtype))
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("rule", EACH, ids=lambda rule: rule.name)
+def test_gradients_of_each_sample(rule: fb.Rule) -> None:
+    """They are those of the samples one by one, and their mean is that of the batch."""
+    learner = fb.attach(net(), rule, example=X)
+    weights, expected = given(learner)
+    of_one = torch.func.grad(lambda w, x, y: loss(learner, w, x, y))
+    found = torch.func.vmap(of_one, (None, 0, 0))(weights, X[:, None], Y[:, None])
+    assert_equal({name: g.mean(0) for name, g in found.items()}, expected)
+    for i in range(len(X)):
+        single = of_one(weights, X[i : i + 1], Y[i : i + 1])
+        assert_equal({name: g[i] for name, g in found.items()}, dict(single))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_forward_mode_is_refused(rule: fb.Rule) -> None:
+    learner = fb.attach(net(), rule, example=X)
+    refused = pytest.raises(fb.FeedbackError, match=r"forward-mode .*learner\.exact\(\)")
     with refused:
-        torch.func.grad(lambda w: loss(learner, w, X, Y))(weights)
-    with refused:
-        torch.func.vmap(lambda x, y: loss(learner, weights, x, y))(X[:, None], Y[:, None])
-    with refused:
-        torch.func.jvp(lambda x: loss(learner, weights, x, Y), (X,), (X,))
+        torch.func.jvp(lambda x: loss(learner, {}, x, Y), (X,), (X,))
     with refused, torch.autograd.forward_ad.dual_level():
-        loss(learner, weights, torch.autograd.forward_ad.make_dual(X, X), Y)
+        loss(learner, {}, torch.autograd.forward_ad.make_dual(X, X), Y)
     with learner.exact():
-        jacobian = torch.func.jacrev(lambda x: functional_call(learner, weights, (x,)))(X)
+        jacobian = torch.func.jacrev(learner)(X)
     assert jacobian.shape == (6, 3, 6, 4)
+
+
+def test_transforms_refused_by_rule() -> None:
+    for rule in (fb.rules.BRSF(), fb.rules.IFA()):
+        learner = fb.attach(net(), rule, example=X)
+        with pytest.raises(fb.FeedbackError, match=rf"torch\.func does not work with {rule.label}"):
+            torch.func.grad(lambda w: loss(learner, w, X, Y))(dict(learner.named_parameters()))  # noqa: B023
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

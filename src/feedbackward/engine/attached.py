@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +143,7 @@ class Attached:
         self.follow_changes(inputs)
         self._refuse_shards()
         if not torch.compiler.is_compiling():
-            refuse_transforms(inputs)
+            refuse_transforms(inputs, self._beside_the_graph)
             self.mirrored.warn()
             self._count_pass()
             if self.rows.to_see:
@@ -152,6 +153,16 @@ class Attached:
         refuse_frozen_zeros(self.feedback, self.graph)
         self.cuts.recompute = True
         self.cuts.renew()
+
+    @functools.cached_property
+    def _beside_the_graph(self) -> str:
+        """What the rule does in a pass that no transform of functions can follow, in words; empty for most."""
+        if self.graph.branches is not None:
+            return f"{self.rule.label}, whose signals are swept through the graph several times"
+        if self.graph.upward:
+            return f"{self.rule.label}, whose signals go upwards"
+        renewed = any(edge.operator.renewed for edge in self.graph.edges)
+        return f"{self.rule.label}, which draws feedback anew in every pass" if renewed else ""
 
     def follow_changes(self, inputs: Any) -> None:
         """Take note of modules that were changed since the last pass, or refuse them. `inputs`: those of the next pass."""

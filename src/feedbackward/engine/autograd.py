@@ -25,21 +25,23 @@ class Broadcast(torch.autograd.Function):
     gradient for each learned weight.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
-        source: Tensor,
-        edges: Sequence[Edge],
-        target: Tensor | None,
-        *tensors: Tensor,
+        source: Tensor, edges: Sequence[Edge], target: Tensor | None, *tensors: Tensor
     ) -> Tensor:
+        return source.detach()  # not a view: an in-place operation may follow
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        source, edges, target, *tensors = inputs
         k = len(edges)
         ctx.edges = edges
         ctx.kinds = [(h.shape, h.dtype) for h in tensors[:k]]
         ctx.kept = any(edge.rule.receives or edge.learns_in_pass for edge in edges)
         activity = source if any(edge.rule.sends_activity for edge in edges) else None
         ctx.save_for_backward(target, activity, *(tensors if ctx.kept else tensors[k:]))
-        return source.detach()  # not a view: an in-place operation may follow
 
     @staticmethod
     @once_differentiable
@@ -98,10 +100,15 @@ class Join(torch.autograd.Function):
     forward(source, loss_1..loss_k) -> source.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, source: Tensor, *losses: Tensor) -> Tensor:
-        ctx.kinds = [(loss.shape, loss.dtype, loss.device) for loss in losses]
+    def forward(source: Tensor, *losses: Tensor) -> Tensor:
         return source.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.kinds = [(loss.shape, loss.dtype, loss.device) for loss in inputs[1:]]
 
     @staticmethod
     @once_differentiable
@@ -158,11 +165,16 @@ class Share(torch.autograd.Function):
     The gradient is computed once.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, W: Tensor, operator: Operator, *weights: Tensor) -> Tensor:
-        ctx.operator = operator
-        ctx.save_for_backward(*weights)
+    def forward(W: Tensor, operator: Operator, *weights: Tensor) -> Tensor:
         return W.view_as(W)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.operator, *weights = inputs
+        ctx.save_for_backward(*weights)
 
     @staticmethod
     @once_differentiable

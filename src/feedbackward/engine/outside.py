@@ -74,19 +74,23 @@ def is_recorded(training: bool) -> bool:
     return True
 
 
-def refuse_transforms(inputs: Any) -> None:
-    """Refuse a pass within torch.func or forward-mode differentiation: neither sees the feedback."""
-    level = torch._C._functorch.maybe_current_level()
+def refuse_transforms(inputs: Any, why: str) -> None:
+    """Refuse a pass in forward-mode differentiation, which does not see the feedback, and in torch.func where `why` says so."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
     dual = forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(t).tangent is not None
         for t in tree_leaves(inputs)
         if isinstance(t, Tensor)
     )
-    if level is not None or dual:
+    if dual or any(level.key().name == "Jvp" for level in stack):
         raise FeedbackError(
-            "torch.func (grad, vmap, jvp, jacrev) and forward-mode derivatives do not see what a learner sends in backward: call "
-            "`loss.backward()` or torch.autograd.grad on the output of `learner(x)`, or use `with learner.exact():` for true "
-            "derivatives."
+            "forward-mode derivatives (torch.func.jvp, jacfwd, linearize) do not see what a learner sends in backward: use "
+            "torch.func.grad, vjp or jacrev, or `with learner.exact():` for true derivatives."
+        )
+    if stack and why:
+        raise FeedbackError(
+            f"torch.func does not work with {why}: call `loss.backward()` or torch.autograd.grad on the output of `learner(x)`, "
+            "or use `with learner.exact():` for true derivatives."
         )
 
 
