@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
+# most files of these packages are never imported: those that are get compiled then
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
 
 .PHONY: demo test lint types unit nightly clients docs dist end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
@@ -67,19 +69,19 @@ bench-vgg-memory: .venv/dev
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[experiment]'
+	$(INSTALL) -e '.[experiment]'
 	@touch $@
 
 .venv/dev: .venv/demo
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[experiment,dev,docs]'
+	$(INSTALL) -e '.[experiment,dev,docs]'
 	@touch $@
 
 .venv/clients: .venv/dev
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[clients]'
+	$(INSTALL) -e '.[clients]'
 	@touch $@
 
 .venv/dist: .venv/dev
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dist]'
+	$(INSTALL) -e '.[dist]'
 	@touch $@
 
 clean:
