@@ -110,6 +110,20 @@ def test_cells_say_mean_spread_gap_and_state() -> None:
     assert head(found) == "CIFAR-10 (2,250 images, 3 epochs, 2 seeds)"
 
 
+def test_cells_have_the_digits_of_their_measure() -> None:
+    """Perplexities 5.511, 5.563: mean 5.537, std 0.037; a rule at 7.212, 7.301 is 1.72 ± 0.02 behind."""
+    found = results()["sections"][0]["tables"][0]["blocks"][0]
+    for index, values in enumerate([(5.511, 5.563), (7.212, 7.301)]):
+        for run, value in zip(found["rules"][index]["runs"], values, strict=True):
+            run |= {"measure": "perplexity", "test_perplexity": value}
+    found["rules"] = found["rules"][:2]
+    assert cell(found, "BP")["text"] == "5.54 ± 0.04"
+    assert (cell(found, "DKP")["text"], cell(found, "DKP")["gap"]) == (
+        "7.26 ± 0.06",
+        "−1.72 ± 0.02",
+    )
+
+
 def test_the_table_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
     text = write_report(results(), tmp_path)["report.md"].read_text()
     assert "| net &lt;b> | CIFAR-10 (2,250 images, 3 epochs, 2 seeds) | ABSENT (no data) |" in text

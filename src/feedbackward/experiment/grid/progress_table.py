@@ -218,7 +218,8 @@ class ProgressTable:
         scores = [state.score for state in states if state.score is not None]
         counts = "" if len(scores) == len(states) else f" {len(scores)}/{len(states)}"
         if scores:
-            return f"{fmean(scores):.1f}{counts}"
+            digits = KINDS[states[0].job.config.task].measure.digits
+            return f"{fmean(scores):.{digits}f}{counts}"
         if running:
             return f"{100 * running[0].done // max(1, running[0].steps)} %"
         ended = {state.status for state in states}

@@ -5,17 +5,19 @@ from __future__ import annotations
 NONE = "–"
 
 
-def fixed(value: float | None, sign: bool = False) -> str:
-    """One decimal, a true minus sign, never "-0.0"; a dash for None."""
+def fixed(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """So many decimals, a true minus sign, never "-0.0"; a dash for None."""
     if value is None:
         return NONE
-    rounded = round(value, 1) + 0.0
-    return f"{rounded:{'+' if sign else ''}.1f}".replace("-", "−")
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
-def plus_minus(value: float | None, error: float | None, sign: bool = False) -> str:
+def plus_minus(
+    value: float | None, error: float | None, digits: int = 1, sign: bool = False
+) -> str:
     """`value ± error`, or the value alone where there is no error."""
-    return fixed(value, sign) + ("" if error is None else f" ± {fixed(error)}")
+    return fixed(value, digits, sign) + ("" if error is None else f" ± {fixed(error, digits)}")
 
 
 def size(count: int | None) -> str:

@@ -51,15 +51,15 @@ def detailed(results: Results) -> dict[str, list[str]]:
     rows = summarise(results)
     headings = [measure_of(row).heading for row in rows]
     for row in rows:
-        cost = row["cost"] or {}
-        score = plus_minus(row["mean"], row["std"])
+        cost, digits = row["cost"] or {}, measure_of(row).digits
+        score = plus_minus(row["mean"], row["std"], digits)
         cells = {
             "Rule": str(row["label"]),
             headings[0]: "refused" if row["refused"] else score,
             "n": _n(row),
             "Diverged": str(row["diverged"]) if row["diverged"] else NONE,
-            "Gap to BP": _difference(row["gap"]),
-            "vs Frozen": _difference(row["frozen"], sign=True),
+            "Gap to BP": _difference(row["gap"], digits),
+            "vs Frozen": _difference(row["frozen"], digits, sign=True),
             "Mean angle": NONE if row["angle"] is None else f"{fixed(row['angle'])}°",
             "Time per step": _ratio(row["step_ratio"]),
             "Peak memory": _ratio(row["peak_ratio"]),
@@ -71,8 +71,8 @@ def detailed(results: Results) -> dict[str, list[str]]:
     return {name: cells for name, cells in columns.items() if set(cells) != {NONE}}
 
 
-def _difference(value: dict[str, Any] | None, sign: bool = False) -> str:
-    return NONE if value is None else plus_minus(value["mean"], value["se"], sign)
+def _difference(value: dict[str, Any] | None, digits: int, sign: bool = False) -> str:
+    return NONE if value is None else plus_minus(value["mean"], value["se"], digits, sign)
 
 
 def _ratio(value: float | None) -> str:
@@ -136,11 +136,11 @@ def cell(block: Results, label: str) -> dict[str, str]:
     steps = (rule.get("cost") or {}).get("steps")
     shown = "" if steps is None or rule["rule"] == "frozen" else _count(steps, "step")
     if row["n"]:
-        gap = row["gap"]
-        text = plus_minus(row["mean"], row["std"])
+        gap, digits = row["gap"], measure_of(row).digits
+        text = plus_minus(row["mean"], row["std"], digits)
         if row["n"] < row["planned"]:
             text += f" ({row['n']} of {row['planned']})"
-        to_bp = "" if gap is None else plus_minus(-gap["mean"], gap["se"], sign=True)
+        to_bp = "" if gap is None else plus_minus(-gap["mean"], gap["se"], digits, sign=True)
         return {"text": text, "gap": to_bp, "steps": shown, "state": "done"}
     if row["refused"]:
         return empty() | {"text": "refused", "state": "refused"}
@@ -263,9 +263,11 @@ def runs(results: Results) -> list[list[str]]:
     for block in blocks(results):
         for rule in block["rules"]:
             for run in rule["runs"] if not block.get("missing") else []:
+                digits = measure_of(run).digits
                 numbers = [
-                    fixed(value)
-                    for value in (value_of(run), value_of(run, "validation"), run.get("seconds"))
+                    fixed(value_of(run), digits),
+                    fixed(value_of(run, "validation"), digits),
+                    fixed(run.get("seconds")),
                 ]
                 rows.append(
                     [
