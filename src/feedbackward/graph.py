@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -272,13 +272,15 @@ class Local:
     """A local loss for a site, from an auxiliary network. Its backward pass starts with that of the source.
 
     `network()` makes the auxiliary network; `loss(output, target)` is the loss of its output, with the target as
-    `learner.target` got it. `rule`: the rule that the site belongs to; `Rule.connect` sets it.
+    `learner.target` got it. `above`: the site, if any, whose auxiliary network this one reads: its local loss comes first in
+    the graph, and `network(that network)` makes this one. `rule`: the rule that the site belongs to; `Rule.connect` sets it.
     """
 
     source: Source
     site: Site
-    network: Callable[[], nn.Module] = field(compare=False, repr=False)
-    loss: Callable[[Tensor, Tensor], Tensor] = field(compare=False, repr=False)
+    network: Callable[..., nn.Module] = field(compare=False, repr=False)
+    loss: Callable[[Any, Tensor], Tensor] = field(compare=False, repr=False)
+    above: Site | None = None
     rule: Rule = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
     @property

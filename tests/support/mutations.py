@@ -37,6 +37,7 @@ HIGHWAY = "rules/test_rules_highway.py"
 HEADS = "rules/test_rules_local_heads.py"
 AUGMENTED = "rules/test_rules_augmented.py"
 PEPITA = "rules/test_rules_pepita.py"
+CCL = "rules/test_rules_ccl.py"
 CWCOMP = "rules/test_rules_cwcomp.py"
 
 MUTATIONS = (
@@ -100,6 +101,9 @@ MUTATIONS = (
     ("rules/local/pepita.py", "/ (len(before) * places)", "/ len(before)", PEPITA),
     ("rules/local/cwcomp.py", "self.reader(h.square())", "self.reader(h).square()", CWCOMP),
     ("rules/local/cwcomp.py", "* classes // reader.width", "% classes", CWCOMP),
+    ("rules/local/ccl.py", "        with torch.no_grad():\n            c = above", "        if True:\n            c = above", CCL),
+    ("rules/local/ccl.py", "F.normalize(h) * counted", "h * counted", CCL),
+    ("rules/local/ccl.py", "self.spread * apart", "apart", CCL),
     ("rules/local/predsim.py", "(1 - self.similarity) * prediction", "prediction", HEADS),
     ("rules/local/predsim.py", "x = x.flatten(2).std(2)", "x = x.flatten(2).mean(2)", HEADS),
     ("rules/local/predsim.py", "x = x - x.mean(1, keepdim=True)", "pass", HEADS),

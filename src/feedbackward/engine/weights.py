@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from feedbackward.engine.size import refuse_too_large
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import Edge, Graph, LayerInput
+from feedbackward.graph import Edge, Graph, LayerInput, feedback_key
 from feedbackward.operators.base import Weights, within
 from feedbackward.operators.layer import MEASURED_INITS, LayerShaped
 
@@ -132,7 +132,8 @@ def _draw(
     for local in graph.local:
         with torch.random.fork_rng(devices=[]), _drawn_on(device):
             torch.manual_seed(digest(seed, local.key))
-            auxiliary = local.network()
+            read = [] if local.above is None else [holder.get_submodule(feedback_key(local.above))]
+            auxiliary = local.network(*read)
         holder.add_module(local.key, auxiliary.to(device, model_dtype))
     return holder
 

@@ -40,6 +40,7 @@ from feedbackward.rules.direct.relayed_kp import RelayedKP
 from feedbackward.rules.direct.shared_dfa import SharedDFA
 from feedbackward.rules.direct.sign_dfa import SignDFA
 from feedbackward.rules.direct.sparse_dfa import SparseDFA
+from feedbackward.rules.local.ccl import CCL
 from feedbackward.rules.local.cwcomp import CwComp
 from feedbackward.rules.local.dgl import DGL
 from feedbackward.rules.local.lls import LLS
@@ -80,6 +81,7 @@ BASELINES: dict[str, type[Rule]] = {
     "grape": GrAPE,
     "predsim": PredSim,
     "lls": LLS,
+    "ccl": CCL,
     "pepita": PEPITA,
     "dtp": DTP,
     "sdtp": SDTP,
@@ -125,6 +127,7 @@ COMPOSED: dict[str, type[Rule]] = {"mixed": Mixed, "flipped": Flipped}
 __all__ = [
     "BP",
     "BRSF",
+    "CCL",
     "CDFA",
     "COMPOSED",
     "DDTP",
