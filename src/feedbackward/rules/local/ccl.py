@@ -51,7 +51,8 @@ class CCL(Rule):
 
     Kao & Hariharan, "Counter-Current Learning: A Biologically Plausible Dual Network Approach for Deep Learning", NeurIPS 2024
     (arXiv:2409.19841). The default loss is that of the authors' code for convolutional nets. The authors train both nets by
-    SGD at a rate of 1 with gradients clipped to a norm of 0.3, centred gradients and ELU in the network itself. Left out:
+    SGD at a rate of 1 with gradients clipped to a norm of 0.3, centred gradients and ELU in the network itself. This matters:
+    with ReLU in the network and SGD without clipping, activities shrank until the top learned no more. Left out:
     samples that are classified well already have no loss in their code. Of maps, every sample pushes every other one away
     here as there, one of its own class too.
 

@@ -39,7 +39,8 @@ class PEPITA(Rule):
     are those of a first pass that it repeats.
 
     The net needs one floating-point input, such as images, to which an error can be added, and its activations as modules.
-    It served nets of up to three hidden layers in the paper; with depth, what :math:`x'` says of the error is lost.
+    It served nets of up to three hidden layers in the paper; with depth, what :math:`x'` says of the error is lost. Rates that
+    suit it are narrow: convolutional nets diverge soon.
 
     operator: the form of F and its initial values, which are those of the authors' code.
 
