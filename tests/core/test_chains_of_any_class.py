@@ -137,3 +137,36 @@ def test_what_is_no_plain_product_is_refused_by_name(form: str) -> None:
     net.b.form = REFUSED[form]
     with pytest.raises(AttachError, match=r"'b'"):
         fb.attach(net, fb.rules.FA(), example=X)
+
+
+class Kept(nn.Module):
+    """A net whose activations change what its layers return, or leave it."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace),
+            nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(0.0, inplace), nn.LeakyReLU(0.1, inplace),
+            nn.Conv2d(4, 4, 1), nn.ReLU(inplace), nn.Flatten(),
+            nn.Linear(64, 6), nn.ELU(inplace=inplace), nn.Linear(6, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda make: type(make()).__name__)
+def test_an_activation_in_place_changes_nothing(rule: Callable[[], fb.Rule]) -> None:
+    x, found = torch.randn(4, 2, 4, 4, dtype=torch.float64), []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        learner = fb.attach(Kept(inplace).double(), rule(), example=x)
+        learner(x).square().mean().backward()
+        found.append({name: p.grad for name, p in learner.named_parameters()})
+        assert [site.name for site in learner.sites] == [f"layers.{i}.input" for i in (2, 5, 8, 10)]
+    plain, changed = found
+    for name, grad in plain.items():
+        assert (grad is None) == (changed[name] is None)
+        if grad is not None:
+            torch.testing.assert_close(changed[name], grad, rtol=1e-10, atol=1e-12)

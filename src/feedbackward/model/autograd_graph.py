@@ -39,6 +39,12 @@ PASSING = frozenset(
 )
 
 
+def made_by(tensor: Any) -> Output:
+    """The node that made a tensor, and which of its outputs it is; no node for a leaf or another object."""
+    node = tensor.grad_fn if isinstance(tensor, Tensor) else None
+    return node, tensor.output_nr if node is not None else 0
+
+
 def below(node: Node) -> list[Node]:
     """The nodes that made the node's operands; leaves are among them."""
     return [parent for parent, _ in node.next_functions if parent is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -61,10 +62,7 @@ def find_layer_inputs(
 
 def _layer_inputs(trace: Trace, calls: Iterable[Call], final: Tensor) -> list[LayerInput]:
     dominates = dominators(final)
-    found = {
-        call.start: _layer_input(trace, call, call.outputs[0][0].grad_fn in dominates)
-        for call in calls
-    }
+    found = {call.start: _layer_input(trace, call, call.left[0][0] in dominates) for call in calls}
     for start, branch in branch_inputs(trace, final):
         first = min((when for when in found if when >= start), default=None)
         if first is not None:
@@ -157,7 +155,7 @@ def _refuse_other_forms(call: Call) -> None:
             f"layer {call.name!r} is a {kind.__name__}, which changes how {base.__name__} uses its weight, so feedback of that shape "
             "would not stand for it. Use a rule with direct feedback, or leave the layer out with `sites=`."
         )
-    if not _is_product(call.outputs[0][0]):
+    if not _is_product(call.left[0][0]):
         raise AttachError(
             f"layer {call.name!r} ({kind.__name__}) returns something else than the product with its weight: a hook or a forward of "
             "its own changes it, and feedback of the weight's shape would not stand for that. Use a rule with direct feedback, or "
@@ -165,9 +163,8 @@ def _refuse_other_forms(call: Call) -> None:
         )
 
 
-def _is_product(out: Tensor) -> bool:
-    """Whether a layer's output is a product, up to a bias, views and casts."""
-    node = out.grad_fn
+def _is_product(node: Any) -> bool:
+    """Whether a layer's output, which this node made, is a product, up to a bias, views and casts."""
     while node is not None and not is_product(node):
         name = node.name()
         inner = [n for n in below(node) if not is_leaf(n)]

@@ -18,14 +18,14 @@ _TURNS = frozenset(["T", "Transpose"])
 
 def matrix_form(call: Call) -> tuple[str, LayerForm] | None:
     """The name of the weight and the form of a layer whose output is `h W^T` or `h W`, a bias aside; None for all others."""
-    into, out = call.activity[1], call.outputs[0][0]
+    (number, into, _), out = call.activity, call.outputs[0][0]
     if len(call.products) != 1 or len(call.outputs) != 1 or not isinstance(out, Tensor):
         return None
     (product,) = call.products
     operands = _operands(product)
-    if operands is None or _through((out.grad_fn, 0), _ROWS, product, sums=True)[0] is not product:
+    if operands is None or _through(call.left[0], _ROWS, product, sums=True)[0] is not product:
         return None
-    given = (into.grad_fn, into.output_nr if into.grad_fn else 0)
+    given = call.entered[number]
     if _through(operands[0], _ROWS, given[0]) != given:
         return None
     turns: list[Any] = []

@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves
 from feedbackward.errors import AttachError
 from feedbackward.graph import EVERY, HookPoint
 from feedbackward.model.autograd_graph import (
+    Output,
     below,
     is_product,
+    made_by,
     of_parameters,
     parameter_behind,
     walk,
@@ -67,6 +69,9 @@ class Call:
     given: list[str]
     end: int = -1
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
+    # what made the inputs and the outputs, before an operation changed them in place
+    entered: list[Output] = field(default_factory=list)
+    left: list[Output] = field(default_factory=list)
     structured: bool = False
     grad_enabled: bool = True
 
@@ -97,9 +102,10 @@ class Call:
         own = {id(p) for p in self.module.parameters(recurse=False) if p.dim() > 1}
         if not own or not self.inputs or next(self.module.children(), None) is not None:
             return []
-        given = {tensor.grad_fn for tensor, _ in self.inputs}
-        made = [t.grad_fn for t, _ in self.outputs if isinstance(t, Tensor)]
-        within = walk(made, lambda node: [] if node in given else below(node))
+        given = {node for node, _ in self.entered}
+        within = walk(
+            [node for node, _ in self.left], lambda node: [] if node in given else below(node)
+        )
         found = [node for node in within if node not in given and is_product(node)]
         return [n for n in found if any(id(parameter_behind(part)) in own for part in below(n))]
 
@@ -214,6 +220,7 @@ def trace(model: nn.Module, example: Any, evaluation: bool = False) -> Trace:
         call = Call(
             name, module, seen[name], next(clock), inputs, places, list(given), grad_enabled=grad
         )
+        call.entered = [made_by(t) for t, _ in inputs]
         seen[name] += 1
         calls.append(call)
         open_calls.append(call)
@@ -225,6 +232,7 @@ def trace(model: nn.Module, example: Any, evaluation: bool = False) -> Trace:
         call.outputs = [
             (t, t._version) if isinstance(t, Tensor) else (t, -1) for t in tree_leaves(output)
         ]
+        call.left = [made_by(t) for t, _ in call.outputs]
 
     parts = Parts(model)
     with ExitStack() as stack:
