@@ -41,7 +41,7 @@ class DTP(Laddered):
 
     where :math:`f_{l+1}` is the segment above. Call it at least once before every optimizer step; without it the decoders stay
     random. The published training begins with some epochs of it. The curvature of this loss grows with the width of what a
-    decoder reads (1e5 on a small CNN), so the gradient is divided by a bound of it: SGD is stable then at any rate below 2.
+    decoder reads (2e5 on the small CNN), so the gradient is divided by a bound of it: SGD is stable then at any rate below 2.
     Inverses make the signals larger than backprop's, so the network wants a lower rate, or Adam, as Meulemans et al. 2020 use.
 
     If a layer loses dimensions, a decoder that reconstructs its input is not the pseudo-inverse of the Jacobian, but biased
