@@ -30,7 +30,8 @@ class DFA(Augmented):
     (arXiv:1609.01596). The paper draws B from a uniform distribution of width 1/sqrt(fan). The default
     here, `kaiming_uniform`, is that of the DKP authors' code for CIFAR-10. Nakajima et al., "Physical deep learning with
     biologically inspired training method: gradient-free approach for physical hardware", Nature Communications 13, 2022
-    (arXiv:2204.13991); which g suits which activation is inferred.
+    (arXiv:2204.13991); in short runs here, g = 1 was
+    worse than :class:`Frozen` under tanh, for activities grew; it needs small rates.
 
     Example:
         >>> import torch
