@@ -60,6 +60,7 @@ from feedbackward.schedules.dsp import DSP
 RECOMMENDED: dict[str, type[Rule]] = {
     "dkp": DKP,
     "relayed_kp": RelayedKP,
+    "highway_kp": HighwayKP,
     "kp": KolenPollack,
     "dgl": DGL,
     "dfa": DFA,
@@ -101,7 +102,6 @@ CONTRIB: dict[str, type[Rule]] = {
     "sign_dfa": SignDFA,
     "ifa": IFA,
     "dkp_pc": DKPPC,
-    "highway_kp": HighwayKP,
     "cwcomp": CwComp,
     "ebd": EBD,
     "information_alignment": InformationAlignment,

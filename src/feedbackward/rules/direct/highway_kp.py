@@ -62,7 +62,7 @@ class HighwayKP(Rule):
         True
     """
 
-    branches: int = 1
+    branches: int = 2
     init: str = "mirrored"
 
     name = "highway_kp"
