@@ -29,7 +29,7 @@ RULES = ("dkp", "dfa", "kp", "relayed_kp", "highway_kp", "dgl")
 SITES = ("layers", "blocks")
 # a size of images that the net takes, and its options
 TIMM: dict[str, tuple[int, dict[str, Any]]] = {
-    "resnet18": (32, {}), "resnet50": (32, {}), "vgg11_bn": (32, {}), "densenet121": (32, {}), "inception_v3": (96, {}),
+    "resnet18": (32, {}), "resnet50": (32, {}), "densenet121": (32, {}), "inception_v3": (96, {}),
     "efficientnet_b0": (32, {}), "mobilenetv3_small_050": (32, {}), "regnety_002": (32, {}), "convnext_atto": (32, {}),
     "vit_tiny_patch16_224": (32, {"img_size": 32}), "swin_tiny_patch4_window7_224": (224, {}), "mixer_s32_224": (224, {}),
     "poolformer_s12": (32, {}),

@@ -68,6 +68,7 @@ MUTATIONS = (
     ("operators/layer.py", "fan_in, fan_out = fan_out, fan_in", "pass", ANY_CLASS),
     (TRACE, "self.inputs[:1] if isinstance(self.module, nn.RNNBase) else self.inputs", "self.inputs", OWN_LAYERS),
     (TRACE, "return self.module.batch_first and", "return", OWN_LAYERS),
+    ("model/layers.py", "if not _is_product(call.left[0][0]):", "if not _is_product(call.outputs[0][0].grad_fn):", ANY_CLASS),
     (MATRIX, "+ straight) % 2 == 0", "+ straight) % 2 == 1", ANY_CLASS),
     (MATRIX, "and product._saved_alpha == 1", "", ANY_CLASS),
     (MATRIX, "if len(call.products) != 1 or", "if", ANY_CLASS),

@@ -38,7 +38,8 @@ class CwComp(Rule):
     Forward-Forward Algorithm", AAAI 2024 (arXiv:2312.12668), after Hinton, "The Forward-Forward Algorithm", 2022
     (arXiv:2212.13345). The authors cut after convolution, ReLU, pool and batch norm, in this order, let every second
     convolution have a group of input channels for each class, and train by Adam at 0.01. Without batch norm activities grow without
-    bound, so the rate must be small (0.05 was too large for a small convolutional net, 0.005 was not). Inferred: runs of unequal size,
+    bound, so the rate must be small (0.05 was too large for a small convolutional net, 0.005 was not). On MLPs it was not
+    above frozen features in our tries. Inferred: runs of unequal size,
     and features of vectors and tokens in place of channels.
 
     Example:
