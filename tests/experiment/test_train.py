@@ -327,7 +327,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"rule": "dpk"}, "unknown rule 'dpk': did you mean 'dkp'"),
-        ({"rule": "no.such:Rule"}, "cannot be imported"),
+        ({"rule": "no.such:Rule"}, "could not be imported"),
         ({"rule": "torch.nn:Linear"}, "not a subclass of feedbackward.Rule"),
         ({"rule_options": {"centre": True}}, "no option 'centre': did you mean 'center'"),
         ({"model": "vgg66"}, "unknown net 'vgg66'"),

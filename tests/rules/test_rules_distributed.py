@@ -38,7 +38,10 @@ def run(name: str, rank: int) -> dict[str, Any]:
         p.requires_grad_(key in trained(learner))  # DDP waits for all others
     start = {key: value.clone() for key, value in learner.state_dict().items()}
     torch.manual_seed(100 + rank)  # ranks differ in everything but the seed given to attach
-    call, stale = DistributedDataParallel(learner), staleness(learner)
+    # hidden layers of PEPITA get their gradients in its second pass
+    unused = name == "pepita"
+    call = DistributedDataParallel(learner, find_unused_parameters=unused)
+    stale = staleness(learner)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.05)
     for _ in range(STEPS):
         optimizer.zero_grad()

@@ -165,7 +165,8 @@ def chain_gradients(
     fed = {edge.site.weight.rpartition(".")[0]: edge for edge in learner.graph.edges}
     for name, edge in fed.items():
         module = model.get_submodule(name)
-        module.forward = _fed_back(module, learner.feedback_of(edge).detach())
+        weight = edge.site.weight.rpartition(".")[2]
+        module.forward = _fed_back(module, weight, learner.feedback_of(edge).detach())
     output = run(model)
     loss = F.cross_entropy(output.flatten(0, -2), y.flatten())
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -174,7 +175,7 @@ def chain_gradients(
     return output.detach(), found, {edge.key: found.get(edge.site.weight) for edge in fed.values()}
 
 
-def _fed_back(module: nn.Module, B: Tensor) -> Callable[[Tensor], Tensor]:
+def _fed_back(module: nn.Module, weight: str, B: Tensor) -> Callable[[Tensor], Tensor]:
     plain = type(module).forward
 
     def forward(input: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def _fed_back(module: nn.Module, B: Tensor) -> Callable[[Tensor], Tensor]:
         stand_in = copy.copy(module)
         del stand_in.__dict__["forward"]
         fixed = {name: p.detach() for name, p in module.named_parameters()}
-        through = functional_call(stand_in, {**fixed, "weight": B}, (input,))
+        through = functional_call(stand_in, {**fixed, weight: B}, (input,))
         return made + (through - through.detach())
 
     return forward

@@ -50,6 +50,8 @@ class PEPITA(Rule):
     0.01, and 10 % dropout; its output layer learns from the second pass where there are two fully connected layers, else
     from the error of the first and the activity of the second.
 
+    Hidden layers get their gradients in the second pass alone: `DistributedDataParallel` needs `find_unused_parameters=True`.
+
     Example:
         >>> import torch
         >>> from torch import nn
