@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from feedbackward.engine.attached import refuse_input_gradients, refuse_wrapped
 from feedbackward.engine.in_place import refuse_other_learners
 from feedbackward.engine.size import in_bytes
 from feedbackward.engine.weights import count_bytes
-from feedbackward.errors import AttachError
+from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import LayerInput, ModelInput, PreActivation, Site, Source
 from feedbackward.learner import Learner, M
 from feedbackward.model.layers import find_layer_inputs
@@ -23,9 +25,9 @@ from feedbackward.model.sites import (
     find_input,
     find_pre_activations,
     find_sites,
-    find_source,
     refuse_unrecorded,
 )
+from feedbackward.model.source import below_wide_head, find_source
 from feedbackward.model.trace import Trace, trace
 from feedbackward.operators import OPERATORS
 from feedbackward.operators.base import within
@@ -70,7 +72,8 @@ def attach(
             and names are names of layers. For rules with a `derivative`, and for PEPITA, they are the inputs of activation
             modules, and names are names of such modules.
         error_at: the module whose output's error is sent. Layers above it learn by their true gradient. Default: the
-            model's output.
+            model's output; for direct rules, where a Linear makes at least four times as many scores of each token as it has
+            inputs (a vocabulary), what enters it.
         output: a function that takes the output tensor from a structured output, for example `lambda o: o.logits`.
         seed: feedback weights depend on it and on the site's name only, so they are the same on every rank and device.
         feedback_dtype: the dtype of stored feedback weights: float32 by default, float64 for a float64 model.
@@ -106,7 +109,9 @@ def attach(
     recorded = trace(model, example)
     refuse_unrecorded(recorded)
     source = find_source(model, recorded, error_at, output)
-    found = FINDERS[rule.feeds](model, recorded, sites, source)
+    lower = below_wide_head(recorded, source) if error_at is None and _is_direct(rule) else None
+    find = functools.partial(FINDERS[rule.feeds], model, recorded, sites)
+    found, source = _below(find, source, lower)
     if not found:
         raise AttachError(
             f"{type(model).__name__} has no activity to feed between its first Linear or convolution and the source "
@@ -125,6 +130,26 @@ def attach(
     if in_place:
         learner._hook_root()
     return learner
+
+
+def _below(
+    find: Callable[[Source], Sequence[Site]], source: Source, lower: Source | None
+) -> tuple[Sequence[Site], Source]:
+    """The sites below the lower source, and that source; where it has none, or named ones lie above it, those of the other."""
+    if lower is not None:
+        with contextlib.suppress(FeedbackError):
+            if found := find(lower):
+                return found, lower
+    return find(source), source
+
+
+def _is_direct(rule: Rule) -> bool:
+    """Whether the rule sends the source's error, and nothing else, straight to activities."""
+    return (
+        rule.unlocked == "backward"
+        and rule.needs == "error"
+        and rule.feeds in (Site, PreActivation)
+    )
 
 
 def _named(name: str) -> Rule:

@@ -160,3 +160,76 @@ def test_a_tensor_that_no_module_makes_is_refused_with_the_class(name: str) -> N
 def test_an_output_that_hides_its_tensors_leaves_the_plan_true(wrap: Any, pick: Any) -> None:
     expected = told(lambda z, h: (z,), lambda o: o[0])
     assert told(wrap, pick) == expected
+
+
+class Words(nn.Module):
+    """Scores of a vocabulary for each token, and a head that is too narrow or takes what no module made on demand."""
+
+    def __init__(self, scores: int, by_function: bool = False) -> None:
+        super().__init__()
+        self.embed, self.body = (
+            nn.Embedding(10, 6),
+            nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh()),
+        )
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, scores)
+        self.by_function = by_function
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.norm(self.body(self.embed(tokens)))
+        return self.head(h.tanh() if self.by_function else h)
+
+
+TOKENS = torch.randint(10, (3, 5))
+
+
+@pytest.mark.parametrize(
+    ("rule", "scores", "source"),
+    [
+        (fb.DFA(), 24, "norm"),
+        (fb.DKP(), 24, "norm"),
+        (fb.DFA(derivative="tanh"), 24, "norm"),
+        (fb.DFA(), 23, "head"),
+        # targets and local losses are of scores, and a chain's signals go through the head
+        (fb.DRTP(), 24, "head"),
+        (fb.DGL(), 24, "head"),
+        (fb.KolenPollack(), 24, "head"),
+    ],
+    ids=repr,
+)
+def test_the_error_is_taken_below_a_vocabulary(rule: fb.Rule, scores: int, source: str) -> None:
+    learner = fb.attach(Words(scores), rule, example=TOKENS)
+    assert learner.source.name == source
+    assert f"error of '{source}'" in str(learner)
+
+
+def test_where_the_error_of_scores_is_wanted_or_the_head_is_no_layer_of_tokens() -> None:
+    assert fb.attach(Words(24), fb.DFA(), example=TOKENS, error_at="head").source.name == "head"
+    assert fb.attach(Words(24, by_function=True), fb.DFA(), example=TOKENS).source.name == "head"
+    # the one site that is named takes the error of the scores, as before
+    assert fb.attach(Words(24), fb.DFA(), example=TOKENS, sites=["norm"]).source.name == "head"
+    shallow = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 16))
+    assert fb.attach(shallow, fb.DFA(), example=TOKENS).source.name == "3"
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 40))
+    assert fb.attach(plain, fb.DFA(), example=torch.randn(3, 4)).source.name == "4"
+
+
+def test_the_head_of_a_vocabulary_and_what_is_below_it_get_their_true_gradients() -> None:
+    torch.manual_seed(0)
+    model = Words(24)
+    learner = fb.attach(model, fb.DFA(), example=TOKENS)
+    learner(TOKENS).square().sum().backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    B = learner.feedback_of(learner.graph.edges[0])
+    model.zero_grad()
+    learner.detach()
+    h = model.body[:2](model.embed(TOKENS)).detach()
+    n = model.norm(model.body[2:](h))
+    n.retain_grad()
+    model.head(n).square().sum().backward()
+    for name in ("body.2.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"):
+        torch.testing.assert_close(got[name], model.get_parameter(name).grad)
+    # and the body the error of what enters the head, through B
+    model.zero_grad()
+    model.body[:2](model.embed(TOKENS)).backward(n.grad @ B.reshape(6, 6))
+    for name in ("body.0.weight", "embed.weight"):
+        torch.testing.assert_close(got[name], model.get_parameter(name).grad)

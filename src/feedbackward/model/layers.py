@@ -22,7 +22,9 @@ from feedbackward.model.autograd_graph import (
 from feedbackward.model.branches import branch_inputs
 from feedbackward.model.features import CONVOLUTIONS
 from feedbackward.model.matrix import matrix_form
-from feedbackward.model.sites import Sites, known_modules, source_tensor
+from feedbackward.model.places import known_modules
+from feedbackward.model.sites import Sites
+from feedbackward.model.source import source_tensor
 from feedbackward.model.trace import ELEMENTWISE, PARAMETRIC, Call, Trace
 from feedbackward.model.values import tensors_in
 from feedbackward.operators.layer import LayerForm

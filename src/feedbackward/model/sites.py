@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError, SiteError
 from feedbackward.graph import HookPoint, ModelInput, PreActivation, Site, Source
-from feedbackward.model.autograd_graph import flattened_from, outputs_behind
+from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.blocks import block_names
+from feedbackward.model.places import (
+    activity_place,
+    called_once,
+    float_leaf,
+    known_modules,
+    output_place,
+)
 from feedbackward.model.repeated import every_call
+from feedbackward.model.source import source_tensor
 from feedbackward.model.trace import ELEMENTWISE, Call, Trace
-from feedbackward.model.values import describe_type, is_opaque, tensors_in
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -89,43 +93,8 @@ def find_input(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     tensor, _ = whole.inputs[floats[0]]
     name = "input" if "input" not in trace.counts else "the model's input"
     point = HookPoint("", "input", place=whole.places[floats[0]])
-    into = _activity(ModelInput, trace, name, (point,), tensor, whole.start)
+    into = activity_place(ModelInput, trace, name, (point,), tensor, whole.start)
     return [into, *find_pre_activations(model, trace, sites, source)]
-
-
-def find_source(
-    model: nn.Module, trace: Trace, error_at: str | None, output: Callable[[Any], Tensor] | None
-) -> Source:
-    """The tensor whose error is broadcast: the model's output, or the output of the module `error_at`."""
-    if error_at is not None:
-        call = _called_once(trace, known_modules(model, [error_at])[0])
-        return _output(Source, trace, call, _float_leaf(call))
-    tensor = _output_tensor(trace, output)
-    if tensor.dim() == 0:
-        raise AttachError(
-            "the model's output is a single number (a loss?), which has no error per sample: name the module that makes the "
-            'predictions, for example `error_at="head"`, or return them and compute the loss outside.'
-        )
-    found = trace.producer(tensor, tensor._version, trace.by_end[-1].end + 1)
-    if found is None and any(is_opaque(leaf) for leaf in tree_leaves(trace.output)):
-        raise AttachError(
-            f"the model returns {describe_type(trace.output)}, and no module makes the tensor that output= takes from it, so there is "
-            "no place for a hook. Make its last operation a module (nn.LogSoftmax for F.log_softmax), name the module before it "
-            "with `error_at=`, or return a tuple or a dict."
-        )
-    if found is None:
-        raise AttachError(
-            "output= must return one of the tensors that the model returns, as it is (for example "
-            "`output=lambda o: o.logits`); compute anything further in the loss."
-        )
-    return _output(Source, trace, *found)
-
-
-def source_tensor(trace: Trace, source: Source) -> tuple[Tensor, int]:
-    """The source as the trace recorded it, and the time at which it was made."""
-    (point,) = source.points
-    call = next(c for c in trace.calls if c.name == point.module)
-    return trace.tensor_at(point), call.end
 
 
 class _Finder:
@@ -204,7 +173,7 @@ class _Finder:
                 site = self._every_call(calls)
                 found[id(site), 0] = calls[0].end, site
                 continue
-            call = _called_once(self.trace, name)
+            call = called_once(self.trace, name)
             leaves = self._leaves(call)
             if len(leaves) > 1:
                 raise SiteError(
@@ -216,7 +185,10 @@ class _Finder:
                 other = found.get((id(tensor), version))
                 # a container returns what its last part made
                 if other is None or call.end < other[0]:
-                    found[id(tensor), version] = call.end, _output(Site, self.trace, call, leaf)
+                    found[id(tensor), version] = (
+                        call.end,
+                        output_place(Site, self.trace, call, leaf),
+                    )
             elif chosen:
                 raise SiteError(
                     f"site {name!r} is not on the way to the source: its output comes after the tensor whose error is "
@@ -226,7 +198,7 @@ class _Finder:
 
     def _every_call(self, calls: list[Call]) -> Site:
         """One site of all calls of a module, each of which must lead to the source."""
-        leaf = _float_leaf(calls[0])
+        leaf = float_leaf(calls[0])
         if not all(self._reaches_source(c.outputs[leaf][0], c.end) for c in calls):
             raise SiteError(
                 f"module {calls[0].name!r} is called {len(calls)} times in one forward pass, and not every call leads to the source "
@@ -237,7 +209,7 @@ class _Finder:
 
     def _leaves(self, call: Call) -> list[tuple[int, Tensor, int]]:
         """The distinct tensors that the call returned and that lead to the source, with their numbers and versions."""
-        _float_leaf(call)
+        float_leaf(call)
         leaves: dict[int, tuple[int, Tensor, int]] = {}
         for leaf, (tensor, version) in enumerate(call.outputs):
             if isinstance(tensor, Tensor) and self._reaches_source(tensor, call.end):
@@ -255,12 +227,12 @@ class _Finder:
         """Cut where a module makes the tensor, so that every consumer sees the cut; otherwise at the layers' inputs."""
         made = self.trace.producer(tensor, version, call.start)
         if made is not None:
-            return _output(Site, self.trace, *made)
+            return output_place(Site, self.trace, *made)
         points = tuple(HookPoint(c.name, "input", c.index, place=c.places[n]) for c, n in consumers)
         name = f"{call.name}.input" + (f"#{call.index}" if call.index else "")
         if number != call.activity[0]:
             name += f"[{number}]"
-        return _activity(Site, self.trace, name, points, tensor, call.start)
+        return activity_place(Site, self.trace, name, points, tensor, call.start)
 
     def _reaches_source(self, tensor: Tensor, when: int) -> bool:
         if when >= self.source_end or tensor is self.source_tensor or not tensor.requires_grad:
@@ -288,83 +260,3 @@ def refuse_unrecorded(trace: Trace) -> None:
                 f"layer {call.name!r} runs without gradients (torch.no_grad, or a reentrant checkpoint), yet its "
                 "parameters are trainable. Use checkpoint(..., use_reentrant=False), or freeze them."
             )
-
-
-def _output(kind: type, trace: Trace, call: Call, leaf: int) -> Any:
-    """One tensor of what a call returned. It has the module's name, and a number unless it is the first tensor."""
-    # a module may be called "output"
-    whole = "output" if "output" not in trace.counts else "the model's output"
-    name = (call.name or whole) + (f"[{leaf}]" if leaf and kind is Site else "")
-    point = HookPoint(call.name, "output", 0, leaf if call.structured else None)
-    return _activity(kind, trace, name, (point,), call.outputs[leaf][0], call.end)
-
-
-def _activity(
-    kind: type, trace: Trace, name: str, points: tuple[HookPoint, ...], tensor: Tensor, when: int
-) -> Any:
-    tokens = trace.tokens(tensor, when)
-    if tokens and tensor.shape[0] in tensor.shape[1 : 1 + tokens] and _sequence_first(trace):
-        raise AttachError(
-            f"{name!r} has shape {list(tensor.shape)}: with equal batch and token counts it cannot be told whether the "
-            "batch comes first. Attach with an example whose batch size differs from its sequence length."
-        )
-    return kind(name, points, tuple(tensor.shape[1:]), tokens, flattened_from(tensor))
-
-
-def _sequence_first(trace: Trace) -> bool:
-    return any(getattr(call.module, "batch_first", True) is False for call in trace.calls)
-
-
-def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tensor:
-    value = trace.output if output is None else output(trace.output)
-    if isinstance(value, Tensor):
-        return value
-    # where there is only one, nobody has to choose
-    trained = [t for t in tensors_in(value) if t.requires_grad]
-    if output is None and len(trained) == 1:
-        return trained[0]
-    plain = isinstance(value, dict) and not hasattr(value, "logits")
-    field = 'o["logits"]' if plain else "o.logits"
-    raise AttachError(
-        f"the model returns {describe_type(value)}: say which tensor's error is broadcast, for example "
-        f"`output=lambda o: {field}` or `output=lambda o: o[0]`, or name its module with `error_at=`."
-    )
-
-
-def known_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The names, each checked to be a module of the model."""
-    modules = dict(model.named_modules())
-    for name in names:
-        if not isinstance(name, str) or not name or name not in modules:
-            near = difflib.get_close_matches(str(name), [m for m in modules if m], n=3, cutoff=0.4)
-            hint = (
-                f"nearest names: {', '.join(near)}"
-                if near
-                else f"its modules are {', '.join(list(modules)[1:9])}, ..."
-            )
-            kinds = ' (or "layers", "every-2", "stages", "blocks")' if len(names) == 1 else ""
-            raise SiteError(f"the model has no module named {name!r}; {hint}{kinds}.")
-    return list(dict.fromkeys(names))
-
-
-def _called_once(trace: Trace, name: str) -> Call:
-    calls = [c for c in trace.calls if c.name == name]
-    if len(calls) != 1:
-        what = (
-            f"is called {len(calls)} times in one forward pass"
-            if calls
-            else "is not called in the forward pass"
-        )
-        raise SiteError(
-            f"module {name!r} {what}, so its output is not one site. Name a module that is called once."
-        )
-    return calls[0]
-
-
-def _float_leaf(call: Call) -> int:
-    for leaf, (tensor, _) in enumerate(call.outputs):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            return leaf
-    raise SiteError(
-        f"module {call.name!r} returns no floating-point tensor, so it cannot be a site or a source."
-    )

@@ -22,11 +22,13 @@ RANK = 64
 
 @dataclass(frozen=True)
 class Auto(Operator):
-    """Dense feedback where it is small, and elsewhere what fits: pooled over maps, of low rank to vectors.
+    """Dense feedback where it is small, and elsewhere what fits: by patches of maps, of low rank to vectors and sequences.
 
     From C source units to n features, Dense has `C n` weights. They stay dense up to 2^20, and for vectors up to 4 n source
-    units, where they are no more than those of a layer or two. Larger edges to maps are :class:`Pooled` over the whole space,
-    and larger ones to vectors :class:`LowRank` of rank 64. The choice depends on the shapes alone.
+    units, where they are no more than those of a layer or two. Larger edges to maps `[c, H, W]` are :class:`Pooled` over the
+    smallest patches that leave at most 2^20 weights, or over the whole space if none do. Larger ones to vectors and to
+    sequences `[T, D]`, whose first dimension may not be channels, are :class:`LowRank` of rank 64. The choice depends on the
+    shapes alone.
 
     init: as those have it.
 
@@ -35,7 +37,7 @@ class Auto(Operator):
         >>> fb.operators.Auto().fit((10,), (64, 8, 8), 0)
         Dense(init='kaiming_uniform', scale=1.0)
         >>> fb.operators.Auto().fit((1000,), (64, 112, 112), 0)
-        Pooled(size=None, init='kaiming_uniform', scale=1.0)
+        Pooled(size=28, init='kaiming_uniform', scale=1.0)
     """
 
     parts = ()
@@ -65,11 +67,20 @@ class Auto(Operator):
         C, n = math.prod(source), math.prod(site)
         if C * n <= ENOUGH or (len(site) == 1 and PER_FEATURE * n >= C):
             return Dense(self.init)
-        if len(site) > 1:
-            return Pooled(init=self.init)
-        return LowRank(min(RANK, n), self.init)
+        if len(site) > 2:
+            return Pooled(_patch(C, site), self.init)
+        return LowRank(min(RANK, C, n), self.init)
 
     def _unfitted(self) -> NoReturn:
         raise AttachError(
             "Auto only chooses an operator for each edge: use the one that fit(source, site, seed) returns."
         )
+
+
+def _patch(units: int, site: Shape) -> int | None:
+    """The side of the smallest patches that leave few enough weights; None for one patch."""
+    channels, *space = site
+    for side in range(2, max(space)):
+        if units * channels * math.prod(-(-length // side) for length in space) <= ENOUGH:
+            return side
+    return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from feedbackward.errors import AttachError
-from feedbackward.operators.base import Operator, Shape, Weights
+from feedbackward.operators.base import Operator, Shape, Weights, widened
 from feedbackward.operators.dense import INITS, draw, outer, rows
 from feedbackward.operators.options import check_count, check_init, check_scale
 
@@ -72,6 +72,11 @@ class LowRank(Operator):
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         U, V = weights
         return ((rows(d) @ U) @ rows(V)).reshape(len(d), *site)
+
+    def gram(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
+        # the matrix that the factors stand for may be too large to make
+        U, V = (widened(rows(w)) for w in weights)
+        return U @ (V @ V.t()) @ U.t()
 
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
         U, V = (w.to(d.dtype) for w in weights)

@@ -70,11 +70,10 @@ class Pooled(Operator):
         return (draw(self.init, shape, math.prod(site), generator).mul_(self.scale),)
 
     def gram(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
-        if self.size is not None:
-            return super().gram(weights, source, site)
-        # every place has the same weights, and their matrix may be too large to make
-        B = widened(rows(weights[0]))
-        return math.prod(site[1:]) * (B @ B.t())
+        # a patch counts as often as it has places; the matrix that the patches stand for may be too large to make
+        B = widened(weights[0])
+        places = self._sums(B.new_ones(1, 1, *site[1:]))
+        return rows(B * places) @ rows(B).t()
 
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         (B,) = weights

@@ -17,7 +17,8 @@ from feedbackward.graph import HookPoint, LayerInput, Site
 from feedbackward.learner import Learner
 from feedbackward.model.autograd_graph import dominators, outputs_behind
 from feedbackward.model.example import run
-from feedbackward.model.sites import find_sites, source_tensor
+from feedbackward.model.sites import find_sites
+from feedbackward.model.source import source_tensor
 from feedbackward.model.state import preserved, training_mode
 from feedbackward.model.trace import Trace, trace
 from feedbackward.model.values import tensors_in
