@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from feedbackward.engine.attached import refuse_input_gradients, refuse_wrapped
 from feedbackward.engine.in_place import refuse_other_learners
-from feedbackward.engine.size import in_bytes
+from feedbackward.engine.size import in_bytes, smaller
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError, FeedbackError
 from feedbackward.graph import LayerInput, ModelInput, PreActivation, Site, Source
@@ -179,8 +179,9 @@ def _warn(learner: Learner) -> None:
     feedback = sum(count_bytes(weights) for weights in chosen.values())
     own = count_bytes(learner.model.parameters())
     if feedback > own:
+        kinds = (w.dtype for weights in chosen.values() for w in weights if w.is_floating_point())
         warnings.warn(
             f"the feedback weights take {in_bytes(feedback)}, the model's own parameters {in_bytes(own)}. Smaller feedback: "
-            'operator="auto", fb.Sparse(1) or fb.LowRank(r).',
+            f"{smaller(learner.graph, next(kinds, torch.float32))}.",
             stacklevel=3,
         )

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import feedbackward as fb
 from feedbackward.engine import size
@@ -90,7 +91,11 @@ def test_the_gram_matrix_is_that_of_the_dense_matrix(
     if not isinstance(form, fb.Dense):
         # it may be too large to make
         monkeypatch.setattr(type(form), "dense", lambda *given: pytest.fail("made"))
-    torch.testing.assert_close(form.gram(weights, source, site), B @ B.t())
+    with FlopCounterMode(display=False) as counter:
+        gram = form.gram(weights, source, site)
+    torch.testing.assert_close(gram, B @ B.t())
+    # a multiply-add is two operations
+    assert form.gram_macs(source, site) == counter.get_total_flops() / 2
 
 
 def net() -> nn.Module:
@@ -140,8 +145,22 @@ def test_feedback_that_would_not_fit_is_refused_before_any_is_made(
     assert fb.attach(model, fb.DFA(), example=x).feedback_bytes == needed
     monkeypatch.setattr(size, "free_bytes", lambda device: 2 * needed - 2)
     monkeypatch.setattr(fb.Dense, "create", lambda *given: pytest.fail("made"))
-    with pytest.raises(fb.AttachError, match=r'14\.0 MB.*operator="auto" it takes 5\.4 MB'):
+    with pytest.raises(fb.AttachError, match=r'14\.0 MB.*operator="auto" \(5\.4 MB\)'):
         fb.attach(model, fb.DFA(), example=x)
+
+
+def test_the_advice_is_smaller_than_what_there_is() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.append(nn.Linear(64, 10))
+    small, large = torch.randn(2, 1, 10, 10), torch.randn(2, 1, 100, 100)
+    for x, rule, advised in (
+        (small, fb.DKP(), False),
+        (large, fb.DFA(), True),
+        (large, fb.DKP(), False),
+    ):
+        with pytest.warns(UserWarning, match="the feedback weights take") as caught:
+            fb.attach(model, rule, example=x, sites=["1"]).detach()
+        assert ('operator="auto"' in str(caught[0].message)) == advised
 
 
 def test_free_memory_is_known_here() -> None:

@@ -25,16 +25,23 @@ def refuse_too_large(graph: Graph, dtype: torch.dtype, device: torch.device) -> 
     needed = count(graph.edges, dtype)
     if needed <= SHARE * free:
         return
-    chosen = [e for e in graph.edges if not isinstance(e.site, LayerInput)]
-    fixed = count((e for e in graph.edges if isinstance(e.site, LayerInput)), dtype)
-    small = fixed + sum(Auto().bytes(e.source_shape, e.site_shape) for e in chosen)
-    small = small * dtype.itemsize // 4
     largest = max(graph.edges, key=lambda e: math.prod(e.source_shape) * math.prod(e.site_shape))
     raise AttachError(
         f"the feedback would take {in_bytes(needed)}, and {in_bytes(free)} are free on {device} (at most half of it is used); the "
         f"largest is that of site {largest.site.name!r}, {math.prod(largest.source_shape)} x {math.prod(largest.site_shape)}. "
-        f'With operator="auto" it takes {in_bytes(small)}; sites="blocks" has fewer sites.'
+        f'Smaller: {smaller(graph, dtype)}, or sites="blocks".'
     )
+
+
+def smaller(graph: Graph, dtype: torch.dtype) -> str:
+    """Operators whose feedback is smaller than that of this graph, with what the automatic one takes, if it is one of them."""
+    chosen = [e for e in graph.edges if not isinstance(e.site, LayerInput)]
+    fixed = count((e for e in graph.edges if isinstance(e.site, LayerInput)), dtype)
+    auto = sum(Auto().bytes(e.source_shape, e.site_shape) for e in chosen) * dtype.itemsize // 4
+    others = "fb.Sparse(1) or fb.LowRank(r)"
+    if fixed + auto < count(graph.edges, dtype):
+        return f'operator="auto" ({in_bytes(fixed + auto)}), {others}'
+    return others
 
 
 def count(edges: Iterable[Edge], dtype: torch.dtype) -> int:

@@ -105,6 +105,11 @@ class Operator(ABC):
         B = widened(self.dense(weights, source, site))
         return B @ B.t()
 
+    def gram_macs(self, source: Shape, site: Shape) -> int:
+        """Multiply-adds of `gram`."""
+        units = math.prod(source)
+        return units * self.macs(source, site) + units**2 * math.prod(site)
+
     def dense(self, weights: Weights, source: Shape, site: Shape) -> Tensor:
         """The matrix `B: [C, n]` that the weights stand for, its columns in any order."""
         like = weights[0]

@@ -67,6 +67,9 @@ class Dense(Operator):
         (B,) = weights
         return rows(B.movedim(1, -1) if _channels_last(B) else B)
 
+    def gram_macs(self, source: Shape, site: Shape) -> int:
+        return math.prod(source) ** 2 * math.prod(site)
+
     def decay(self, weights: Weights, source: Shape, site: Shape) -> Weights:
         return weights
 

@@ -78,6 +78,10 @@ class LowRank(Operator):
         U, V = (widened(rows(w)) for w in weights)
         return U @ (V @ V.t()) @ U.t()
 
+    def gram_macs(self, source: Shape, site: Shape) -> int:
+        C, r = math.prod(source), self.rank
+        return r * r * math.prod(site) + C * r * r + C * C * r
+
     def correlate(self, weights: Weights, d: Tensor, h: Tensor, center: bool) -> Weights:
         U, V = (w.to(d.dtype) for w in weights)
         d, h = rows(d), rows(h)

@@ -28,7 +28,7 @@ class Orthogonal(Operator):
     smaller ones grow by the factor 57.
 
     Learned, the weights get the gradients that `form` gives them. A pass costs :math:`30 C^3 + C^2 n` multiplications for
-    each site besides the signals. For sources of more than 1,024 units that is too much: then Dense feedback gets the norm
+    each site besides the signals, where n is the number of weights for each source unit. For sources of more than 1,024 units that is too much: then Dense feedback gets the norm
     that an orthogonal matrix would have, and no more; other forms serve as they are.
 
     form: of the weights. strength: :math:`\lVert \delta h \rVert / \lVert d \rVert` where all directions are equally strong.
@@ -89,9 +89,7 @@ class Orthogonal(Operator):
     def macs_per_pass(self, source: Shape, site: Shape) -> int:
         if not self.steps:
             return 0
-        units, features = math.prod(source), math.prod(site)
-        made = 0 if isinstance(self.form, Dense) else self.form.macs(source, site) * units
-        return made + units**2 * features + 3 * self.steps * units**3
+        return self.form.gram_macs(source, site) + 3 * self.steps * math.prod(source) ** 3
 
     def bytes(self, source: Shape, site: Shape) -> int:
         return self.form.bytes(source, site)

@@ -75,6 +75,9 @@ class Pooled(Operator):
         places = self._sums(B.new_ones(1, 1, *site[1:]))
         return rows(B * places) @ rows(B).t()
 
+    def gram_macs(self, source: Shape, site: Shape) -> int:
+        return math.prod(source) * self.macs(source, site)
+
     def send(self, weights: Weights, d: Tensor, site: Shape) -> Tensor:
         (B,) = weights
         signal = (rows(d) @ rows(B)).reshape(len(d), *B.shape[1:])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph, Site, Source
-from feedbackward.operators import Dense, Operator, Orthogonal, Weights
+from feedbackward.operators import Auto, Dense, Operator, Orthogonal, Weights
 from feedbackward.rules.direct.augmented import Augmented, activity
 from feedbackward.rules.direct.whitening import has_places, whitened
 from feedbackward.topologies import star
@@ -74,7 +74,7 @@ class DKP(Augmented):
     ridge: float = 0.1
     orthogonal: bool = True
     strength: float = 0.1
-    operator: Operator = Dense(init="zeros")
+    operator: Operator = Auto("zeros")
     derivative: str | None = None
 
     name = "dkp"
