@@ -28,8 +28,8 @@ class Orthogonal(Operator):
     smaller ones grow by the factor 57.
 
     Learned, the weights get the gradients that `form` gives them. A pass costs :math:`30 C^3 + C^2 n` multiplications for
-    each site besides the signals, where n is the number of weights for each source unit. For sources of more than 1,024 units that is too much: then Dense feedback gets the norm
-    that an orthogonal matrix would have, and no more; other forms serve as they are.
+    each site besides the signals, with n weights for each source unit. For sources of more than 1,024 units that is too much:
+    then Dense feedback gets the norm that an orthogonal matrix would have, and no more; other forms serve as they are.
 
     form: of the weights. strength: :math:`\lVert \delta h \rVert / \lVert d \rVert` where all directions are equally strong.
 

@@ -52,12 +52,16 @@ class Net:
     """The module whose output's error is sent unless the user names another."""
 
 
-def _transformer(depth: int, width: int = 128) -> Net:
+def _transformer(depth: int, width: int = 128, stages: int | None = None) -> Net:
+    about = f"{depth} pre-norm blocks of width {width} (after GPT-2, Radford et al. 2019), for characters"
+    if stages is not None:
+        about += f"; their branches beside each other, in {stages} stages"
     return Net(
-        partial(transformer.Transformer, depth=depth, width=width),
-        f"{depth} pre-norm blocks of width {width} (after GPT-2, Radford et al. 2019), for characters",
+        partial(transformer.Transformer, depth=depth, width=width, stages=stages),
+        about,
         sites="blocks",
-        published_sites=transformer.micro_sites(depth),
+        # a stage has no place between its attention and its feed-forward part
+        published_sites=transformer.micro_sites(depth) if stages is None else None,
         task="language_model",
     )
 
@@ -150,6 +154,7 @@ NETS: dict[str, Net] = {
     "transformer_small": _transformer(4, 64),
     "transformer4": _transformer(4),
     "transformer6": _transformer(6),
+    "transformer6_stages3": _transformer(6, stages=3),
     "gru": _recurrent(nn.GRU),
     "lstm": _recurrent(nn.LSTM),
     # the error of a node's neighbours is its own as well: it is taken before the last layer sums over them

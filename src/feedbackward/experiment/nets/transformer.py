@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,23 @@ class Block(nn.Module):
         return h + self.ffn(self.norm2(h))
 
 
+class Stage(nn.Module):
+    """Blocks that read the same activity: `h`, and of each block `attention(norm(h)) + ffn(norm(h))`."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out = h
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            # one after another, so that each sum is of a branch and what has none
+            out = out + block.drop1(block.attention(block.norm1(h)))
+            out = out + block.ffn(block.norm2(h))
+        return out
+
+
 class Embedding(nn.Module):
     """Tokens and their positions: int64 [N, T] -> [N, T, d]."""
 
@@ -74,6 +92,10 @@ class Transformer(nn.Module):
 
     `in_shape` is (T,): T is the longest sequence. Weights start as GPT-2's: normal with 0.02, and the last layer of each
     branch smaller by the root of the number of branches.
+
+    stages: into how many stages the blocks are divided. All branches of a stage read the same activity, as in GPT-J and PaLM
+        (a stage per block) and in Touvron et al. 2022 (two blocks beside each other; arXiv:2203.09795). By default each
+        branch reads what the one before it left.
     """
 
     def __init__(
@@ -86,10 +108,13 @@ class Transformer(nn.Module):
         depth: int = 4,
         heads: int = 4,
         dropout: float = 0.0,
+        stages: int | None = None,
     ) -> None:
         super().__init__()
         self.embed = Embedding(in_shape[0], classes, width)
         self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
+        if stages is not None:
+            self.blocks = _staged(list(self.blocks), stages)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -100,3 +125,11 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.embed(tokens))))
+
+
+def _staged(blocks: list[Block], stages: int) -> nn.Sequential:
+    """The blocks in so many stages of equal size."""
+    size, rest = divmod(len(blocks), stages)
+    if rest:
+        raise ValueError(f"{len(blocks)} blocks cannot be divided into {stages} stages")
+    return nn.Sequential(*(Stage(blocks[i : i + size]) for i in range(0, len(blocks), size)))
