@@ -47,7 +47,7 @@ def test_a_resnet_of_imagenets_size_needs_little() -> None:
     """By shapes alone, so nothing of 36 GB is made."""
     with torch.device("meta"):
         model, x = resnet50(), torch.randn(2, 3, 224, 224)
-    learner = fb.attach(model, fb.DKP(operator="auto"), example=x)
+    learner = fb.attach(model, fb.DKP(), example=x)
     assert len(learner.sites) > 45
     assert learner.feedback_bytes < 0.5e9
     dense = sum(1000 * math.prod(site.shape) * 4 for site in learner.sites)

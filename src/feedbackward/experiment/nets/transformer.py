@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -112,9 +112,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.embed = Embedding(in_shape[0], classes, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
-        if stages is not None:
-            self.blocks = _staged(list(self.blocks), stages)
+        blocks = [Block(width, heads, dropout) for _ in range(depth)]
+        self.blocks = nn.Sequential(*(blocks if stages is None else _staged(blocks, stages)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -127,9 +126,9 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(tokens))))
 
 
-def _staged(blocks: list[Block], stages: int) -> nn.Sequential:
+def _staged(blocks: Sequence[Block], stages: int) -> list[Stage]:
     """The blocks in so many stages of equal size."""
     size, rest = divmod(len(blocks), stages)
     if rest:
         raise ValueError(f"{len(blocks)} blocks cannot be divided into {stages} stages")
-    return nn.Sequential(*(Stage(blocks[i : i + size]) for i in range(0, len(blocks), size)))
+    return [Stage(blocks[i : i + size]) for i in range(0, len(blocks), size)]
