@@ -98,6 +98,8 @@ TARGETS = [
     (fb.rules.DTP(beta=0.3, activation="tanh", kernel=0), 0.3),
     (fb.rules.DTP(beta=2.0, activation="relu", kernel=0), 2.0),
     (fb.rules.DTP(beta=0.3, activation="tanh", top="decoder", kernel=0), 0.3),
+    (fb.rules.DTP(beta=0.3, kernel=0, decoders="fixed"), 0.3),
+    (fb.rules.DTP(beta=0.3, activation="tanh", top="decoder", kernel=0, decoders="fixed"), 0.3),
     (fb.rules.DDTP(beta=0.3, activation="tanh"), 0.3),
     (fb.rules.DDTP(beta=0.3, hidden=5), 0.3),
     (fb.rules.SDTP(activation="tanh", kernel=0), 1.0),
@@ -110,8 +112,8 @@ def test_targets_equal_the_oracle(pair: Pair, rule: fb.Rule, beta: float) -> Non
     model = pair.model()
     x, y = pair.batch()
     learner = pair.attach(rule, model)
-    for p in learner.feedback.parameters():  # biases matter
-        nn.init.normal_(p, std=0.3)
+    for w in learner.feedback.state_dict().values():  # biases matter
+        nn.init.normal_(w, std=0.3)
     expected = targets_step(pair.mirror(model), x.numpy(), y.numpy(), decoders(learner), rule, beta)
     learner.target(y)
     got = signals(learner, x, y)
@@ -291,6 +293,7 @@ def test_wrong_options_are_refused() -> None:
         lambda: fb.rules.DTP(sigma=0.0),
         lambda: MLP.attach(fb.rules.DTP(beta=0.0)),
         lambda: MLP.attach(fb.rules.DTP(top="loss")),
+        lambda: fb.rules.DTP(decoders="frozen"),
         lambda: MLP.attach(fb.rules.DTP(), sites=["act2"]),
         lambda: MLP.attach(fb.rules.DTP(activation="sine")),
         lambda: fb.rules.DDTP(damping=-1.0),
@@ -298,6 +301,44 @@ def test_wrong_options_are_refused() -> None:
     ):
         with pytest.raises(fb.AttachError):
             make()
+
+
+@pytest.mark.parametrize("pair", [MLP, CONV], ids=str)
+def test_fixed_decoders_send_errors_through_random_matrices(pair: Pair) -> None:
+    """Linear ones, whatever beta is: delta h_l = delta h_{l+1} B_l from the output's error e, without activations' derivatives."""
+    learner = pair.attach(fb.rules.DTP(top="decoder", decoders="fixed", beta=3.0, kernel=0))
+    x, y = pair.batch()
+    found = signals(learner, x, y)
+    p = learner(x).softmax(1)
+    carried = ((p - nn.functional.one_hot(y, pair.classes)) / len(x)).detach()
+    for edge in reversed(learner.graph.edges):
+        carried = carried.flatten(1) @ learner.weights_of(edge)[0].flatten(1)
+        assert_close(found[edge.site.name].flatten(1), carried, edge.site.name, 1e-10)
+
+
+@pytest.mark.parametrize("top", ["gradient", "decoder"])
+def test_fixed_decoders_are_no_parameters_and_have_no_phase(top: str) -> None:
+    rule = fb.rules.DTP(top=top, decoders="fixed")
+    learner, (x, y) = CONV.attach(rule), CONV.batch()
+    assert not rule.learned
+    assert not rule.in_phase
+    assert not list(learner.feedback.parameters())
+    drawn = {
+        k: w.clone() for k, w in CONV.attach(fb.rules.DTP(top=top)).feedback.state_dict().items()
+    }
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_fn(y)(learner(x)).backward()
+        assert all(
+            p.grad.any() for n, p in learner.model.named_parameters() if n.endswith("weight")
+        )
+        optimizer.step()
+    kept = learner.feedback.state_dict()
+    assert drawn.keys() == kept.keys()
+    assert all(torch.equal(drawn[k], kept[k]) for k in drawn)
+    with pytest.raises(fb.FeedbackError, match="DTP has no phase of its own"):
+        learner.feedback_step(x)
 
 
 # --- all of them -------------------------------------------------------------------------------------------------
@@ -328,8 +369,13 @@ def accuracy(rule: fb.Rule) -> float:
 @pytest.mark.single
 @pytest.mark.parametrize(
     "rule",
-    [fb.rules.DTP(activation="tanh"), fb.rules.DDTP(), fb.rules.SDTP()],
-    ids=lambda r: r.name,
+    [
+        fb.rules.DTP(activation="tanh"),
+        fb.rules.DTP(activation="tanh", top="decoder", decoders="fixed"),
+        fb.rules.DDTP(),
+        fb.rules.SDTP(),
+    ],
+    ids=["dtp", "fw-dtp", "ddtp", "sdtp"],
 )
 def test_hidden_layers_learn(rule: fb.Rule) -> None:
     assert accuracy(rule) > accuracy(fb.Frozen()) + 0.1

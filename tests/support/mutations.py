@@ -227,6 +227,8 @@ MUTATIONS = (
     (CUTS, "and self.site_of(edges[0].source) is None", "", "rules/test_rules_targets.py"),
     (HOOKS, "reversed(kinds) if prepend else kinds", "kinds", "rules/test_rules_decoders.py"),
     ("rules/targets/dtp.py", "self.beta * len(d) * d", "self.beta * d", "rules/test_rules_targets.py"),
+    ("rules/targets/dtp.py", 'return self.decoders == "learned"', "return True", "rules/test_rules_targets.py"),
+    ("rules/targets/dtp.py", "return self.learned", "return True", "rules/test_rules_targets.py"),
     ("rules/targets/decoding.py", "change=lambda site, h: noisy[site]", "change=lambda site, h: h + sigma * phase.noise(h)", "rules/test_rules_decoders.py"),
     ("rules/targets/ddtp.py", "decode(far) - decode(s) - rows", "decode(far) - rows", "rules/test_rules_decoders.py"),
     ("rules/targets/ddtp.py", "if site == pushed else h", "", "rules/test_rules_decoders.py"),

@@ -51,14 +51,21 @@ class DTP(Laddered):
     top: `"gradient"`, as above; or `"decoder"`: the gradient sets the target of the output, :math:`t_L = a_L - \beta N e`, and a
         decoder from the output to the last site learns like the others. No weight is transported then, but the few
         outputs hardly determine the activity below them: such signals stayed at about 90 degrees to backprop's.
+    decoders: `"learned"`; or `"fixed"` (FW-DTP): they stay random, and there is no phase to run. With linear decoders the
+        signals are :math:`\delta h_l = \delta h_{l+1} B_l`: those of a chain of random matrices without the activations'
+        derivatives, which the tanh of a decoder replaces by its own.
     sigma: the standard deviation of the noise.
     activation: of the decoders: `"linear"`, `"tanh"` (published, with tanh networks), `"relu"`.
-    kernel: of the decoders from one map of two or three dimensions to another (:class:`MapDecoder`), also where a flatten made
+    kernel: of the decoders from one map of two or three dimensions to another, which are convolutions, also where a flatten made
         it a vector. 0 makes them dense, which is affordable for a few small sites only.
     normalized: divide each decoder's gradient by the bound of its curvature. False is the loss as above, for Adam.
+    With fixed decoders sigma and normalized mean nothing.
 
     Lee, Zhang, Fischer & Bengio, "Difference Target Propagation", ECML 2015 (arXiv:1412.7525); defaults and the noise's
     normalisation as in the code of Meulemans et al. 2020. Inferred: the form of the decoders of maps, and their normalisation.
+    FW-DTP: Shibuya, Inoue, Kawakami & Sato, "Fixed-Weight Difference Target Propagation", AAAI 2023 (arXiv:2212.10352): in the
+    authors' code `DTP(top="decoder", activation="tanh", decoders="fixed")`, with fully connected tanh layers and a searched
+    size of `B`. Its batch norms within decoders, and in the sum that makes a target, are not offered.
 
     Example:
         >>> import torch
@@ -75,6 +82,7 @@ class DTP(Laddered):
 
     beta: float = 0.16
     top: str = "gradient"
+    decoders: str = "learned"
 
     name = "dtp"
     label = "DTP"
@@ -84,10 +92,22 @@ class DTP(Laddered):
         super().__post_init__()
         if self.top not in ("gradient", "decoder"):
             raise AttachError(f"{self.label}: top is {self.top!r}, choose 'gradient' or 'decoder'.")
+        if self.decoders not in ("learned", "fixed"):
+            raise AttachError(
+                f"{self.label}: decoders is {self.decoders!r}, choose 'learned' or 'fixed'."
+            )
 
     @property
     def transport(self) -> bool | str:  # type: ignore[override]
         return "output layer" if self.top == "gradient" else False
+
+    @property
+    def learned(self) -> bool:  # type: ignore[override]
+        return self.decoders == "learned"
+
+    @property
+    def in_phase(self) -> bool:  # type: ignore[override]
+        return self.learned
 
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
         if self.top == "decoder":
