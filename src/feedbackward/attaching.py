@@ -72,8 +72,8 @@ def attach(
             and names are names of layers. For rules with a `derivative`, and for PEPITA, they are the inputs of activation
             modules, and names are names of such modules.
         error_at: the module whose output's error is sent. Layers above it learn by their true gradient. Default: the
-            model's output; for direct rules, where a Linear makes at least four times as many scores of each token as it has
-            inputs (a vocabulary), what enters it.
+            model's output; for direct rules, where a head makes at least four times as many scores of each token as it has
+            inputs (a vocabulary), the nearest module's output below it.
         output: a function that takes the output tensor from a structured output, for example `lambda o: o.logits`.
         seed: feedback weights depend on it and on the site's name only, so they are the same on every rank and device.
         feedback_dtype: the dtype of stored feedback weights: float32 by default, float64 for a float64 model.

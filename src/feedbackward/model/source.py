@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,8 +11,17 @@ from torch.utils._pytree import tree_leaves
 
 from feedbackward.errors import AttachError
 from feedbackward.graph import Source
+from feedbackward.model.autograd_graph import (
+    Node,
+    Output,
+    below,
+    dominators,
+    is_product,
+    outputs_behind,
+    walk,
+)
 from feedbackward.model.places import called_once, float_leaf, known_modules, output_place
-from feedbackward.model.trace import Trace
+from feedbackward.model.trace import Call, Trace
 from feedbackward.model.values import describe_type, is_opaque, tensors_in
 
 # how many times wider than its input a head of tokens must be for the error to be taken below it
@@ -70,16 +80,52 @@ def _output_tensor(trace: Trace, output: Callable[[Any], Tensor] | None) -> Tens
 
 
 def below_wide_head(trace: Trace, source: Source) -> Source | None:
-    """What enters the layer that makes the source, if that is a Linear with many scores of each token (a vocabulary).
+    """What enters the layer that makes the source, if that makes many scores of each token (a vocabulary).
 
-    None if it is not, or if no module makes its input.
+    Views and functions may lie on both sides of the layer: what is taken is the nearest module's output that everything below
+    passes through. None if there is no such layer, or no such output right below it.
     """
-    (point,) = source.points
-    head = called_once(trace, point.module) if point.module else None
-    if head is None or not isinstance(head.module, nn.Linear) or not source.tokens:
-        return None
-    if head.module.out_features < WIDE * head.module.in_features:
-        return None
-    _, tensor, version = head.activity
-    made = trace.producer(tensor, version, head.start)
-    return None if made is None else output_place(Source, trace, *made)
+    tensor, _ = source_tensor(trace, source)
+    # how many rows the scores have been seen to have, and how many there are in each
+    scores = [_per_row(tensor, source.tokens)]
+    for call, leaf in _passed(trace, tensor):
+        made = call.outputs[leaf][0]
+        tokens = trace.tokens(made, call.end)
+        rows, units = _per_row(made, tokens)
+        if made.numel() == tensor.numel():
+            scores.append((rows, units))
+            continue
+        wide = tokens and any(rows == r and WIDE * units <= n for r, n in scores)
+        return output_place(Source, trace, call, leaf) if wide else None
+    return None
+
+
+def _per_row(tensor: Tensor, tokens: int) -> tuple[int, int]:
+    """How many rows (samples, or their tokens) a tensor has, and how many numbers in each."""
+    rows = tensor.shape[: 1 + tokens].numel()
+    return rows, tensor.numel() // max(rows, 1)
+
+
+def _passed(trace: Trace, tensor: Tensor) -> Iterator[tuple[Call, int]]:
+    """The outputs of modules that all paths to the tensor pass through, the nearest first, down to its layer's input.
+
+    Of modules that are called once, with the numbers of the leaves.
+    """
+    made: dict[Output, tuple[Call, int]] = {}
+    for call in trace.by_end:
+        if trace.counts[call.name] == 1:
+            own = [(leaf, output) for leaf, output in enumerate(call.left) if output[0] is not None]
+            made |= {o: (call, leaf) for leaf, o in own if o not in (*made, *call.entered)}
+    numbers: dict[Node, list[int]] = defaultdict(list)
+    for node, number in outputs_behind(tensor):
+        numbers[node].append(number)
+    through = dominators(tensor)
+    # how many products lie on a path from the tensor to a node, at most
+    above: dict[Node, int] = defaultdict(int)
+    for node in walk([tensor.grad_fn]):
+        if node in through and above[node] <= 1 and len(numbers[node]) == 1:
+            output = (node, numbers[node][0])
+            if output in made:
+                yield made[output]
+        for other in below(node):
+            above[other] = max(above[other], above[node] + is_product(node))
