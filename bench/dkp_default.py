@@ -57,6 +57,7 @@ FORMS: dict[str, fb.Rule] = {
     "bp": fb.BP(),
     "frozen": fb.Frozen(),
     "dfa": fb.DFA(),
+    "not centred": fb.DKP(center=False),
     "published": fb.DKP.published(),
     "default": fb.DKP(),
     "strength 0.2": fb.DKP(strength=0.2),
