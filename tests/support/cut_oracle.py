@@ -133,12 +133,12 @@ def cut_gradients(
 
 
 def _dkp(rule: fb.DKP, site: fb.Site, error: Tensor, h: Tensor) -> Tensor:
-    """e^T (h - mean) C^-1, with the covariance C of a map's channels or of the features of tokens."""
-    if rule.center:
-        h = h - h.mean(0)
+    """e^T h C^-1, with the covariance C of a map's channels or of the features of tokens."""
+    centred = h - h.mean(0) if len(h) > 1 else h
+    h = centred if rule.center else h
     if rule.whiten and (site.tokens or h.dim() > 2):
         axis = h.dim() - 1 if site.tokens else 1
-        features = h.movedim(axis, 0).flatten(1)
+        features = centred.movedim(axis, 0).flatten(1)
         C = features @ features.t() / features.shape[1]
         C = C + rule.ridge * C.trace() / len(C) * torch.eye(len(C)).to(C)
         h = torch.tensordot(torch.linalg.inv(C), h, ([1], [axis])).movedim(0, axis)

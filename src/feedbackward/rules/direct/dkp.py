@@ -22,10 +22,10 @@ class DKP(Augmented):
 
     .. math::
         \delta h_l = \mathrm{strength} \cdot e\, (B_l B_l^\top)^{-1/2} B_l, \qquad
-        \nabla B_l = e^\top (h_l - \bar h_l)\, C_l^{-1} \quad [C, n_l], \qquad
+        \nabla B_l = e^\top h_l\, C_l^{-1} \quad [C, n_l], \qquad
         B_l \leftarrow B_l - \eta\,(\nabla B_l + \lambda B_l)
 
-    with the batch mean :math:`\bar h_l`, and the covariance :math:`C_l` of the channels of a map over samples and places
+    with the covariance :math:`C_l` of the channels of a map, or of the features of tokens, over samples and places
     (:math:`C_l = I` for a site without places). `e = dLoss/da_L: [N, C]` carries the 1/N of a mean loss, so the gradient is
     a batch mean; the signal uses `B` before its update. What a site is sent depends on the directions in `B` alone
     (:class:`Orthogonal`), so that one rate and one optimizer suit the forward weights and `B`.
@@ -36,8 +36,9 @@ class DKP(Augmented):
     network's error. With one rate for `W` and `B` it was no better than DFA where we measured it
     (bench/results/dkp_default.md).
 
-    center: subtract the batch mean of each feature. Activities after a ReLU are positive, so their mean dominates
-        :math:`e^\top h_l`. Needs a batch of at least 2.
+    center: subtract the batch mean of each feature from :math:`h_l`. Then `B` does not follow the mean of the errors, which is
+        that of the batch's classes where all are equally frequent. Elsewhere it is a signal (targets with a mean of their own, rare
+        classes), and centred feedback did harm (bench/results/dkp_center.md). Needs a batch of at least 2.
     whiten: multiply by :math:`C_l^{-1}`. The channels of a map are much alike, and :math:`e^\top h_l` follows
         what they have in common; the readout that predicts best is the one without it.
     ridge: added to :math:`C_l`, as a part of the mean variance of a channel.
@@ -69,7 +70,7 @@ class DKP(Augmented):
         [(3, 8), (3, 8)]
     """
 
-    center: bool = True
+    center: bool = False
     whiten: bool = True
     ridge: float = 0.1
     orthogonal: bool = True

@@ -19,27 +19,28 @@ def has_places(site: Site, h: Tensor) -> bool:
 def whitened(site: Site, d: Tensor, h: Tensor, center: bool, ridge: float) -> tuple[Tensor, Tensor]:
     r"""Errors `[K, *source]` and activities `[K, *site]`, in float32 or wider, whose product is `d^T h C^-1`.
 
-    .. math:: d^\top (h - \bar h)\, (C + \mathrm{ridge} \cdot \bar v\, I)^{-1}, \qquad
+    .. math:: d^\top h\, (C + \mathrm{ridge} \cdot \bar v\, I)^{-1}, \qquad
         C = \operatorname{mean}_{m,p}\, (h_{mp} - \bar h_p) (h_{mp} - \bar h_p)^\top \quad [c, c]
 
     over samples m and places p of a map `[c, *places]` (or tokens `[*tokens, c]`). :math:`\bar h` is the mean over samples
-    (0 if not `center`) and :math:`\bar v` the mean variance of a channel.
+    (0 for a batch of one) and :math:`\bar v` the mean variance of a channel. `center` takes :math:`h - \bar h` for h.
 
-    K is M, the samples, with `d` as it is; or the units of the source, with :math:`d^\top (h - \bar h)` in place of the
-    activity and the identity in place of the error, where it is less work to whiten those.
+    K is M, the samples, with `d` as it is; or the units of the source, with :math:`d^\top h` in place of the activity and the
+    identity in place of the error, where it is less work to whiten those.
     """
     h = widened(h)
     d = d.to(h.dtype)
-    if center:
-        h = h - h.mean(0)
+    centred = h - h.mean(0) if len(h) > 1 else h
+    h = centred if center else h
     units = math.prod(d.shape[1:])
     # views with the channels last; what is smaller is moved, for maps are large
-    seen = rows = h if site.tokens else h.movedim(1, -1)
+    seen, rows = (t if site.tokens else t.movedim(1, -1) for t in (centred, h))
     with torch.autocast(h.device.type, enabled=False):
         if (len(d) - units) * seen.shape[-1] > units**2:
-            laid = seen if seen.is_contiguous() else h
+            last = rows.is_contiguous()
+            laid = rows if last else h
             rows = (d.reshape(-1, units).t() @ laid.flatten(1)).reshape(units, *laid.shape[1:])
-            rows = rows if laid is seen else rows.movedim(1, -1)
+            rows = rows if last else rows.movedim(1, -1)
             d = torch.eye(units, dtype=d.dtype, device=d.device).reshape(units, *d.shape[1:])
         x = _over_covariance(seen, rows, ridge)
     return d, x if site.tokens else x.movedim(-1, 1)
