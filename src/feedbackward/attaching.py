@@ -17,8 +17,16 @@ from feedbackward.engine.in_place import refuse_other_learners
 from feedbackward.engine.size import in_bytes, smaller
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import LayerInput, ModelInput, PreActivation, Site, Source
+from feedbackward.graph import (
+    LayerInput,
+    ModelInput,
+    PreActivation,
+    Site,
+    SiteInContext,
+    Source,
+)
 from feedbackward.learner import Learner, M
+from feedbackward.model.context import find_in_context
 from feedbackward.model.layers import find_layer_inputs
 from feedbackward.model.sites import (
     Sites,
@@ -38,6 +46,7 @@ from feedbackward.rules import RULES
 FINDERS: dict[type[Site], Callable[[nn.Module, Trace, Sites, Source], Sequence[Site]]] = {
     Site: find_sites,
     LayerInput: find_layer_inputs,
+    SiteInContext: find_in_context,
     PreActivation: find_pre_activations,
     ModelInput: find_input,
 }

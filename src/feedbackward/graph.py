@@ -118,6 +118,29 @@ class ModelInput(Site):
 
 
 @dataclass(frozen=True)
+class LayerAbove:
+    """A convolution or Linear layer that runs between a site and the source.
+
+    form: the shape and geometry of its weight. entering, leaving: the shapes of its input and its output without the batch.
+    """
+
+    form: LayerForm
+    entering: tuple[int, ...]
+    leaving: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiteInContext(Site):
+    """An activity, and the layers that run after it.
+
+    above: the lowest first. What makes the class scores, transposed convolutions, shortcut projections (1x1 with a stride)
+        and layers that are called several times are left out.
+    """
+
+    above: tuple[LayerAbove, ...] = field(kw_only=True, compare=False)
+
+
+@dataclass(frozen=True)
 class LayerInput(Site):
     """The input of one layer, cut for that layer alone.
 

@@ -34,7 +34,8 @@ class Rule(ABC):
     unlocked: what need not wait for the layers above: "backward" (no signal waits for another one), "update" (nor for
         the output's error), "forward" (nor for the layers above at all); "" where signals wait for each other.
     one_rate: whether learned feedback wants the rate of the forward weights, whose gradients it gets.
-    feeds: `LayerInput` where the rule feeds the inputs of single layers instead of activities.
+    feeds: `LayerInput` where the rule feeds the inputs of single layers instead of activities; `graph.SiteInContext` where it
+        asks for the layers above each activity.
     needs: what the signals of a pass are made from: the "error", a "target" (`learner.target`) or "nothing".
     linear: whether signals and feedback gradients scale with the loss, so that a GradScaler may scale it.
     sends_activity: whether `message` is given the source's activity.

@@ -39,6 +39,7 @@ AUGMENTED = "rules/test_rules_augmented.py"
 PEPITA = "rules/test_rules_pepita.py"
 CCL = "rules/test_rules_ccl.py"
 CWCOMP = "rules/test_rules_cwcomp.py"
+AUGLOCAL = "rules/test_rules_auglocal.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -102,6 +103,15 @@ MUTATIONS = (
     ("rules/local/pepita.py", "/ (len(before) * places)", "/ len(before)", PEPITA),
     ("rules/local/cwcomp.py", "self.reader(h.square())", "self.reader(h).square()", CWCOMP),
     ("rules/local/cwcomp.py", "* classes // reader.width", "% classes", CWCOMP),
+    ("rules/local/auglocal.py", "self.taper * (self.depth - 1)", "self.taper * self.depth", AUGLOCAL),
+    ("rules/local/auglocal.py", "+ depth) // (2 * depth)", ") // (2 * depth)", AUGLOCAL),
+    ("rules/local/auglocal.py", "form.groups if not shape[0] % form.groups else 1", "1", AUGLOCAL),
+    ("rules/local/auglocal.py", "(i > last and", "(True and", AUGLOCAL),
+    ("rules/local/auglocal.py", "nn.LayerNorm if per_token(site, source) else nn.BatchNorm1d", "nn.BatchNorm1d", AUGLOCAL),
+    ("rules/local/auglocal.py", "_pooled(shape, layer.entering[1:])", "[]", AUGLOCAL),
+    ("model/context.py", "if start >= made", "if start > made", AUGLOCAL),
+    ("model/context.py", "in calls[:-1]", "in calls", AUGLOCAL),
+    ("model/context.py", "and not projection", "", AUGLOCAL),
     ("rules/local/ccl.py", "        with torch.no_grad():\n            c = above", "        if True:\n            c = above", CCL),
     ("rules/local/ccl.py", "F.normalize(h) * counted", "h * counted", CCL),
     ("rules/local/ccl.py", "self.spread * apart", "apart", CCL),

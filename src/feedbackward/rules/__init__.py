@@ -40,6 +40,7 @@ from feedbackward.rules.direct.relayed_kp import RelayedKP
 from feedbackward.rules.direct.shared_dfa import SharedDFA
 from feedbackward.rules.direct.sign_dfa import SignDFA
 from feedbackward.rules.direct.sparse_dfa import SparseDFA
+from feedbackward.rules.local.auglocal import AugLocal
 from feedbackward.rules.local.ccl import CCL
 from feedbackward.rules.local.cwcomp import CwComp
 from feedbackward.rules.local.dgl import DGL
@@ -82,6 +83,7 @@ BASELINES: dict[str, type[Rule]] = {
     "grape": GrAPE,
     "predsim": PredSim,
     "lls": LLS,
+    "auglocal": AugLocal,
     "ccl": CCL,
     "pepita": PEPITA,
     "dtp": DTP,
@@ -153,6 +155,7 @@ __all__ = [
     "TIERS",
     "USF",
     "ActivationAlignment",
+    "AugLocal",
     "BinaryDFA",
     "CwComp",
     "Flipped",
