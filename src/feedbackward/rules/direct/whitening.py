@@ -37,7 +37,7 @@ def whitened(site: Site, d: Tensor, h: Tensor, center: bool, ridge: float) -> tu
     seen, rows = (t if site.tokens else t.movedim(1, -1) for t in (centred, h))
     with torch.autocast(h.device.type, enabled=False):
         if (len(d) - units) * seen.shape[-1] > units**2:
-            last = rows.is_contiguous()
+            last = site.tokens > 0 or rows.is_contiguous()
             laid = rows if last else h
             rows = (d.reshape(-1, units).t() @ laid.flatten(1)).reshape(units, *laid.shape[1:])
             rows = rows if last else rows.movedim(1, -1)
