@@ -103,13 +103,22 @@ def test_vectors_stay() -> None:
 @given(
     st.integers(1, 30), st.lists(st.integers(1, 4), min_size=1, max_size=2), st.integers(1, 40),
     st.lists(st.integers(1, 7), min_size=1, max_size=2), st.booleans(), st.booleans(),
+    st.booleans(),
 )  # fmt: skip
 def test_few_units_or_few_samples_give_the_same_product(
-    samples: int, source: list[int], channels: int, places: list[int], tokens: bool, center: bool
+    samples: int,
+    source: list[int],
+    channels: int,
+    places: list[int],
+    tokens: bool,
+    center: bool,
+    turned: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(samples)
     shape = (*places, channels) if tokens else (channels, *places)
     h = torch.randn(samples, *shape, generator=generator, dtype=F64)
+    if turned:
+        h = h.transpose(1, -1).contiguous().transpose(1, -1)
     e = torch.randn(samples, *source, generator=generator, dtype=F64)
     at = site(shape, len(places) if tokens else 0)
     d, x = whitening.whitened(at, e, h, center, 0.1)

@@ -21,8 +21,9 @@ SIDE = 64
 def load_picture(config: DataConfig) -> SplitData:
     """A picture of `config.size` (64) pixels a side: half of its pixels to train on, a quarter held out, a quarter to test on.
 
-    Inputs are places [n, 2], from -1 to 1 down and to the right, and targets colours [n, 3], from 0 to 1. The split is drawn, in a
-    fixed random order. The picture is the embedded one or that of an image file.
+    Inputs are places [n, 2], from -1 to 1 down and to the right, and targets colours [n, 3], from 0 to 1, less the mean colour of the
+    pixels to train on: feedback that learns from the first errors would learn little else. PSNR is that of the colours. The split is
+    drawn, in a fixed random order. The picture is the embedded one or that of an image file.
     Raises DataError for a file that is missing or no image, and ConfigError for an option that is not of pictures.
     """
     refuse_options(config, "a picture", "classes", "augment", "context")
@@ -37,10 +38,14 @@ def load_picture(config: DataConfig) -> SplitData:
     half, quarter = len(whole) // 2, len(whole) // 4
     parts = order[:half], order[half : half + quarter], order[half + quarter :]
     limits = (config.train_limit, config.validation, config.test_limit)
-    train, validation, test = (
-        whole.take(part.long()[:limit]) for part, limit in zip(parts, limits, strict=True)
-    )
-    form = {"side": side, "input": "places from -1 to 1, down and to the right"}
+    taken = [whole.take(part.long()[:limit]) for part, limit in zip(parts, limits, strict=True)]
+    mean = taken[0].targets.mean(0)
+    train, validation, test = (Pairs(part.inputs, part.targets - mean) for part in taken)
+    form = {
+        "side": side,
+        "input": "places from -1 to 1, down and to the right",
+        "mean": mean.tolist(),
+    }
     colours = ["red", "green", "blue"]
     return SplitData(config.name, train, validation, test, colours, (2,), form)
 
