@@ -55,7 +55,7 @@ def test_every_pixel_is_in_one_split():
     # less their mean over what is trained on
     mean = drawn(16)[rows[:128], columns[:128]].mean(0)
     torch.testing.assert_close(colours, drawn(16)[rows, columns] - mean)
-    torch.testing.assert_close(torch.tensor(data.form["mean"]), mean)
+    torch.testing.assert_close(torch.tensor(data.form["mean_colour"]), mean)
 
 
 def test_the_picture_has_smooth_parts_and_edges():
@@ -70,7 +70,7 @@ def test_an_image_file(tmp_path):
     data = load_picture(DataConfig(name=str(tmp_path / "a.png"), size=4))
     rows, columns = ((data.train.inputs + 1) * 2).long().unbind(1)
     mean = torch.from_numpy(pixels).float().unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2)) / 255
-    colours = data.train.targets + torch.tensor(data.form["mean"])
+    colours = data.train.targets + torch.tensor(data.form["mean_colour"])
     assert (colours - mean[rows, columns]).abs().max() <= 1 / 255
 
 
@@ -183,6 +183,8 @@ def test_command(tmp_path, capsys):
     assert main(["train", *given, "--rule", "dkp", "--out", str(tmp_path / "one")]) == 0
     result = json.loads((tmp_path / "one" / "result.json").read_text())
     assert result["test_psnr"] == pytest.approx(-10 * math.log10(result["test_loss"]))
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "answers with a colour from 0 to 1 less the mean [" in card
     assert f"test PSNR {result['test_psnr']:.2f} dB" in capsys.readouterr().out
     given += ["--rules", "bp,dgl,frozen", "--seeds", "0,1", "--workers", "1", "--timing-steps", "0"]
     assert main(["compare", *given, "--out", str(tmp_path / "two"), "--probe-every", "0"]) != 2

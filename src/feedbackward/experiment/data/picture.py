@@ -44,7 +44,7 @@ def load_picture(config: DataConfig) -> SplitData:
     form = {
         "side": side,
         "input": "places from -1 to 1, down and to the right",
-        "mean": mean.tolist(),
+        "mean_colour": mean.tolist(),
     }
     colours = ["red", "green", "blue"]
     return SplitData(config.name, train, validation, test, colours, (2,), form)
