@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from wired import X
 
 import feedbackward as fb
+from feedbackward.engine.checkpoints import KNOWN
 
 RULES = [fb.DFA(), fb.DKP.published(), fb.DKP.published(center=True), fb.Frozen()]
 
@@ -106,7 +107,36 @@ def test_reentrant_checkpoints_are_refused(sites) -> None:
         fb.attach(net("reentrant"), fb.DFA(), example=X, sites=sites)
 
 
-def test_a_source_inside_a_checkpoint_is_refused() -> None:
+@pytest.mark.skipif(not KNOWN, reason="torch does not say whether a checkpoint is in force")
+@pytest.mark.parametrize("sites", [["1"], ["1", "2.act", "3", "4.a"]], ids=str)
+@pytest.mark.parametrize("source", ["4.act", "4.b"])
+@pytest.mark.parametrize("rule", RULES[:3], ids=str)
+def test_a_source_inside_a_checkpoint(rule: fb.Rule, source: str, sites: list[str]) -> None:
+    kept, repeated = (
+        fb.attach(net(mode), rule, example=X, sites=sites, error_at=source)
+        for mode in ("kept", "repeated")
+    )
+    assert_same(step(repeated), step(kept))
+
+
+@pytest.mark.skipif(not KNOWN, reason="torch does not say whether a checkpoint is in force")
+def test_a_source_inside_a_checkpoint_that_nothing_trains() -> None:
+    made = []
+    for mode in ("kept", "repeated"):
+        model = net(mode)
+        learner = fb.attach(model, fb.DFA(), example=X, sites=["1"], error_at="4.a")
+        model[:4].requires_grad_(False)
+        model[4].a.requires_grad_(False)
+        made.append(step(learner))
+    assert_same(*made)
+
+
+def test_a_source_inside_a_checkpoint_is_refused_where_more_is_done_than_sending() -> None:
     learner = fb.attach(net("repeated"), fb.DFA(), example=X, sites=["1"], error_at="2.a")
-    with pytest.raises(fb.SiteError, match=r"checkpoint repeats .*'2\.a'.*choose another error_at"):
-        step(learner)
+    words = r"checkpoint repeats .*'2\.a'.*choose another error_at"
+    with pytest.raises(fb.SiteError, match=words):
+        learner.backward(X, lambda out: out.square().sum(), "replay")
+    local = fb.attach(net("repeated"), fb.DGL(hidden=4), example=X, sites=["1"], error_at="2.a")
+    local.target(torch.arange(len(X)) % 6)
+    with pytest.raises(fb.SiteError, match=words):
+        step(local)

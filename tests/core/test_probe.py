@@ -330,3 +330,25 @@ def test_the_table_shows_every_site_and_parameter() -> None:
     learner, (x, y) = MLP.attach(fb.DKP.published()), MLP.batch()
     text = str(fb.probe(learner, loss_fn(y), x))
     assert all(name in text for name in [*MLP.cuts, *exact_grads(learner.model, x, y), "readout"])
+
+
+def test_the_matrix_that_feedback_stands_for_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many source units it may be far larger than the feedback."""
+    x, sent = torch.randn(4, 6), []
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 300))
+    learner = fb.attach(model, fb.DKP.published(), example=x)
+    plain = fb.Dense.send
+
+    def send(
+        self: fb.Dense, weights: tuple[Tensor, ...], d: Tensor, site: tuple[int, ...]
+    ) -> Tensor:
+        sent.append(len(d))
+        return plain(self, weights, d, site)
+
+    monkeypatch.setattr(fb.Dense, "send", send)
+    (found,) = fb.probe(learner, lambda out: out.square().sum(), x).sites.values()
+    assert max(sent) == len(x)
+    h, (edge,) = model[:2](x), learner.graph.edges
+    readout = h @ learner.feedback_of(edge).t()
+    expected = nn.functional.cosine_similarity(readout, model(x)).mean()
+    assert found.readout == pytest.approx(expected.item(), abs=1e-5)

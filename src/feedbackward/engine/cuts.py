@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from feedbackward.engine.autograd import Broadcast, Defer, Join, Share, Sweep
+from feedbackward.engine.checkpoints import KNOWN, kept_by_checkpoints
 from feedbackward.engine.hooks import Hooked, PassOverError, SegmentVisitor, Tape
 from feedbackward.engine.target import Target
 from feedbackward.engine.upward import Upward
@@ -43,6 +44,9 @@ class Cuts(Hooked):
         self._sites_by_points = {site.points: place[site] for site in graph.sites}
         # whether the latest forward pass was cut: a checkpoint may repeat a part of it
         self.recompute = False
+        # by source at which the latest pass did no more than send its error, whether what went on required gradients
+        self._onward: dict[int, bool] = {}
+        self._one_way = KNOWN and not graph.upward and not graph.branches
 
     def on_site(self, index: int, h: Tensor) -> Tensor:
         """Keep `h` and return it detached; a second consumer of the same tensor gets the same detached one."""
@@ -214,7 +218,8 @@ class Cuts(Hooked):
             and self.site_of(edges[0].source) is None
         ):
             sent = target.one_hot(source, edges[0].source.tokens)
-        return Broadcast.apply(source, edges, sent, *activities, *weights)
+        with kept_by_checkpoints():
+            return Broadcast.apply(source, edges, sent, *activities, *weights)
 
     def renew(self) -> None:
         """At the beginning of a pass, change the weights of the edges whose operator is `renewed`."""
@@ -236,12 +241,17 @@ class Cuts(Hooked):
         """Put the broadcast of this source's error in place. The pass must have reached every site that it feeds."""
         tape = self.tape
         if tape is None:
-            if self._repeated():
+            if not self._repeated():
+                return tensor
+            if index not in self._onward:
                 raise SiteError(
-                    f"a checkpoint repeats the module whose output's error is broadcast, {self.sources[index].name!r}, and a "
-                    "broadcast cannot be repeated. Checkpoint the parts below it, or choose another error_at."
+                    f"a checkpoint repeats the module whose output's error is broadcast, {self.sources[index].name!r}, and what this "
+                    "rule or schedule does there cannot be repeated. Checkpoint the parts below it, or choose another error_at."
                 )
-            return tensor
+            if tensor.requires_grad == self._onward[index]:
+                return tensor
+            # an in-place operation may follow
+            return tensor.detach().requires_grad_(self._onward[index]).clone()
         if self.sources[index].name in tape.sources:
             raise SiteError(
                 f"the source {self.sources[index].name!r} was reached twice in one forward pass, so its sites would be "
@@ -249,6 +259,7 @@ class Cuts(Hooked):
             )
         source = self.sources[index]
         tape.order.append(source.name)
+        self._onward.pop(index, None)
         if tape.visitor is not None:
             self.flush()
             tape.sources[source.name] = None
@@ -271,6 +282,8 @@ class Cuts(Hooked):
                 activities.append(self.upward.hang(place, tape, self._check_met))
         if edges:
             tensor = self.broadcast(tensor, edges, activities, tape.target)
+        if self._one_way and tape.hold is None and not losses:
+            self._onward[index] = tensor.requires_grad
         return tensor if tape.hold is None else self._watched(tensor, source, tape)
 
     def on_branch(self, index: int, h: Tensor) -> Tensor:

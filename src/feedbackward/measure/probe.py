@@ -259,26 +259,37 @@ def _compare_feedback(
         units = _units(source.shape[1], jacobian)
         means = _mean_jacobian(source, units, [hs[e.site.name] for e in edges]) if units else None
     found: dict[str, tuple[float | None, float | None]] = {}
-    with torch.no_grad():
-        for i, edge in enumerate(edges):
-            B = _dense(learner, edge)
-            readout = _rows(hs[edge.site.name]).double() @ B.t()
-            cosine = _measures(B[units], means[i])[0] if means is not None else None
-            found[edge.site.name] = (cosine, _cosines(readout, source.double()).nanmean().item())
+    for i, edge in enumerate(edges):
+        # the whole matrix B: [C, n] may be too large to make
+        sent = _sender(learner, edge)
+        h = hs[edge.site.name].detach().double()
+        error = h.new_zeros(len(h), edge.source_size, requires_grad=True)
+        with torch.enable_grad():
+            (readout,) = torch.autograd.grad(sent(error), error, h)
+        cosine = None
+        if means is not None:
+            with torch.no_grad():
+                cosine = _measures(sent(_unit_errors(units, error)), means[i])[0]
+        found[edge.site.name] = (cosine, _cosines(readout, source.double()).nanmean().item())
     return found
 
 
-def _dense(learner: Learner, edge: Edge) -> Tensor:
-    """The edge's feedback as a matrix [C, n], whatever its operator: what it sends for each unit error."""
+def _sender(learner: Learner, edge: Edge) -> Callable[[Tensor], Tensor]:
+    """What makes the signals `[M, *site]` of errors `[M, C]`: their product with B, whatever its operator."""
     held = learner.weights_of(edge)
     if edge.forward_weight:
         held = (*held, learner.model.get_parameter(edge.forward_weight))
     weights = tuple(w.detach().double() if w.is_floating_point() else w for w in held)
-    device = next(learner.model.parameters()).device
-    eye = torch.eye(edge.source_size, dtype=torch.float64, device=device).reshape(
-        -1, *edge.source_shape
+    return lambda error: edge.operator.send(
+        weights, error.reshape(-1, *edge.source_shape), edge.site_shape
     )
-    return edge.operator.send(weights, eye, edge.site_shape).reshape(edge.source_size, -1)
+
+
+def _unit_errors(units: list[int], like: Tensor) -> Tensor:
+    """The errors of these source units, one row for each."""
+    errors = like.new_zeros(len(units), like.shape[1])
+    errors[range(len(units)), units] = 1
+    return errors
 
 
 def _units(count: int, jacobian: bool | int | None) -> list[int]:
