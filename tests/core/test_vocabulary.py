@@ -167,3 +167,21 @@ def test_scores_of_the_last_token_alone_are_no_vocabulary(ends: Ends, source: st
 def test_a_norm_that_is_called_twice_is_no_source() -> None:
     net = Words(lambda net, h: net.head(net.norm(h)))
     assert fb.attach(net, fb.DFA(), example=TOKENS).source.name == "body.3"
+
+
+@pytest.mark.parametrize(
+    ("then", "where", "here"),
+    [
+        (fb.DKP(), "head", r"\[24, 6\] there, and \[6, 6\] here"),
+        (fb.DKP(operator=fb.LowRank(2)), None, r"\[6, 2\] there"),
+    ],
+)
+def test_feedback_of_another_form_or_error_is_not_loaded(
+    then: fb.Rule, where: str | None, here: str
+) -> None:
+    saved = fb.attach(Words(), then, example=TOKENS, error_at=where).state_dict()
+    learner = fb.attach(Words(), fb.DKP(), example=TOKENS)
+    with pytest.raises(RuntimeError, match=here + r'(.|\n)*`error_at`(.|\n)*fb\.Dense\("zeros"\)'):
+        learner.load_state_dict(saved)
+    again = fb.attach(Words(), then, example=TOKENS, error_at=where)
+    again.load_state_dict(saved)

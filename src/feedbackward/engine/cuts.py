@@ -374,9 +374,9 @@ class Cuts(Hooked):
         )
         if edge.operator.sized and not fits:
             raise SiteError(
-                f"site {site.name!r} got an activity of shape {list(h.shape)} and its source {list(source.shape)}, but its dense "
-                f"feedback was made for features {list(edge.site_shape)} and {edge.source_size} source units. Dense feedback fits one "
-                "input size: resize the inputs, or attach with an example of this size."
+                f"site {site.name!r} got an activity of shape {list(h.shape)} and its source {list(source.shape)}, but its "
+                f"feedback was made for features {list(edge.site_shape)} and {edge.source_size} source units, and fits no others: "
+                "resize the inputs, or attach with an example of this size. Maps of any size are fed by operator=fb.Pooled()."
             )
         kept, rows = (*h.shape[:1], *h.shape[1 + calls :][: lead - 1]), source.shape[:lead]
         self._check_rows(site, kept, edge.source, rows)

@@ -87,6 +87,24 @@ class Feedback(nn.Module):
         self.draw()
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *given: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *given)
+        for name, own in (
+            *self.named_parameters(recurse=False),
+            *self.named_buffers(recurse=False),
+        ):
+            kept = state_dict.get(prefix + name)
+            if kept is not None and kept.shape != own.shape:
+                # the last of what is given is the list of errors
+                given[-1].append(
+                    f"the feedback was saved by a learner that was attached otherwise: {name!r} has the shape "
+                    f"{list(kept.shape)} there, and {list(own.shape)} here. Attach as then: with its operator, and with its "
+                    "`error_at` (the first number is that of "
+                    'the units whose error is sent). In earlier versions DKP\'s default was fb.DKP(operator=fb.Dense("zeros")), and '
+                    "the error was that of the output also where the output is scores of a vocabulary."
+                )
+                return
+
     def draw(self) -> None:
         """Give the weights the values that they began with. Raises AttachError where these were measured on a layer."""
         if not self.on_meta():
