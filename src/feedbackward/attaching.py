@@ -120,7 +120,7 @@ def attach(
     source = find_source(model, recorded, error_at, output)
     lower = below_wide_head(recorded, source) if error_at is None and _is_direct(rule) else None
     find = functools.partial(FINDERS[rule.feeds], model, recorded, sites)
-    found, source = _below(find, source, lower)
+    found, source = _below(find, rule, source, lower)
     if not found:
         raise AttachError(
             f"{type(model).__name__} has no activity to feed between its first Linear or convolution and the source "
@@ -142,12 +142,13 @@ def attach(
 
 
 def _below(
-    find: Callable[[Source], Sequence[Site]], source: Source, lower: Source | None
+    find: Callable[[Source], Sequence[Site]], rule: Rule, source: Source, lower: Source | None
 ) -> tuple[Sequence[Site], Source]:
-    """The sites below the lower source, and that source; where it has none, or named ones lie above it, those of the other."""
+    """The sites below the lower source, and that source; those of the other where the rule or named sites need one above it."""
     if lower is not None:
         with contextlib.suppress(FeedbackError):
             if found := find(lower):
+                rule.connect(found, lower)
                 return found, lower
     return find(source), source
 

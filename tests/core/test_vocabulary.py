@@ -55,6 +55,10 @@ class Added(nn.Module):
         (fb.DKP(), 24, "norm"),
         (fb.DFA(derivative="tanh"), 24, "norm"),
         (fb.DFA(), 23, "head"),
+        (fb.Mixed({"body.*": fb.DFA()}), 24, "norm"),
+        # only above the norm there is a second site
+        (fb.Mixed({"body.1": fb.DFA(), "*": fb.DKP()}), 24, "head"),
+        (fb.Mixed({"body.1": fb.DRTP(), "*": fb.DKP()}), 24, "head"),
         # targets and local losses are of scores, and a chain's signals go through the head
         (fb.DRTP(), 24, "head"),
         (fb.DGL(), 24, "head"),

@@ -250,8 +250,9 @@ class Cuts(Hooked):
                 )
             if tensor.requires_grad == self._onward[index]:
                 return tensor
+            again = tensor.detach().requires_grad_(self._onward[index])
             # an in-place operation may follow
-            return tensor.detach().requires_grad_(self._onward[index]).clone()
+            return again.clone()
         if self.sources[index].name in tape.sources:
             raise SiteError(
                 f"the source {self.sources[index].name!r} was reached twice in one forward pass, so its sites would be "

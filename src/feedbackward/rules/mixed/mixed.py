@@ -78,6 +78,7 @@ class Mixed(Rule):
             "label": " + ".join(dict.fromkeys(rule.label for rule in parts)),
             "feeds": cutting[0].feeds,
             "learned": any(rule.learned for rule in parts),
+            "unlocked": "backward" if all(r.unlocked == "backward" for r in parts) else "",
             "transport": True in transports
             or " + ".join(dict.fromkeys(map(str, transports)))
             or False,
