@@ -389,6 +389,6 @@ MUTATIONS = (
     (PROBE, "rows[i].append(_rows(g).double().mean(0))", "rows[i].append(_rows(g).double()[0])", MEASURES),
     (PROBE, "rule.norm().item() / norm if norm", "norm / rule.norm().item() if norm", MEASURES),
     (PROBE, "rule.sign() == bp.sign()", "rule.sign() != bp.sign()", MEASURES),
-    (PROBE, ".double() @ B.t()", ".double() @ -B.t()", MEASURES),
+    (PROBE, "torch.autograd.grad(sent(error), error, h)", "torch.autograd.grad(sent(error), error, -h)", MEASURES),
     (HOOKS, "tensor.clone()", "tensor", MEASURES),
 )  # fmt: skip
