@@ -58,6 +58,8 @@ def test_small_feedback_is_dense() -> None:
     auto = fb.operators.Auto("zeros")
     assert auto.fit((10,), (64, 32, 32), 0) == fb.Dense("zeros")
     assert auto.fit((1000,), (4096,), 0) == fb.Dense("zeros")
+    assert auto.fit((4096,), (4096,), 0) == fb.Dense("zeros")
+    assert auto.fit((1000,), (25088,), 0) == fb.LowRank(64, "zeros")
     assert auto.fit((1000,), (2048, 7, 7), 0) == fb.Pooled(init="zeros")
     # of tokens the first dimension is no channel
     assert auto.fit((1000,), (197, 768), 0) == fb.LowRank(64, "zeros")

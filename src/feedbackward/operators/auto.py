@@ -15,8 +15,8 @@ from feedbackward.operators.dense import Dense
 from feedbackward.operators.low_rank import LowRank
 from feedbackward.operators.pooled import Pooled
 
-# how many weights a dense edge may always have, and how many per feature of a vector
-ENOUGH, PER_FEATURE = 2**20, 4
+# how many weights a dense edge may always have; to a vector, how many, and how many per feature
+ENOUGH, TO_VECTOR, PER_FEATURE = 2**20, 2**24, 4
 RANK = 64
 
 
@@ -24,8 +24,8 @@ RANK = 64
 class Auto(Operator):
     """Dense feedback where it is small, and elsewhere what fits: by patches of maps, of low rank to vectors and sequences.
 
-    From C source units to n features, Dense has `C n` weights. They stay dense up to 2^20, and for vectors up to 4 n source
-    units, where they are no more than those of a layer or two. Larger edges to maps `[c, H, W]` are :class:`Pooled` over the
+    From C source units to n features, Dense has `C n` weights. They stay dense up to 2^20, and for vectors up to 2^24 and 4 n
+    source units, as large as a layer of that width. Larger edges to maps `[c, H, W]` are :class:`Pooled` over the
     smallest patches that leave at most 2^20 weights, or over the whole space if none do. Larger ones to vectors and to
     sequences `[T, D]`, whose first dimension may not be channels, are :class:`LowRank` of rank 64. The choice depends on the
     shapes alone.
@@ -65,7 +65,8 @@ class Auto(Operator):
 
     def _choice(self, source: Shape, site: Shape) -> Operator:
         C, n = math.prod(source), math.prod(site)
-        if C * n <= ENOUGH or (len(site) == 1 and PER_FEATURE * n >= C):
+        wide = len(site) == 1 and PER_FEATURE * n >= C
+        if C * n <= (TO_VECTOR if wide else ENOUGH):
             return Dense(self.init)
         if len(site) > 2:
             return Pooled(_patch(C, site), self.init)
