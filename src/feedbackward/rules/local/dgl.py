@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import count_classes, is_map, local_losses, per_token
+from feedbackward.rules.local.heads import count_classes, local_losses, per_token
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class DGL(Rule):
 
     No error travels between segments, so the order in which they are updated changes nothing. `A_l` is a small form of the
     paper's "MLP-SR". Maps are averaged down to a quarter of their side, pass `convs` 1x1 convolutions with batch norm and
-    ReLU, are averaged to 2 x 2, and go through a hidden layer with batch norm to the classes. Vectors and tokens go
-    straight to the hidden layer. The part above the last site learns by the network's own loss.
+    ReLU, are averaged to 2 x 2, and go through a hidden layer with batch norm to the classes. Vectors (flattened maps too)
+    and tokens go straight to the hidden layer. The part above the last site learns by the network's own loss.
 
     Call `learner.target(y)` with class indices before every forward pass. Give a factor on the loss in its `scale` as well.
 
@@ -72,8 +72,9 @@ class DGL(Rule):
         classes = count_classes(self.label, site, source)
         if per_token(site, source):
             return _Head(site.shape[-1], self.hidden, classes, tokens=True)
-        if is_map(site):
-            return _maps(site.shape, self.convs, self.hidden, classes)
+        # a flattened map keeps its places in a dense head, which did better than one that averages them
+        if site.map == site.shape:
+            return _maps(site.map, self.convs, self.hidden, classes)
         return nn.Sequential(nn.Flatten(), _Head(math.prod(site.shape), self.hidden, classes))
 
     def local_loss(self, output: Tensor, target: Tensor) -> Tensor:

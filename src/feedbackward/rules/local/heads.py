@@ -49,11 +49,6 @@ def count_classes(label: str, site: Site, source: Source) -> int:
     return source.shape[-1]
 
 
-def is_map(site: Site) -> bool:
-    """Whether the site is a map: channels, then one to three dimensions of space."""
-    return len(site.shape) in (2, 3, 4) and not site.tokens
-
-
 def pooled_space(shape: Sequence[int], features: int) -> tuple[int, ...]:
     """The space of a map `[c, *space]`, its longest side halved until no more than so many features are left."""
     channels, *space = shape

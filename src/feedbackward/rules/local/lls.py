@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import Reader, count_classes, is_map, local_losses
+from feedbackward.rules.local.heads import Reader, count_classes, local_losses
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class LLS(Rule):
         \hat z_l = z_l / \lVert z_l \rVert, \quad z_l = \mathrm{pool}(h_l): [N, n_l], \qquad
         B_{l, ci} = \sin(f_c\, i)
 
-    with frequencies :math:`f_c` evenly spaced from 50 to 512, and maps averaged down to `side` x `side`. `B` is never stored
-    beside its formula, nothing is transported, and no error travels between segments. The part above the last site learns
-    by the network's own loss.
+    with frequencies :math:`f_c` evenly spaced from 50 to 512, and maps averaged down to `side` x `side`, also where a flatten
+    made a vector of them. `B` is never stored beside its formula, nothing is transported, and no error travels between
+    segments. The part above the last site learns by the network's own loss.
 
     Call `learner.target(y)` with class indices before every forward pass; what multiplies the loss goes into its `scale`.
 
@@ -81,7 +81,7 @@ class LLS(Rule):
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
         classes = count_classes(self.label, site, source)
-        space = tuple(min(self.side, n) for n in site.shape[1:]) if is_map(site) else ()
+        space = tuple(min(self.side, n) for n in site.map[1:])
         return _Waves(Reader(site, source, space), classes, self)
 
     def local_loss(self, output: Tensor, target: Tensor) -> Tensor:

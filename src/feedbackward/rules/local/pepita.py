@@ -13,7 +13,6 @@ from torch import Tensor
 from feedbackward.graph import Edge, Graph, ModelInput, PreActivation, Site, Source
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Rule, refuse_zeros
-from feedbackward.rules.local.heads import is_map
 from feedbackward.rules.targets.decoding import learning, rows
 
 if TYPE_CHECKING:
@@ -126,6 +125,6 @@ def _first(phase: Phase, edge: Edge) -> tuple[dict[Site, Tensor], Tensor]:
 def _signal(site: Site, before: Tensor, after: Tensor) -> Tensor:
     """delta a of a site, of its values in the two passes."""
     assert isinstance(site, PreActivation)
-    places = math.prod(site.shape[1:]) if is_map(site) else math.prod(site.shape[: site.tokens])
+    places = math.prod(site.map[1:]) if site.map else math.prod(site.shape[: site.tokens])
     difference = site.activation(before.clone()) - site.activation(after.clone())
     return difference / (len(before) * places)
