@@ -135,9 +135,11 @@ class SiteInContext(Site):
 
     above: the lowest first. What makes the class scores, transposed convolutions, shortcut projections (1x1 with a stride)
         and layers that are called several times are left out.
+    input: the input of the model, if it has one of floating-point numbers.
     """
 
     above: tuple[LayerAbove, ...] = field(kw_only=True, compare=False)
+    input: ModelInput | None = field(kw_only=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,8 @@ class Local:
 
     `network()` makes the auxiliary network; `loss(output, target)` is the loss of its output, with the target as
     `learner.target` got it. `above`: the site, if any, whose auxiliary network this one reads: its local loss comes first in
-    the graph, and `network(that network)` makes this one. `rule`: the rule that the site belongs to; `Rule.connect` sets it.
+    the graph, and `network(that network)` makes this one. `reads`: a site of the graph, if any, that comes before, whose activity
+    the auxiliary network gets as well, detached: `A(h, that)`. `rule`: the rule that the site belongs to; `Rule.connect` sets it.
     """
 
     source: Source
@@ -304,6 +307,7 @@ class Local:
     network: Callable[..., nn.Module] = field(compare=False, repr=False)
     loss: Callable[[Any, Tensor], Tensor] = field(compare=False, repr=False)
     above: Site | None = None
+    reads: Site | None = None
     rule: Rule = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
     @property
@@ -360,6 +364,7 @@ class Graph:
     def __post_init__(self) -> None:
         keys = [edge.key for edge in self.edges if not edge.operator.common]
         fed = [end.site for end in self._ends]
+        fed += [end.reads for end in self.local if end.reads is not None]
         if len(set(keys)) < len(keys) or any(site not in self.sites for site in fed):
             raise AttachError(
                 "a feedback graph needs a key of its own for every edge (unless its operator is common to several), and its "

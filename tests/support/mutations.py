@@ -40,6 +40,7 @@ PEPITA = "rules/test_rules_pepita.py"
 CCL = "rules/test_rules_ccl.py"
 CWCOMP = "rules/test_rules_cwcomp.py"
 AUGLOCAL = "rules/test_rules_auglocal.py"
+INFOPRO = "rules/test_rules_infopro.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -112,6 +113,10 @@ MUTATIONS = (
     ("model/context.py", "if start >= made", "if start > made", AUGLOCAL),
     ("model/context.py", "in calls[:-1]", "in calls", AUGLOCAL),
     ("model/context.py", "and not projection", "", AUGLOCAL),
+    ("rules/local/infopro.py", "share * prediction", "prediction", INFOPRO),
+    ("rules/local/infopro.py", "* place / max(1, len(sites) - 1)", "* place / len(sites)", INFOPRO),
+    ("rules/local/infopro.py", "kept if same else 0", "0", INFOPRO),
+    (CUTS, "tape.read[index] = cut, cut._version", "tape.read[index] = cut.clone(), 0", INFOPRO),
     ("rules/local/ccl.py", "        with torch.no_grad():\n            c = above", "        if True:\n            c = above", CCL),
     ("rules/local/ccl.py", "F.normalize(h) * counted", "h * counted", CCL),
     ("rules/local/ccl.py", "self.spread * apart", "apart", CCL),

@@ -36,6 +36,7 @@ class Cuts(Hooked):
         ]
         self.edges_to = [[e for e in graph.edges if e.site == site] for site in graph.sites]
         self.local = {place[end.site]: end for end in graph.local}
+        self._read = {place[end.reads] for end in graph.local if end.reads is not None}
         self._every = [site.every for site in graph.sites]
         self._in_time = any(self._every)
         # by edge, the shapes and types of the site and the source that were found to fit
@@ -69,6 +70,8 @@ class Cuts(Hooked):
                 cut.requires_grad_()
             tape.order.append(index)
             tape.h[index], tape.cut[index], tape.versions[index] = h, cut, h._version
+            if index in self._read:
+                tape.read[index] = cut, cut._version
             if tape.visitor is not None:
                 self.flush()
                 tape.pending = (index, h, h._version)
@@ -117,14 +120,22 @@ class Cuts(Hooked):
             h = torch.stack([h for h, _ in steps], 1)
             tape.h[index], tape.versions[index] = h, h._version
 
-    def local_loss(self, end: Local, h: Tensor, target: Target) -> Tensor:
-        """The loss of a site's auxiliary network, times the target's scale."""
+    def local_loss(self, end: Local, h: Tensor, tape: Tape) -> Tensor:
+        """The loss of a site's auxiliary network, times the target's scale. The pass must have a target."""
+        assert tape.target is not None
+        given = [h] if end.reads is None else [h, self._read_of(end.reads, tape)]
         network = self.feedback.get_submodule(end.key)
         own = next((p for p in network.parameters() if p.is_floating_point()), h)
         if not torch.is_autocast_enabled(h.device.type):
             # a part of the model may compute in another precision than its first parameter has
-            h = h.to(own.dtype)
-        return end.loss(network(h), target.raw) * target.scale
+            given = [t.to(own.dtype) for t in given]
+        return end.loss(network(*given), tape.target.raw) * tape.target.scale
+
+    def _read_of(self, site: Site, tape: Tape) -> Tensor:
+        h, version = tape.read.get(self._sites_by_points[site.points], (None, 0))
+        self._check_met(site, h, version)
+        assert h is not None
+        return h
 
     def _local_losses(self, source: Source, tensor: Tensor, tape: Tape) -> list[Tensor]:
         """The losses of the sites that start with this source: a checkpoint round a site must not repeat them."""
@@ -138,7 +149,7 @@ class Cuts(Hooked):
             assert h is not None
             self._check_rows(end.site, h.shape[:1], source, tensor.shape[:1])
             if h.requires_grad and tape.target is not None:
-                losses.append(self.local_loss(end, h, tape.target))
+                losses.append(self.local_loss(end, h, tape))
         return losses
 
     def site_of(self, source: Source) -> int | None:

@@ -62,6 +62,8 @@ class Tape:
         # what the rest of the network got instead
         self.cut: list[Tensor | None] = [None] * sites
         self.versions = [0] * sites
+        # what local losses of later sites read, detached, each with its version
+        self.read: dict[int, tuple[Tensor, int]] = {}
         # how many of a site's hook points the pass has reached
         self.seen = [0] * sites
         self.calls: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Sites together with the layers above them, for rules that make their auxiliary networks of such layers."""
+"""Sites together with the layers above them and the model's input, for rules whose auxiliary networks depend on these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from feedbackward.graph import LayerAbove, Site, SiteInContext, Source
 from feedbackward.model.autograd_graph import outputs_behind
-from feedbackward.model.sites import Sites, find_sites
+from feedbackward.model.sites import Sites, find_sites, model_input
 from feedbackward.model.source import source_tensor
 from feedbackward.model.trace import PARAMETRIC, Call, Trace
 from feedbackward.operators.layer import LayerForm
@@ -18,13 +18,14 @@ def find_in_context(
     model: nn.Module, trace: Trace, sites: Sites, source: Source
 ) -> list[SiteInContext]:
     """The sites that `find_sites` finds, each with the layers above it. Raises as `find_sites` does."""
+    into = model_input(trace)
     layers = [(c.start, layer) for c, layer in _layers(trace, source)]
     found = []
     for site in find_sites(model, trace, sites, source):
         made = _time(trace, site)
         above = tuple(layer for start, layer in layers if start >= made)
         kept = (site.name, site.points, site.shape, site.tokens, site.unflattened)
-        found.append(SiteInContext(*kept, above=above))
+        found.append(SiteInContext(*kept, above=above, input=into))
     return found
 
 

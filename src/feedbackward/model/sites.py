@@ -83,18 +83,27 @@ def find_input(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
 
     Raises AttachError where the model has not one floating-point input, and as `find_pre_activations` does.
     """
+    into = model_input(trace)
+    if into is None:
+        count = sum(t.is_floating_point() for t, _ in trace.calls_of("")[0].inputs)
+        raise AttachError(
+            f"{type(model).__name__} has {count} floating-point inputs, and the error is added to the one input that a model "
+            "has: it takes numbers that an error can be added to, not indices. Use another rule (DFA, DKP)."
+        )
+    return [into, *find_pre_activations(model, trace, sites, source)]
+
+
+def model_input(trace: Trace) -> ModelInput | None:
+    """The input of the model, if it has one of floating-point numbers."""
     (whole,) = trace.calls_of("")
     floats = [i for i, (t, _) in enumerate(whole.inputs) if t.is_floating_point()]
     if len(floats) != 1:
-        raise AttachError(
-            f"{type(model).__name__} has {len(floats)} floating-point inputs, and the error is added to the one input that a model "
-            "has: it takes numbers that an error can be added to, not indices. Use another rule (DFA, DKP)."
-        )
+        return None
     tensor, _ = whole.inputs[floats[0]]
     name = "input" if "input" not in trace.counts else "the model's input"
     point = HookPoint("", "input", place=whole.places[floats[0]])
-    into = activity_place(ModelInput, trace, name, (point,), tensor, whole.start)
-    return [into, *find_pre_activations(model, trace, sites, source)]
+    found: ModelInput = activity_place(ModelInput, trace, name, (point,), tensor, whole.start)
+    return found
 
 
 class _Finder:

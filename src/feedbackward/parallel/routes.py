@@ -88,6 +88,8 @@ def refuse_rule(rule: Rule, graph: Graph, stages: int) -> None:
         why = "sends signals upwards, through the layers"
     elif any(end.above is not None for end in graph.local):
         why = "has a feedback net of its own, which runs through all stages"
+    elif any(end.reads is not None for end in graph.local):
+        why = "has local losses that read an activity of the first stage"
     elif graph.branches is not None:
         why = "sends errors along skip paths, through the branches of the whole network"
     elif any(each.in_phase for each in rules):

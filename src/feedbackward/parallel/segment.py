@@ -121,7 +121,7 @@ class StageModule(nn.Module):
         for end in self.local:
             h = tape.h[self.places[end.site]]
             if h is not None and h.requires_grad and target is not None:
-                roots.append(Root(self.cuts.local_loss(end, h, target), fill=1.0))
+                roots.append(Root(self.cuts.local_loss(end, h, tape), fill=1.0))
         if self.part.upper is None:
             return output, roots
         if self.routes.uncut[self.stage] and output.requires_grad:

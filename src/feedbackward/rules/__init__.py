@@ -44,6 +44,7 @@ from feedbackward.rules.local.auglocal import AugLocal
 from feedbackward.rules.local.ccl import CCL
 from feedbackward.rules.local.cwcomp import CwComp
 from feedbackward.rules.local.dgl import DGL
+from feedbackward.rules.local.infopro import InfoPro
 from feedbackward.rules.local.lls import LLS
 from feedbackward.rules.local.pepita import PEPITA
 from feedbackward.rules.local.predsim import PredSim
@@ -83,6 +84,7 @@ BASELINES: dict[str, type[Rule]] = {
     "grape": GrAPE,
     "predsim": PredSim,
     "lls": LLS,
+    "infopro": InfoPro,
     "auglocal": AugLocal,
     "ccl": CCL,
     "pepita": PEPITA,
@@ -163,6 +165,7 @@ __all__ = [
     "GrAPE",
     "Han2020",
     "HighwayKP",
+    "InfoPro",
     "InformationAlignment",
     "KernelDFA",
     "KolenPollack",

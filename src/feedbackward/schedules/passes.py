@@ -91,8 +91,9 @@ class Deliver:
                 self.cuts.check(edge, h, version, d)
                 outputs.append(self.cuts.broadcast(torch.zeros_like(d), [edge], [h], self.target))
                 grads.append(d)
-            if index in self.cuts.local and self.target is not None:
-                loss = self.cuts.local_loss(self.cuts.local[index], h, self.target)
+            tape = self.cuts.tape
+            if index in self.cuts.local and tape is not None and tape.target is not None:
+                loss = self.cuts.local_loss(self.cuts.local[index], h, tape)
                 outputs.append(loss)
                 grads.append(torch.ones_like(loss))
         if outputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import count_classes, local_losses, per_token
+from feedbackward.rules.local.heads import classifier, local_losses
 
 
 @dataclass(frozen=True)
@@ -69,44 +68,7 @@ class DGL(Rule):
         return local_losses(self, sites, source)
 
     def auxiliary(self, site: Site, source: Source) -> nn.Module:
-        classes = count_classes(self.label, site, source)
-        if per_token(site, source):
-            return _Head(site.shape[-1], self.hidden, classes, tokens=True)
-        # a flattened map keeps its places in a dense head, which did better than one that averages them
-        if site.map == site.shape:
-            return _maps(site.map, self.convs, self.hidden, classes)
-        return nn.Sequential(nn.Flatten(), _Head(math.prod(site.shape), self.hidden, classes))
+        return classifier(self.label, site, source, self.hidden, self.convs)
 
     def local_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.flatten(0, -2), target.flatten())
-
-
-class _Head(nn.Module):
-    """A hidden layer with batch norm, and the classes."""
-
-    def __init__(self, features: int, hidden: int, classes: int, tokens: bool = False) -> None:
-        super().__init__()
-        width = min(hidden, features)
-        self.hidden = nn.Linear(features, width, bias=False) if width else nn.Identity()
-        self.norm = (
-            (nn.LayerNorm(width) if tokens else nn.BatchNorm1d(width)) if width else nn.Identity()
-        )
-        self.act = nn.ReLU() if width else nn.Identity()
-        self.out = nn.Linear(width or features, classes)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.out(self.act(self.norm(self.hidden(h))))
-
-
-def _maps(shape: tuple[int, ...], convs: int, hidden: int, classes: int) -> nn.Module:
-    channels, *space = shape
-    dims = len(space)
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
-    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
-    layers: list[nn.Module] = [pool([max(1, n // 4) for n in space])]  # type: ignore[arg-type]
-    for _ in range(convs):
-        layers += [conv(channels, channels, 1, bias=False), norm(channels), nn.ReLU()]
-    small = [min(2, n) for n in space]
-    layers += [pool(small), nn.Flatten()]  # type: ignore[arg-type]
-    return nn.Sequential(*layers, _Head(channels * math.prod(small), hidden, classes))

@@ -93,3 +93,45 @@ class Reader(nn.Module):
             F.adaptive_avg_pool3d,
         ]
         return pools[len(self.space) - 1](h, self.space)
+
+
+def classifier(label: str, site: Site, source: Source, hidden: int, convs: int) -> nn.Module:
+    """The auxiliary classifier of :class:`DGL`: `[N, C]` scores, or `[N, T, C]`. Raises as `count_classes` does."""
+    classes = count_classes(label, site, source)
+    if per_token(site, source):
+        return _Head(site.shape[-1], hidden, classes, tokens=True)
+    # a flattened map keeps its places in a dense head, which did better than one that averages them
+    if site.map == site.shape:
+        return _maps(site.map, convs, hidden, classes)
+    return nn.Sequential(nn.Flatten(), _Head(math.prod(site.shape), hidden, classes))
+
+
+class _Head(nn.Module):
+    """A hidden layer with batch norm, and the classes."""
+
+    def __init__(self, features: int, hidden: int, classes: int, tokens: bool = False) -> None:
+        super().__init__()
+        width = min(hidden, features)
+        self.hidden = nn.Linear(features, width, bias=False) if width else nn.Identity()
+        self.norm = (
+            (nn.LayerNorm(width) if tokens else nn.BatchNorm1d(width)) if width else nn.Identity()
+        )
+        self.act = nn.ReLU() if width else nn.Identity()
+        self.out = nn.Linear(width or features, classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.out(self.act(self.norm(self.hidden(h))))
+
+
+def _maps(shape: tuple[int, ...], convs: int, hidden: int, classes: int) -> nn.Module:
+    channels, *space = shape
+    dims = len(space)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
+    layers: list[nn.Module] = [pool([max(1, n // 4) for n in space])]  # type: ignore[arg-type]
+    for _ in range(convs):
+        layers += [conv(channels, channels, 1, bias=False), norm(channels), nn.ReLU()]
+    small = [min(2, n) for n in space]
+    layers += [pool(small), nn.Flatten()]  # type: ignore[arg-type]
+    return nn.Sequential(*layers, _Head(channels * math.prod(small), hidden, classes))
