@@ -80,7 +80,7 @@ def test_another_input_size_names_the_site_and_the_fix() -> None:
     learner = fb.attach(model, fb.DFA(), example=example)
     learner(torch.randn(2, 2, 8, 8))  # another batch is fine
     with pytest.raises(
-        fb.SiteError, match=r"'3' got .*\[5, 4, 5, 5\].*\[4, 4, 4\].*one input size: resize"
+        fb.SiteError, match=r"'3' got .*\[5, 4, 5, 5\].*\[4, 4, 4\].*fits no others: resize"
     ):
         learner(torch.randn(5, 2, 10, 10))
 
@@ -180,5 +180,5 @@ def test_sizes_are_checked_in_every_pass() -> None:
     learner = fb.attach(model, fb.DFA(), example=torch.zeros(2, 1, 8, 8), sites=["1"])
     for _ in range(2):
         learner(torch.randn(2, 1, 8, 8)).sum().backward()
-        with pytest.raises(fb.SiteError, match="fits one input size"):
+        with pytest.raises(fb.SiteError, match="fits no others"):
             learner(torch.randn(2, 1, 11, 9))

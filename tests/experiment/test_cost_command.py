@@ -123,7 +123,7 @@ def test_options_of_rules_and_operators(capsys: Any) -> None:
     rules = "[{rule: dkp, label: centred, options: {center: true}}, {rule: dfa, options: {operator: {name: sparse, nonzeros: 2}}}]"
     code, out, _ = cost(capsys, *SMALL, "--rules", rules, "--sites", "published")
     assert code == 0
-    assert list(table(out, "multiply-adds")) == ["bp -", "centred dense", "dfa sparse nonzeros=2"]
+    assert list(table(out, "multiply-adds")) == ["bp -", "centred auto", "dfa sparse nonzeros=2"]
 
 
 MODELS = """
