@@ -38,6 +38,7 @@ class Scaled(fb.DKP):
     """Centred DKP that sends by `B` itself; its gradient is multiplied by a ratio of powers of the spread s."""
 
     factor: Callable[[Tensor], Tensor] = torch.ones_like
+    center: bool = True
     orthogonal: bool = False
     whiten: bool = False
 
@@ -57,15 +58,17 @@ FORMS: dict[str, fb.Rule] = {
     "bp": fb.BP(),
     "frozen": fb.Frozen(),
     "dfa": fb.DFA(),
-    "not centred": fb.DKP(center=False),
     "published": fb.DKP.published(),
     "default": fb.DKP(),
-    "strength 0.2": fb.DKP(strength=0.2),
-    "not whitened, strength 0.2": fb.DKP(whiten=False, strength=0.2),
-    "not orthogonal": fb.DKP(whiten=False, orthogonal=False),
-    "orthogonal, strength 0.5": fb.DKP(whiten=False, strength=0.5),
-    "orthogonal, strength 0.1": fb.DKP(whiten=False, strength=0.1),
-    "orthogonal, random start": fb.DKP(whiten=False, strength=0.2, operator=fb.Dense()),
+    "centred": fb.DKP(center=True),
+    "strength 0.2": fb.DKP(center=True, strength=0.2),
+    "not whitened, strength 0.2": fb.DKP(center=True, whiten=False, strength=0.2),
+    "not orthogonal": fb.DKP(center=True, whiten=False, orthogonal=False),
+    "orthogonal, strength 0.5": fb.DKP(center=True, whiten=False, strength=0.5),
+    "orthogonal, strength 0.1": fb.DKP(center=True, whiten=False, strength=0.1),
+    "orthogonal, random start": fb.DKP(
+        center=True, whiten=False, strength=0.2, operator=fb.Dense()
+    ),
     "30 / (s^2 + 30 s)": Scaled(factor=lambda s: 30 / (s.square() + 30 * s)),
     "1 / s": Scaled(factor=lambda s: 1 / s),
     "30 / s^2": Scaled(factor=lambda s: 30 / s.square()),
