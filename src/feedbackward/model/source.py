@@ -114,8 +114,9 @@ def _passed(trace: Trace, tensor: Tensor) -> Iterator[tuple[Call, int]]:
     made: dict[Output, tuple[Call, int]] = {}
     for call in trace.by_end:
         if trace.counts[call.name] == 1:
-            own = [(leaf, output) for leaf, output in enumerate(call.left) if output[0] is not None]
-            made |= {o: (call, leaf) for leaf, o in own if o not in (*made, *call.entered)}
+            for leaf, output in enumerate(call.left):
+                if output[0] is not None and output not in call.entered:
+                    made.setdefault(output, (call, leaf))
     numbers: dict[Node, list[int]] = defaultdict(list)
     for node, number in outputs_behind(tensor):
         numbers[node].append(number)

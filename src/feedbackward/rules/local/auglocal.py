@@ -14,7 +14,7 @@ from feedbackward.graph import Graph, LayerAbove, Local, Site, SiteInContext, So
 from feedbackward.operators import Shape
 from feedbackward.operators.layer import LayerForm
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import Reader, count_classes, per_token
+from feedbackward.rules.local.heads import CONVS, NORMS, POOLS, Reader, count_classes, per_token
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,8 @@ def _convolution(layer: LayerAbove, shape: Shape) -> tuple[list[nn.Module], Shap
     form, place = layer.form, len(shape) - 2
     channels, kernel = form.shape[0], form.shape[2:]
     groups = form.groups if not shape[0] % form.groups else 1
-    # a class of each kind for one, two and three dimensions
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[place]
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[place]
+    conv = CONVS[place]
+    norm = NORMS[place]
     steps = _pooled(shape, layer.entering[1:])
     if form.pad:
         steps.append((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)[place](form.pad))  # type: ignore[arg-type]
@@ -175,5 +174,4 @@ def _averaged(shape: Shape) -> list[nn.Module]:
 def _pooled(shape: Shape, space: Shape) -> list[nn.Module]:
     if shape[1:] == tuple(space):
         return []
-    kinds = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-    return [kinds[len(space) - 1](tuple(space))]
+    return [POOLS[len(space) - 1](tuple(space))]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Local, Site, Source
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import Reader, count_classes
+from feedbackward.rules.local.heads import CONVS, Reader, count_classes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
@@ -155,7 +155,7 @@ class _Mirror(nn.Module):
         entering = above.shape
         self.maps = len(entering) == len(shape) > 1
         if self.maps:
-            conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 2]
+            conv = CONVS[len(shape) - 2]
             self.layer: nn.Module = conv(entering[0], shape[0], 3, padding=1, bias=False)
         else:
             self.layer = nn.Linear(math.prod(entering), math.prod(shape), bias=False)

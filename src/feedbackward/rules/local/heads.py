@@ -13,6 +13,11 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Local, Site, Source
 
+# by the number of dimensions of space, less one
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+
 
 class LocalRule(Protocol):
     """A rule that gives every site a network and a loss of its own."""
@@ -126,9 +131,9 @@ class _Head(nn.Module):
 def _maps(shape: tuple[int, ...], convs: int, hidden: int, classes: int) -> nn.Module:
     channels, *space = shape
     dims = len(space)
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
-    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
+    conv = CONVS[dims - 1]
+    norm = NORMS[dims - 1]
+    pool = POOLS[dims - 1]
     layers: list[nn.Module] = [pool([max(1, n // 4) for n in space])]  # type: ignore[arg-type]
     for _ in range(convs):
         layers += [conv(channels, channels, 1, bias=False), norm(channels), nn.ReLU()]

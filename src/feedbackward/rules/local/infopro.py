@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Local, ModelInput, Site, SiteInContext, Source
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import classifier
+from feedbackward.rules.local.heads import CONVS, NORMS, classifier
 
 ENLARGED = ("linear", "bilinear", "trilinear")
 
@@ -133,8 +133,8 @@ class _MapDecoder(nn.Module):
     def __init__(self, site: tuple[int, ...], into: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.site, self.space, dims = site, into[1:], len(into) - 1
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        conv = CONVS[dims - 1]
+        norm = NORMS[dims - 1]
         self.mode = ENLARGED[dims - 1]
         self.steps = nn.Sequential(
             conv(site[0], width, 3, padding=1),

@@ -14,12 +14,7 @@ from torch.nn import functional as F
 from feedbackward.errors import AttachError
 from feedbackward.graph import Graph, Site, Source
 from feedbackward.rule import Rule
-from feedbackward.rules.local.heads import (
-    Reader,
-    count_classes,
-    local_losses,
-    pooled_space,
-)
+from feedbackward.rules.local.heads import CONVS, Reader, count_classes, local_losses, pooled_space
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ class _Head(nn.Module):
                 "projection", torch.empty(classes, targets).uniform_(-bound, bound)
             )
         elif space:
-            conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(space) - 1]
+            conv = CONVS[len(space) - 1]
             self.layer: nn.Module = conv(channels, channels, 3, padding=1, bias=False)
         else:
             self.layer = nn.Linear(width, width, bias=False)
