@@ -12,9 +12,10 @@ from feedbackward import moved
 
 if TYPE_CHECKING:
     from feedbackward import errors, operators, parallel, rules, topologies
+    from feedbackward.activity import LayerInput, Site, Source
     from feedbackward.attaching import attach
     from feedbackward.errors import AttachError, FeedbackError, SiteError
-    from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+    from feedbackward.graph import Edge, Graph
     from feedbackward.learner import Learner
     from feedbackward.measure.cost import Cost, count_cost
     from feedbackward.measure.probe import Probe, probe
@@ -54,7 +55,8 @@ moved.install()
 # PyTorch is imported when the first of these names is used: `feedbackward --help` needs none
 _PUBLIC_IN = {
     "feedbackward.errors": "AttachError FeedbackError SiteError",
-    "feedbackward.graph": "Edge Graph LayerInput Site Source",
+    "feedbackward.activity": "LayerInput Site Source",
+    "feedbackward.graph": "Edge Graph",
     "feedbackward.attaching": "attach",
     "feedbackward.learner": "Learner",
     "feedbackward.measure.cost": "Cost count_cost",

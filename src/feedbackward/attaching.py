@@ -12,19 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feedbackward.activity import LayerInput, ModelInput, PreActivation, Site, SiteInContext, Source
 from feedbackward.engine.attached import refuse_input_gradients, refuse_wrapped
 from feedbackward.engine.in_place import refuse_other_learners
 from feedbackward.engine.size import in_bytes, smaller
 from feedbackward.engine.weights import count_bytes
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import (
-    LayerInput,
-    ModelInput,
-    PreActivation,
-    Site,
-    SiteInContext,
-    Source,
-)
 from feedbackward.learner import Learner, M
 from feedbackward.model.context import find_in_context
 from feedbackward.model.layers import find_layer_inputs

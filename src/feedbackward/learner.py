@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from feedbackward.activity import Site, Source
 from feedbackward.engine.attached import (
     Attached,
     AttachedModule,
@@ -32,7 +33,7 @@ from feedbackward.engine.target import Target
 from feedbackward.engine.transparent import Transparent, borrowed, refuse_script
 from feedbackward.engine.weights import fitted, make_feedback, weight_names
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.model.example import run
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 from torch import Tensor
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators import OPERATORS, Weights
 from feedbackward.operators.base import within
 

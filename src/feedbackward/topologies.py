@@ -21,8 +21,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from feedbackward.activity import LayerInput, Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators.base import Operator
 
 __all__ = ["chain", "ladder", "modules", "relays", "star"]

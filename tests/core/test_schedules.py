@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wired import Net, X, two_layers
 
 import feedbackward as fb
-from feedbackward.graph import HookPoint
+from feedbackward.activity import HookPoint
 from feedbackward.schedules import segmentwise as segments
 
 # --- the same gradients ------------------------------------------------------------------------------------------

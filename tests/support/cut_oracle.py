@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 import feedbackward as fb
-from feedbackward.graph import HookPoint
+from feedbackward.activity import HookPoint
 
 Grads = dict[str, Tensor | None]
 

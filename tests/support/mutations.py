@@ -7,6 +7,7 @@ from __future__ import annotations
 
 TIME = "core/test_time.py"
 CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
+FIT = "engine/fit.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
     "learner.py",
@@ -52,10 +53,10 @@ MUTATIONS = (
     (FUNCTIONS, "weights, message, activities[i]", "weights, message, activities[0]", ORACLES),
     (CUTS, "if h is not None and (h.requires_grad or place in self.upward):", "if h is not None:", ORACLES),
     (HOOKS, "call = tape.calls.get(self.name, 0)", "call = 0", ORACLES),
-    (CUTS, "if 0 < rows.numel() < edge.rule.least_batch:", "if False:", ORACLES),
-    (CUTS, "and h._version != version:", "and False:", STEPS),
+    (FIT, "if 0 < rows.numel() < edge.rule.least_batch:", "if False:", ORACLES),
+    (FIT, "and h._version != version:", "and False:", STEPS),
     (FUNCTIONS, "return source.detach()  # not a view", "return source.view_as(source)  # not a view", STEPS),
-    (CUTS, "if edge.operator.sized and not fits:", "if False:", STEPS),
+    (FIT, "if edge.operator.sized and not fits:", "if False:", STEPS),
     (HOOKS, "            self.tape = None\n\n    def _complete", "            pass\n\n    def _complete", LAWS),
     # chains
     ("operators/base.py", "return (grad.clone(),)", "return (-grad,)", CHAIN),
@@ -124,7 +125,7 @@ MUTATIONS = (
     ("rules/local/predsim.py", "x = x.flatten(2).std(2)", "x = x.flatten(2).mean(2)", HEADS),
     ("rules/local/predsim.py", "x = x - x.mean(1, keepdim=True)", "pass", HEADS),
     ("rules/local/predsim.py", "(z - z.detach()) @ self.back.t()", "(z - z.detach()) @ self.decoder.weight.t()", HEADS),
-    ("graph.py", "return self.unflattened", "return ()", HEADS),
+    ("activity.py", "return self.unflattened", "return ()", HEADS),
     ("model/autograd_graph.py", 'startswith(("Permute", "Transpose"))', 'startswith("None")', "core/test_sites.py"),
     ("rules/local/predsim.py", "(wanted > 0)", "(wanted < 0)", HEADS),
     ("rules/local/lls.py", "F.normalize(self.reader(h), dim=1)", "self.reader(h)", HEADS),
@@ -386,7 +387,7 @@ MUTATIONS = (
     ("engine/structure.py", "if parts or self._lifted or _lost(module, new) or", "if", CHANGED),
     ("engine/structure.py", "ids == self._ids or len({*ids}) == self._tensors", "True", CHANGED),
     ("engine/plan.py", "heirs.get(n, set()) & there", "False", CHANGED),
-    ("engine/cuts.py", "self._check_met(end.site, h, tape.versions[place])", "pass", "rules/test_rules_local.py"),
+    ("engine/cuts.py", "check_met(end.site, h, tape.versions[place])", "pass", "rules/test_rules_local.py"),
     ("engine/cuts.py", "if self._fitting.get(id(edge)) != kinds:", "if id(edge) not in self._fitting:", "core/test_passes.py"),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),

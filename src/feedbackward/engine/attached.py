@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from feedbackward.activity import Site, Source
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.mirrored import Mirrored
 from feedbackward.engine.outside import in_group, is_fsdp, refuse_shards, refuse_transforms
@@ -32,7 +33,7 @@ from feedbackward.engine.weights import (
     weights_of,
 )
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.model.example import Given
 from feedbackward.operators.base import Weights
 from feedbackward.rule import Rule

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feedbackward.activity import Site, Source
 from feedbackward.engine.autograd import Broadcast, Defer, Join, Share, Sweep
 from feedbackward.engine.checkpoints import KNOWN, kept_by_checkpoints
+from feedbackward.engine.fit import check_fit, check_met, check_rows
 from feedbackward.engine.hooks import Hooked, PassOverError, SegmentVisitor, Tape
 from feedbackward.engine.target import Target
 from feedbackward.engine.upward import Upward
 from feedbackward.engine.weights import weight_named, weights_of
 from feedbackward.errors import SiteError
-from feedbackward.graph import Edge, Graph, Local, Site, Source
+from feedbackward.graph import Edge, Graph, Local
 
 
 class Cuts(Hooked):
@@ -110,7 +112,7 @@ class Cuts(Hooked):
             if not steps or tape.h[index] is not None:
                 continue
             for h, version in steps:
-                self._check_met(self.sites[index], h, version)
+                check_met(self.sites[index], h, version)
             shapes = {tuple(h.shape) for h, _ in steps}
             if len(shapes) > 1:
                 raise SiteError(
@@ -133,7 +135,7 @@ class Cuts(Hooked):
 
     def _read_of(self, site: Site, tape: Tape) -> Tensor:
         h, version = tape.read.get(self._sites_by_points[site.points], (None, 0))
-        self._check_met(site, h, version)
+        check_met(site, h, version)
         assert h is not None
         return h
 
@@ -145,9 +147,9 @@ class Cuts(Hooked):
             below_held = h is None and tape.hold is not None and tape.seen[place]
             if end.source != source or below_held:
                 continue
-            self._check_met(end.site, h, tape.versions[place])
+            check_met(end.site, h, tape.versions[place])
             assert h is not None
-            self._check_rows(end.site, h.shape[:1], source, tensor.shape[:1])
+            check_rows(end.site, h.shape[:1], source, tensor.shape[:1])
             if h.requires_grad and tape.target is not None:
                 losses.append(self.local_loss(end, h, tape))
         return losses
@@ -291,7 +293,7 @@ class Cuts(Hooked):
             # a segment with nothing to train gets no signal, unless it passes the signal on
             if h is not None and (h.requires_grad or place in self.upward):
                 edges.append(edge)
-                activities.append(self.upward.hang(place, tape, self._check_met))
+                activities.append(self.upward.hang(place, tape, check_met))
         if edges:
             tensor = self.broadcast(tensor, edges, activities, tape.target)
         if self._one_way and tape.hold is None and not losses:
@@ -332,69 +334,14 @@ class Cuts(Hooked):
         self.recompute = not torch.is_grad_enabled()
         return False
 
-    def _check_met(self, site: Site, h: Tensor | None, version: int) -> None:
-        """Refuse a site that the pass did not reach, or that was changed in place afterwards."""
-        if h is None:
-            raise SiteError(
-                f"site {site.name!r} was not reached before the source in this forward pass, so its "
-                "layers would not be trained. The model must run the same modules in every training pass; name other sites."
-            )
-        # a compiler cannot branch on versions; attach's own eager pass has checked them
-        if not torch.compiler.is_compiling() and h._version != version:
-            raise SiteError(
-                f"the activity at site {site.name!r} was changed in place after the cut (an inplace=True activation?), so "
-                "feedback would learn from the wrong tensor. Use inplace=False there, or choose the changed tensor as site."
-            )
-
-    def _check_rows(
-        self, site: Site, kept: Sequence[int], source: Source, rows: Sequence[int]
-    ) -> None:
-        """Refuse a site whose rows are not as many as those of its source."""
-        if tuple(kept) != tuple(rows):
-            raise SiteError(
-                f"site {site.name!r} has leading dimensions {list(kept)} and the source {source.name!r} {list(rows)}: the batch must "
-                "come first and be the same at both, as row i of the source is fed back to row i of the site. Where the rows "
-                "between are others (windows, frames, experts, a batch that comes second), name modules around that part as "
-                "sites, or the module that makes the site's rows as `error_at`."
-            )
-
     def check(self, edge: Edge, h: Tensor | None, version: int, source: Tensor) -> None:
         """Refuse an edge whose site was not reached, was changed in place, or does not fit its source."""
-        self._check_met(edge.site, h, version)
+        check_met(edge.site, h, version)
         assert h is not None
         if torch.compiler.is_compiling():
-            self._check_fit(edge, h, source)
+            check_fit(edge, h, source)
             return
         kinds = (h.shape, h.dtype, source.shape, source.dtype)
         if self._fitting.get(id(edge)) != kinds:
-            self._check_fit(edge, h, source)
+            check_fit(edge, h, source)
             self._fitting[id(edge)] = kinds
-
-    def _check_fit(self, edge: Edge, h: Tensor, source: Tensor) -> None:
-        """Refuse an activity and a source of whose shapes or types the edge cannot make signals."""
-        site = edge.site
-        if h.is_complex() or source.is_complex():
-            name = site.name if h.is_complex() else edge.source.name
-            raise SiteError(
-                f"{name!r} is complex, and feedback weights are real: name other sites (`sites=`), or the module that makes real "
-                "numbers of it as `error_at`."
-            )
-        lead, calls = edge.leading, edge.repeats
-        fits = (
-            h.shape[lead + calls :] == edge.site_shape
-            and source.shape[lead:].numel() == edge.source_size
-        )
-        if edge.operator.sized and not fits:
-            raise SiteError(
-                f"site {site.name!r} got an activity of shape {list(h.shape)} and its source {list(source.shape)}, but its "
-                f"feedback was made for features {list(edge.site_shape)} and {edge.source_size} source units, and fits no others: "
-                "resize the inputs, or attach with an example of this size. Maps of any size are fed by operator=fb.Pooled()."
-            )
-        kept, rows = (*h.shape[:1], *h.shape[1 + calls :][: lead - 1]), source.shape[:lead]
-        self._check_rows(site, kept, edge.source, rows)
-        # a layer that gets no rows (an expert) gets no gradient either
-        if 0 < rows.numel() < edge.rule.least_batch:
-            raise SiteError(
-                f"{edge.rule.label} with these options needs a batch of at least {edge.rule.least_batch}, got "
-                f"{source.shape[0]} (center=True subtracts the batch mean). Drop the last smaller batch."
-            )

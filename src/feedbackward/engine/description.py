@@ -7,11 +7,11 @@ from html import escape
 
 from torch import Tensor
 
+from feedbackward.activity import LayerInput
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.html import html_table
 from feedbackward.engine.size import in_bytes
 from feedbackward.engine.weights import count_bytes
-from feedbackward.graph import LayerInput
 
 # operators whose weights' shape says what they are
 _SELF_EVIDENT = ("Dense", "LayerShaped")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from feedbackward.activity import EVERY, FIRST, HookPoint, Site, Source
 from feedbackward.engine.target import Target
 from feedbackward.engine.transparent import Inert
 from feedbackward.errors import SiteError
-from feedbackward.graph import EVERY, FIRST, Branches, HookPoint, Site, Source
+from feedbackward.graph import Branches
 from feedbackward.model.values import by_place
 
 

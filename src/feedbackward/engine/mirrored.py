@@ -6,9 +6,10 @@ import warnings
 
 from torch import nn
 
+from feedbackward.activity import LayerInput
 from feedbackward.engine.outside import is_shard
 from feedbackward.engine.weights import weight_named, weights_of
-from feedbackward.graph import Edge, Graph, LayerInput
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators.base import within
 from feedbackward.operators.layer import MEASURED_INITS
 

@@ -15,11 +15,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from feedbackward.activity import Site, Source
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.hooks import Observer
 from feedbackward.engine.outside import several_processes
 from feedbackward.errors import FeedbackError
-from feedbackward.graph import Edge, Site, Source
+from feedbackward.graph import Edge
 from feedbackward.model.example import copied, run
 from feedbackward.model.state import preserved
 from feedbackward.operators.base import Weights

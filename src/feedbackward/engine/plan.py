@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from feedbackward.activity import Site
 from feedbackward.engine.autograd import BROADCAST, JOIN
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.hooks import Observer, Tape
-from feedbackward.graph import Site
 from feedbackward.model.autograd_graph import below, is_leaf, walk
 from feedbackward.model.example import as_in_training, run_example
 from feedbackward.model.values import tensors_in

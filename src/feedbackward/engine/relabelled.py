@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedbackward.graph import Activity
+from feedbackward.activity import Activity
 from feedbackward.model.example import copied
 from feedbackward.model.trace import trace
 from feedbackward.model.values import tensors_within

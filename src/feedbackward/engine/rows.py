@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from feedbackward.activity import Activity, LayerInput, Site, Source
 from feedbackward.engine.relabelled import moves_along
 from feedbackward.errors import AttachError
-from feedbackward.graph import Activity, Edge, Graph, LayerInput, Local, Site, Source
+from feedbackward.graph import Edge, Graph, Local
 from feedbackward.model.autograd_graph import leading_to, outputs_behind
 from feedbackward.model.trace import Trace, trace
 from feedbackward.operators.base import widened

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from feedbackward.activity import LayerInput
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, LayerInput
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators import Auto
 
 # the share of the free memory that feedback may take: activities, gradients and the optimizer need some

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from feedbackward.activity import LayerInput, PreActivation
 from feedbackward.engine.checks import check_graph
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput, PreActivation
+from feedbackward.graph import Graph
 from feedbackward.model.trace import PARAMETRIC
 from feedbackward.rule import Rule
 

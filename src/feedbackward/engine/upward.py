@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
+from feedbackward.activity import Site
 from feedbackward.engine.hooks import Tape
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, UpwardEdge
+from feedbackward.graph import Graph, UpwardEdge
 from feedbackward.model.autograd_graph import (
     is_leaf,
     is_product,

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feedbackward.activity import LayerInput
 from feedbackward.engine.size import refuse_too_large
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import Edge, Graph, LayerInput, feedback_key
+from feedbackward.graph import Edge, Graph, feedback_key
 from feedbackward.operators.base import Weights, within
 from feedbackward.operators.layer import MEASURED_INITS, LayerShaped
 

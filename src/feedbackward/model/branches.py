@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from feedbackward.graph import HookPoint, Site
+from feedbackward.activity import HookPoint, Site
 from feedbackward.model.autograd_graph import below, below_without_leaves, is_leaf, is_product, walk
 from feedbackward.model.trace import Call, Trace
 

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from feedbackward.graph import LayerAbove, Site, SiteInContext, Source
+from feedbackward.activity import LayerAbove, Site, SiteInContext, Source
 from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.sites import Sites, find_sites, model_input
 from feedbackward.model.source import source_tensor

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from feedbackward.activity import HookPoint, LayerInput, PreActivation, Source
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import HookPoint, LayerInput, PreActivation, Source
 from feedbackward.model.autograd_graph import (
     PASSING,
     below,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from feedbackward.activity import HookPoint, Site
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import HookPoint, Site
 from feedbackward.model.autograd_graph import flattened_from
 from feedbackward.model.trace import Call, Trace
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from feedbackward.activity import EVERY, HookPoint, Site, Source
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import EVERY, HookPoint, Site, Source
 from feedbackward.model.trace import Call, Trace
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from feedbackward.activity import HookPoint, ModelInput, PreActivation, Site, Source
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import HookPoint, ModelInput, PreActivation, Site, Source
 from feedbackward.model.autograd_graph import outputs_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.places import (

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from feedbackward.activity import Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Source
 from feedbackward.model.autograd_graph import (
     Node,
     Output,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from feedbackward.activity import EVERY, HookPoint
 from feedbackward.errors import AttachError
-from feedbackward.graph import EVERY, HookPoint
 from feedbackward.model.autograd_graph import (
     Output,
     below,

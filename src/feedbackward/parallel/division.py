@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from feedbackward.activity import LayerInput
 from feedbackward.engine.target import Target
 from feedbackward.engine.weights import weight_names
 from feedbackward.errors import AttachError
-from feedbackward.graph import LayerInput
 from feedbackward.learner import Learner
 from feedbackward.model.state import all_trainable, preserved, training_mode
 from feedbackward.model.values import tensors_in

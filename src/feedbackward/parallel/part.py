@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from feedbackward.activity import Site, Source
 from feedbackward.engine.hooks import Hooked, PassOverError
 from feedbackward.engine.weights import digest
 from feedbackward.errors import SiteError
-from feedbackward.graph import Site, Source
 from feedbackward.model.example import run
 from feedbackward.model.state import forward_of
 from feedbackward.parallel.recording import Call, Recording

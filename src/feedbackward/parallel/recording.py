@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from feedbackward.activity import Site
 from feedbackward.engine.hooks import Observer
-from feedbackward.graph import Site
 from feedbackward.model.example import run
 from feedbackward.model.state import preserved
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from feedbackward.activity import Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Local, Source
+from feedbackward.graph import Edge, Graph, Local
 from feedbackward.rule import Rule
 from feedbackward.schedules.dsp import DSP
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from feedbackward.activity import Source
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.hooks import Tape
 from feedbackward.engine.target import Target
-from feedbackward.graph import Edge, Source
+from feedbackward.graph import Edge
 from feedbackward.learner import Learner
 from feedbackward.parallel.part import Part
 from feedbackward.parallel.recording import Recording

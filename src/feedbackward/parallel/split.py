@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feedbackward.activity import HookPoint, LayerInput, Site
 from feedbackward.engine.hooks import Observer
 from feedbackward.errors import AttachError
-from feedbackward.graph import HookPoint, LayerInput, Site
 from feedbackward.learner import Learner
 from feedbackward.model.autograd_graph import dominators, outputs_behind
 from feedbackward.model.example import run

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from feedbackward.activity import Source
 from feedbackward.engine.target import Target
 from feedbackward.errors import DivergenceError
-from feedbackward.graph import Source
 from feedbackward.model.values import tensors_in
 from feedbackward.parallel.division import Division
 from feedbackward.parallel.mail import Mail, Message

@@ -10,8 +10,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError, FeedbackError
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.rule import Rule
 
 # who delays the gradients of a learner; an object that is gone delays nothing

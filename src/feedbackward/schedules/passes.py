@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feedbackward.activity import Source
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.hooks import PassOverError
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import Source
 
 LossFn = Callable[[Any], Tensor]
 

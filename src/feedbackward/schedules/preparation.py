@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from feedbackward.activity import Source
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.errors import AttachError
-from feedbackward.graph import Source
 from feedbackward.model.example import copied, run
 from feedbackward.model.state import preserved
 from feedbackward.model.values import tensors_in

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feedbackward.activity import LayerInput, Source
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.cuts import Cuts
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError
-from feedbackward.graph import LayerInput, Source
 from feedbackward.model.example import copied, run
 from feedbackward.model.state import PassState, preserved
 from feedbackward.schedules.passes import (

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+from feedbackward.activity import Source
 from feedbackward.engine.attached import Attached
 from feedbackward.engine.hooks import Director, PassOverError
 from feedbackward.engine.plan import parameters_behind
 from feedbackward.engine.target import Target
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.graph import Source
 from feedbackward.model.attributes import PLAIN
 from feedbackward.model.example import copied, run
 from feedbackward.model.state import RandomState, forward_of, preserved

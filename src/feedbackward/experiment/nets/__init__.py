@@ -66,11 +66,13 @@ def _transformer(depth: int, width: int = 128, stages: int | None = None) -> Net
     )
 
 
-def _recurrent(kind: type[nn.RNNBase]) -> Net:
+def _recurrent(kind: type[nn.RNNBase], steps: bool = False) -> Net:
+    inside = ".steps.0" if steps else ""
     return Net(
-        partial(Recurrent, kind=kind),
-        f"2 {kind.__name__} layers of width 128, for characters",
-        sites=("layers.0", "layers.1"),
+        partial(Recurrent, kind=kind, steps=steps),
+        f"2 {kind.__name__} layers of width 128, for characters"
+        + (", a site of every step" if steps else ""),
+        sites=(f"layers.0{inside}", f"layers.1{inside}"),
         task="language_model",
     )
 
@@ -156,7 +158,9 @@ NETS: dict[str, Net] = {
     "transformer6": _transformer(6),
     "transformer6_stages3": _transformer(6, stages=3),
     "gru": _recurrent(nn.GRU),
+    "gru_steps": _recurrent(nn.GRU, steps=True),
     "lstm": _recurrent(nn.LSTM),
+    "lstm_steps": _recurrent(nn.LSTM, steps=True),
     # the error of a node's neighbours is its own as well: it is taken before the last layer sums over them
     "gcn": _graph(
         "2 graph convolutions, 16 wide (Kipf and Welling 2017)",

@@ -6,7 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Graph, LayerInput, Site, Source
+from feedbackward.activity import LayerInput, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import Signed
 from feedbackward.rule import Rule, refuse_zeros

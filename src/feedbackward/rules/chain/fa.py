@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Graph, LayerInput, Site, Source
+from feedbackward.activity import LayerInput, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import chain

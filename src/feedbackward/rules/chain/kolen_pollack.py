@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from feedbackward.graph import Graph, LayerInput, Site, Source
+from feedbackward.activity import LayerInput, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule
 from feedbackward.topologies import chain

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.activity import LayerInput, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators.base import Weights
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule

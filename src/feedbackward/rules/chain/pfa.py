@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from feedbackward.activity import LayerInput, Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.product import PRODUCT_KINDS, Product
 from feedbackward.rule import Rule

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from feedbackward.activity import LayerInput, Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.operators.signed import FixedSigned, Signed, UniformSigned
 from feedbackward.rule import Rule, refuse_zeros

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from feedbackward.activity import LayerInput, Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule
 from feedbackward.topologies import chain

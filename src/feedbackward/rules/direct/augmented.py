@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from feedbackward.activity import PreActivation, Site
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, PreActivation, Site
+from feedbackward.graph import Edge
 from feedbackward.rule import Rule
 
 # g(a): what stands for the slope of the activation at `a`

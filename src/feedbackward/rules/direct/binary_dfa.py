@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.activity import Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators import Binary
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star

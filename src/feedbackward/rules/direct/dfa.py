@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.activity import Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import refuse_zeros
 from feedbackward.rules.direct.augmented import Augmented

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators import Auto, Dense, Operator, Orthogonal, Weights
 from feedbackward.rules.direct.augmented import Augmented, activity
 from feedbackward.rules.direct.whitening import has_places, whitened

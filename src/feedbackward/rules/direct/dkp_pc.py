@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from feedbackward.activity import Site
 from feedbackward.errors import AttachError
-from feedbackward.graph import Site
 from feedbackward.rules.direct.dkp import DKP
 from feedbackward.rules.targets.decoding import learning, rows
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.activity import Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star

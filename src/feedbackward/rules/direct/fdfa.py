@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators import Dense, Operator, Orthogonal
 from feedbackward.rule import Rule
 from feedbackward.topologies import star

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.activity import Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators import Dense, Operator, Shape, Weights
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star

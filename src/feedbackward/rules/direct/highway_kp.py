@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from feedbackward.activity import LayerInput, Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Branches, Graph, LayerInput, Site, Source
+from feedbackward.graph import Branches, Graph
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule
 from feedbackward.topologies import chain

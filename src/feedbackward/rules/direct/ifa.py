@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Edge, Graph, Site, Source, UpwardEdge
+from feedbackward.activity import Site, Source
+from feedbackward.graph import Edge, Graph, UpwardEdge
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Rule, refuse_zeros
 

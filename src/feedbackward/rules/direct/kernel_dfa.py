@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feedbackward.graph import Edge, Graph, LayerInput, Site, Source
+from feedbackward.activity import LayerInput, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators import Dense, LayerKernel, Operator
 from feedbackward.rule import Rule, refuse_zeros
 

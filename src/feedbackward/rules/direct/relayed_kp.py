@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from feedbackward.activity import LayerInput, Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerInput, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators import Dense, Operator
 from feedbackward.operators.layer import LayerForm, LayerShaped
 from feedbackward.rule import Rule

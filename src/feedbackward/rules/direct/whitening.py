@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Site
+from feedbackward.activity import Site
 from feedbackward.operators.base import widened
 
 

@@ -9,8 +9,9 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feedbackward.activity import LayerAbove, Site, SiteInContext, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, LayerAbove, Local, Site, SiteInContext, Source
+from feedbackward.graph import Graph, Local
 from feedbackward.operators import Shape
 from feedbackward.operators.layer import LayerForm
 from feedbackward.rule import Rule

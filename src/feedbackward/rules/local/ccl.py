@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Local, Site, Source
+from feedbackward.graph import Graph, Local
 from feedbackward.rule import Rule
 from feedbackward.rules.local.heads import CONVS, Reader, count_classes
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.rule import Rule
 from feedbackward.rules.local.heads import Reader, count_classes, local_losses
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Local, Site, Source
+from feedbackward.graph import Graph, Local
 
 # by the number of dimensions of space, less one
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

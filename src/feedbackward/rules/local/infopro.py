@@ -11,8 +11,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feedbackward.activity import ModelInput, Site, SiteInContext, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Local, ModelInput, Site, SiteInContext, Source
+from feedbackward.graph import Graph, Local
 from feedbackward.rule import Rule
 from feedbackward.rules.local.heads import CONVS, NORMS, classifier
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from feedbackward.graph import Edge, Graph, ModelInput, PreActivation, Site, Source
+from feedbackward.activity import ModelInput, PreActivation, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.rules.targets.decoding import learning, rows

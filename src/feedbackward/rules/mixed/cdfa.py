@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators import Dense, Operator
 from feedbackward.rule import Rule, refuse_zeros
 from feedbackward.topologies import star

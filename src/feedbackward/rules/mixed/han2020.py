@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Graph, Site, Source
+from feedbackward.graph import Graph
 from feedbackward.operators import Dense, Kernel, Operator, PerShape
 from feedbackward.rule import Rule
 from feedbackward.topologies import modules

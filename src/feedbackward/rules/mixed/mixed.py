@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Local, Site, Source, UpwardEdge
+from feedbackward.graph import Edge, Graph, Local, UpwardEdge
 from feedbackward.rule import Rule
 from feedbackward.rules.controls.bp import BP
 from feedbackward.schedules.dsp import DSP

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators.decoder import pair
 from feedbackward.rules.targets.decoding import Laddered, reconstruct
 from feedbackward.topologies import as_source

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from feedbackward.activity import LayerInput, PreActivation, Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, LayerInput, PreActivation, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators.base import widened
 from feedbackward.operators.layer import LayerShaped
 from feedbackward.rule import Rule

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from feedbackward.activity import Site, Source
 from feedbackward.errors import AttachError
-from feedbackward.graph import Edge, Graph, Site, Source
+from feedbackward.graph import Edge, Graph
 from feedbackward.operators import Dense, Operator, Weights
 from feedbackward.operators.base import widened
 from feedbackward.rule import Rule
