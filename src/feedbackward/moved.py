@@ -19,7 +19,7 @@ _PACKAGES = {
     ),
     ("experiment", "experiment.training"): (
         "building checkpoint checkpointed diagnose environment inspect interrupts "
-        "measure optimizing progress randomness record refusal run runfolder train"
+        "measure optimizing progress record refusal run runfolder train"
     ),
     ("experiment", "experiment.data"): ("cache decode decode_progress fashion_mini loader sources"),
     ("experiment", "experiment.grid"): ("compare search=candidates"),
