@@ -13,9 +13,10 @@ class DataConfig:
         name: fashion-mini (embedded), fashion-mnist, cifar10, cifar100, tiny-imagenet, or the path of an image
             folder; for a language model tiny-shakespeare, or the path of a text file; for node classification cora,
             citeseer or amazon-photo; for music jsb-chorales, nottingham, musedata or piano-midi; or the path of an .npz
-            file like these; for regression picture (embedded), or the path of an image.
+            file like these; for regression picture (embedded), or the path of an image; for recommendation clicks
+            (embedded), or the path of an .npz file with fields and clicks.
         root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
-        train_limit: use at most so many training images (or sequences, nodes, pixels).
+        train_limit: use at most so many training images (or sequences, nodes, pixels, impressions).
         validation: held-out images taken from train; by default 5,000, or 1/8 of a smaller training set.
         test_limit: use at most so many test images.
         classes: keep the first so many classes only.

@@ -120,6 +120,12 @@ RECIPES: dict[str, Recipe] = {
         epochs=100,
         forward=Optimizer(name="adam", lr=3e-3, momentum=0.0, nesterov=False, weight_decay=0.0),
     ),
+    "recommendation": Recipe(
+        about="Adam with a one-cycle rate for W and B; what a recommendation has by default",
+        batch_size=256,
+        epochs=8,
+        forward=Optimizer(name="adam", lr=2e-3, momentum=0.0, nesterov=False, weight_decay=1e-6),
+    ),
     "published": Recipe(
         about="the DKP authors' CIFAR-10 recipe: small constant rate for W, Adam with a decaying rate for B",
         batch_size=50,

@@ -35,8 +35,8 @@ class Measure:
         return {**named, tested: result.get(tested), held_out: epoch.get(held_out)}
 
     def in_words(self, value: float, digits: int = 0, named: bool = False) -> str:
-        """The value as text: "69.4 %", "perplexity 5.21"; a unit makes the name unnecessary, unless it is `named`."""
-        number = f"{value:.{digits or self.digits}f}{self.unit}"
+        """The value as text, with so many digits at least: "69.4 %", "perplexity 5.21"; a unit makes the name unnecessary, unless it is `named`."""
+        number = f"{value:.{max(digits, self.digits)}f}{self.unit}"
         return f"{self.title} {number}" if named or not self.unit else number
 
     @property
@@ -72,12 +72,15 @@ PERPLEXITY = Measure("perplexity", "perplexity", falls=True)
 # the negative log-likelihood of a frame
 NLL = Measure("nll", "NLL", " nats", falls=True)
 PSNR = Measure("psnr", "PSNR", " dB")
+# the binary cross-entropy of a click
+LOG_LOSS = Measure("log_loss", "log loss", " nats", falls=True, digits=4)
 KINDS = {
     "classification": Kind("images", ACCURACY, "default"),
     "language_model": Kind("tokens", PERPLEXITY, "language_model"),
     "node_classification": Kind("nodes", ACCURACY, "node_classification"),
     "music": Kind("frames", NLL, "music"),
     "regression": Kind("pixels", PSNR, "regression"),
+    "recommendation": Kind("impressions", LOG_LOSS, "recommendation"),
 }
 
 

@@ -16,6 +16,7 @@ from feedbackward.errors import ConfigError
 from feedbackward.experiment.nets import alexnet, graph, small_cnn, transformer, vgg
 from feedbackward.experiment.nets.blocks import set_dropout
 from feedbackward.experiment.nets.custom import build_custom
+from feedbackward.experiment.nets.deepfm import DeepFM
 from feedbackward.experiment.nets.field import Field
 from feedbackward.experiment.nets.mlp import MLP
 from feedbackward.experiment.nets.recurrent import Recurrent
@@ -187,6 +188,11 @@ NETS: dict[str, Net] = {
     },
     "field": Net(
         Field, "Fourier features and 4 fc, for the colours of a picture", task="regression"
+    ),
+    "deepfm": Net(
+        DeepFM,
+        "a factorisation machine beside 3 fc, over the same embeddings (Guo et al. 2017), for clicks",
+        task="recommendation",
     ),
 }
 

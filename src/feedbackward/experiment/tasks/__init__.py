@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from feedbackward.experiment.data.clicks import fingerprint_clicks, load_clicks
 from feedbackward.experiment.data.dataset import Loader, fingerprint_data, load_data
 from feedbackward.experiment.data.loader import Batches
 from feedbackward.experiment.data.music import PieceLoader, fingerprint_music, load_music
@@ -11,7 +12,7 @@ from feedbackward.experiment.data.nodes import NodeLoader, fingerprint_graph, lo
 from feedbackward.experiment.data.picture import fingerprint_picture, load_picture
 from feedbackward.experiment.data.splits import PairLoader
 from feedbackward.experiment.data.text import fingerprint_text, load_text
-from feedbackward.experiment.tasks.task import AnyData, Classes, Frames, Task, Values
+from feedbackward.experiment.tasks.task import AnyData, Classes, Clicks, Frames, Task, Values
 
 __all__ = ["TASKS", "AnyData", "Task"]
 
@@ -50,6 +51,9 @@ _ALL = (
     ),
     Values(
         "regression", load_picture, fingerprint_picture, _plain(PairLoader), 4096, labelled=False
+    ),
+    Clicks(
+        "recommendation", load_clicks, fingerprint_clicks, _plain(PairLoader), 4096, ranked=True
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

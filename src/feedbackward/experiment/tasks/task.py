@@ -1,4 +1,4 @@
-"""What the training loop asks of a task: all that it knows of images, texts, graphs, music or pictures."""
+"""What the training loop asks of a task: all that it knows of images, texts, graphs, music, pictures or clicks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from feedbackward.experiment.config.data import DataConfig
 from feedbackward.experiment.config.tasks import KINDS, Kind
+from feedbackward.experiment.data.clicks import area
 from feedbackward.experiment.data.dataset import Data
 from feedbackward.experiment.data.loader import Batches
 from feedbackward.experiment.data.splits import SplitData
@@ -30,6 +31,7 @@ class Task(ABC):
         rows: rows of a batch of an evaluation, at least.
         whole: whether a batch cannot be divided into parts whose mean losses count alike.
         labelled: whether targets are classes.
+        ranked: whether it measures how a split's outputs are ordered, all of them together.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Task(ABC):
     rows: int
     whole: bool = False
     labelled: bool = True
+    ranked: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -60,6 +63,10 @@ class Task(ABC):
     @abstractmethod
     def measures(self, loss: float, accuracy: float) -> dict[str, float]:
         """What is recorded of a split, from its mean loss and its percentage of right predictions."""
+
+    def ranking(self, output: Tensor, target: Tensor) -> dict[str, float]:
+        """What is recorded of the order of all outputs of a split, where the task is `ranked`."""
+        return {}
 
     @abstractmethod
     def output_shape(self, target: Tensor, data: AnyData) -> tuple[int, ...]:
@@ -98,6 +105,23 @@ class Classes(Task):
 
     def guess(self, data: AnyData) -> float:
         return math.log(data.num_classes)
+
+
+class Clicks(Classes):
+    """Outputs are scores [N, 2] of no click and of a click, and targets 1 for a click, [N]."""
+
+    def measures(self, loss: float, accuracy: float) -> dict[str, float]:
+        return {"loss": loss, "log_loss": loss}
+
+    def ranking(self, output: Tensor, target: Tensor) -> dict[str, float]:
+        """The area under the ROC curve."""
+        return {"auc": area(output[:, 1] - output[:, 0], target)}
+
+    def guess(self, data: AnyData) -> float:
+        """The entropy of the share of clicks."""
+        targets: Tensor = data.train.targets  # type: ignore[union-attr]
+        share = targets.double().mean()
+        return float(torch.special.entr(torch.stack([share, 1 - share])).sum())
 
 
 class Frames(Task):

@@ -235,6 +235,7 @@ class Run:
         rows = max(self.task.rows, self.loader.batch_size)
         loader = self.task.batches(split, self.data, rows, device=self.device, shuffle=False)
         loss, correct, count = 0.0, 0, 0
+        seen: list[tuple[Tensor, Tensor]] = []
         self.learner.eval()
         try:
             with torch.no_grad(), self.precision():
@@ -243,11 +244,14 @@ class Run:
                     loss += self.task.loss(output, labels, "sum").item()
                     correct += int(self.task.hits(output, labels))
                     count += self.task.count(labels)
+                    if self.task.ranked:
+                        seen.append((output.float().cpu(), labels.cpu()))
                     if check:
                         check()
         finally:
             self.learner.train()
-        return self.task.measures(loss / count, 100 * correct / count)
+        ranking = self.task.ranking(*map(torch.cat, zip(*seen, strict=True))) if seen else {}
+        return self.task.measures(loss / count, 100 * correct / count) | ranking
 
     def output(self, images: Any) -> Tensor:
         """The network's output on a batch."""
