@@ -43,6 +43,8 @@ class Activity:
         tensor works on the last dimension only. Of an activity of every call (:attr:`every`) the calls are the first.
     unflattened: of a vector that a flatten made of a map, the shape of the map: channels, then two or three dimensions of
         space. Otherwise empty.
+    apart: whether its tokens are others than those whose error is sent, as an encoder's are where a decoder makes the output.
+        Each of them then gets the sum of the errors.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Activity:
     shape: tuple[int, ...]
     tokens: int = 0
     unflattened: tuple[int, ...] = ()
+    apart: bool = False
 
     @property
     def map(self) -> tuple[int, ...]:

@@ -90,6 +90,7 @@ class Edge:
         kept, calls = source.tokens, self.repeats
         if (
             kept
+            and not site.apart
             and kept == site.tokens - calls
             and source.shape[:kept] == site.shape[calls:][:kept]
         ):
@@ -98,9 +99,10 @@ class Edge:
 
     @property
     def repeats(self) -> int:
-        """1 where every call of the site's module gets the same error, because the source has no step for each; else 0.
+        """1 where every call of the site's module, or every token of a site that is apart, gets the same error; else 0.
 
-        The site has then one leading dimension more than the source: the calls, behind the batch.
+        The source has then no step for each of them, or steps that are others. The site has one leading dimension more than what is
+        sent: the calls or the tokens, behind the batch.
         """
         return self._repeats  # type: ignore[attr-defined]
 
@@ -108,12 +110,17 @@ class Edge:
         source, site = self.source, self.site
         kept = site.tokens
         stepped = kept == source.tokens and site.shape[:kept] == source.shape[:kept]
-        return int(site.every and not stepped)
+        return int(site.apart or (site.every and not stepped))
+
+    @property
+    def summed(self) -> int:
+        """How many dimensions of the source, behind the batch, are summed over: the tokens, where the site's are others."""
+        return self.source.tokens if self.site.apart else 0
 
     @property
     def source_shape(self) -> tuple[int, ...]:
         """The source's feature dimensions."""
-        return self.source.shape[self.leading - 1 :]
+        return self.source.shape[self.leading - 1 + self.summed :]
 
     @property
     def source_size(self) -> int:

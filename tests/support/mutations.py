@@ -8,6 +8,7 @@ from __future__ import annotations
 TIME = "core/test_time.py"
 CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
 FIT = "engine/fit.py"
+APART, CLICKS = "core/test_apart.py", "experiment/test_clicks.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
     "learner.py",
@@ -389,6 +390,20 @@ MUTATIONS = (
     ("engine/plan.py", "heirs.get(n, set()) & there", "False", CHANGED),
     ("engine/cuts.py", "check_met(end.site, h, tape.versions[place])", "pass", "rules/test_rules_local.py"),
     ("engine/cuts.py", "if self._fitting.get(id(edge)) != kinds:", "if id(edge) not in self._fitting:", "core/test_passes.py"),
+    # tokens that are not those of the source
+    ("graph.py", "            and not site.apart\n", "", APART),
+    ("graph.py", "return self.source.tokens if self.site.apart else 0", "return 0", APART),
+    ("engine/autograd.py", "t = t.flatten(1, edge.summed).sum(1)", "t = t.flatten(1, edge.summed).mean(1)", APART),
+    ("model/autograd_graph.py", "if mixed and parameter_behind(edges[0][0]) is None else", "if mixed else", APART),
+    ("model/autograd_graph.py", "edges[:1] if mixed and", "edges if mixed and", APART),
+    ("rules/local/heads.py", "and not site.apart", "", APART),
+    ("measure/cost.py", "lead = edge.leading + edge.repeats - 1", "lead = edge.leading - 1", APART),
+    # clicks
+    ("experiment/data/clicks.py", "(count - 1) / 2)[place]", "count / 2)[place]", CLICKS),
+    ("experiment/data/clicks.py", "starts = np.cumsum(sizes) - sizes", "starts = np.zeros_like(sizes)", CLICKS),
+    ("experiment/data/clicks.py", "order[:eighth], order[eighth : 3", "order[:eighth], order[: 3", CLICKS),
+    ("experiment/nets/deepfm.py", "v.square().sum(1)).sum(1, keepdim=True) / 2", "v.square().sum(1)).sum(1, keepdim=True)", CLICKS),
+    ("experiment/training/run.py", "seen.append((output.float().cpu(), labels.cpu()))", "seen[:] = [(output.float().cpu(), labels.cpu())]", CLICKS),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

@@ -88,6 +88,8 @@ class Broadcast(torch.autograd.Function):
 
 def _rows(t: Tensor, edge: Edge, shape: torch.Size) -> Tensor:
     """What the source has for each row of a site of this shape: `[M, *source]`."""
+    if edge.summed:
+        t = t.flatten(1, edge.summed).sum(1)
     if edge.repeats:
         t = t.unsqueeze(1).expand(-1, shape[1], *t.shape[1:])
     lead = edge.leading + edge.repeats

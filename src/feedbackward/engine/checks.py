@@ -62,3 +62,10 @@ def _check_every(rule: Rule, graph: Graph) -> None:
             f"{rule.label} sends on the signal of {many[0].name!r}, or learns its feedback in a phase, and this module is called many "
             "times in one pass. Use a rule that sends the output's error (DFA, DKP), or sites that are called once."
         )
+    apart = [edge for edge in graph.edges if edge.site.apart]
+    if any(edge.rule.in_phase for edge in apart):
+        raise AttachError(
+            f"{rule.label} learns its feedback in a phase, in which a token's activity must belong to a token's error, and those of "
+            f"{apart[0].site.name!r} are others than those of {apart[0].source.name!r} (an encoder's, seen by attention alone). Use "
+            "DFA or DKP, or sites in the decoder."
+        )

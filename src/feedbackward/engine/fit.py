@@ -50,7 +50,7 @@ def check_fit(edge: Edge, h: Tensor, source: Tensor) -> None:
     lead, calls = edge.leading, edge.repeats
     fits = (
         h.shape[lead + calls :] == edge.site_shape
-        and source.shape[lead:].numel() == edge.source_size
+        and source.shape[lead + edge.summed :].numel() == edge.source_size
     )
     if edge.operator.sized and not fits:
         raise SiteError(

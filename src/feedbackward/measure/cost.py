@@ -288,8 +288,10 @@ class _Count:
         return edge.rule.message(edge, d, d, d)
 
     def _zeros(self, edge: Edge, shape: Sequence[int]) -> Tensor:
-        tokens = edge.site.shape[: edge.leading - 1]
-        return self.reference.new_zeros(self.batch, *tokens, *shape).flatten(0, edge.leading - 1)
+        lead = edge.leading + edge.repeats - 1
+        return self.reference.new_zeros(self.batch, *edge.site.shape[:lead], *shape).flatten(
+            0, lead
+        )
 
     def _classes(self) -> Tensor:
         source = self.learner.source

@@ -246,6 +246,7 @@ def _compare_feedback(
         e
         for e in learner.graph.edges
         if e.leading == 1
+        and not e.repeats
         and e.source == learner.source
         and e.site.name in activities
         and e.operator.linear

@@ -14,6 +14,8 @@ Output = tuple[Node, int]
 
 # how the nodes of matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
+# products in which no factor need be a weight
+_OF_ACTIVITIES = ("Bmm", "Baddbmm", "ScaledDot")
 # what may be picked by the data
 _BY_DATA = ("Embedding", "Index", "Gather", "Take")
 # or is repeated for every sample
@@ -99,6 +101,23 @@ def outputs_behind(tensor: Tensor) -> set[Output]:
 
     def onward(output: Output) -> list[Output]:
         return [edge for edge in output[0].next_functions if edge[0] is not None]
+
+    return set(walk([(tensor.grad_fn, tensor.output_nr)], onward))
+
+
+def places_behind(tensor: Tensor) -> set[Output]:
+    """As `outputs_behind`, by paths that leave every token at its place, so that token t of one belongs to token t of the other.
+
+    Skip paths, layers and queries do. The keys and values of attention do not: a decoder sees an encoder's tokens by these alone.
+    """
+    if tensor.grad_fn is None:
+        return set()
+
+    def onward(output: Output) -> list[Output]:
+        edges = [edge for edge in output[0].next_functions if edge[0] is not None]
+        mixed = output[0].name().startswith(_OF_ACTIVITIES)
+        # the rows of a product are those of its first factor, unless that is a matrix which mixes the tokens of the second
+        return edges[:1] if mixed and parameter_behind(edges[0][0]) is None else edges
 
     return set(walk([(tensor.grad_fn, tensor.output_nr)], onward))
 

@@ -24,7 +24,7 @@ def find_in_context(
     for site in find_sites(model, trace, sites, source):
         made = _time(trace, site)
         above = tuple(layer for start, layer in layers if start >= made)
-        kept = (site.name, site.points, site.shape, site.tokens, site.unflattened)
+        kept = (site.name, site.points, site.shape, site.tokens, site.unflattened, site.apart)
         found.append(SiteInContext(*kept, above=above, input=into))
     return found
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from feedbackward.activity import HookPoint, ModelInput, PreActivation, Site, Source
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.model.autograd_graph import outputs_behind
+from feedbackward.model.autograd_graph import made_by, outputs_behind, places_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.places import (
     activity_place,
@@ -22,6 +24,7 @@ from feedbackward.model.source import source_tensor
 from feedbackward.model.trace import ELEMENTWISE, Call, Trace
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
+S = TypeVar("S", bound=Site)
 
 
 def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> list[Site]:
@@ -31,6 +34,10 @@ def find_sites(model: nn.Module, trace: Trace, sites: Sites, source: Source) -> 
     AttachError where the model has no site.
     """
     finder = _Finder(trace, source)
+    return [finder.placed(site) for site in _found(finder, model, trace, sites)]
+
+
+def _found(finder: _Finder, model: nn.Module, trace: Trace, sites: Sites) -> list[Site]:
     if sites == "layers":
         return finder.layers()
     if sites == "stages":
@@ -113,6 +120,14 @@ class _Finder:
         self.trace, self.source = trace, source
         self.source_tensor, self.source_end = source_tensor(trace, source)
         self.upstream = outputs_behind(self.source_tensor)
+        self.places = places_behind(self.source_tensor) if source.tokens else set()
+
+    def placed(self, site: S) -> S:
+        """The site, `apart` if its tokens are not those of the source."""
+        if not self.source.tokens or site.tokens != 1 or site.every:
+            return site
+        apart = made_by(self.trace.tensor_at(site.points[0])) not in self.places
+        return replace(site, apart=apart)
 
     def layers(self) -> list[Site]:
         """The activity that enters each parametric layer after the first; one site per distinct tensor."""
@@ -155,7 +170,7 @@ class _Finder:
             f = call.module.forward
             kept = (site.name, site.points, site.shape, site.tokens, site.unflattened)
             found.setdefault(id(tensor), PreActivation(*kept, activation=f))
-        return list(found.values()), names
+        return [self.placed(site) for site in found.values()], names
 
     def stages(self) -> list[Site]:
         """The last of the layers' sites, and those that a pool or a stride made.

@@ -35,7 +35,7 @@ class Measure:
         return {**named, tested: result.get(tested), held_out: epoch.get(held_out)}
 
     def in_words(self, value: float, digits: int = 0, named: bool = False) -> str:
-        """The value as text, with so many digits at least: "69.4 %", "perplexity 5.21"; a unit makes the name unnecessary, unless it is `named`."""
+        """The value as text: "69.4 %", "perplexity 5.21"; with a unit it needs no name, unless it is to be `named`."""
         number = f"{value:.{max(digits, self.digits)}f}{self.unit}"
         return f"{self.title} {number}" if named or not self.unit else number
 

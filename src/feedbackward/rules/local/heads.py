@@ -42,7 +42,12 @@ def local_losses(rule: LocalRule, sites: Sequence[Site], source: Source) -> Grap
 def per_token(site: Site, source: Source) -> bool:
     """Whether every token of the site has a target."""
     kept = source.tokens
-    return bool(kept) and kept == site.tokens and source.shape[:kept] == site.shape[:kept]
+    return (
+        bool(kept)
+        and not site.apart
+        and kept == site.tokens
+        and source.shape[:kept] == site.shape[:kept]
+    )
 
 
 def count_classes(label: str, site: Site, source: Source) -> int:
