@@ -112,6 +112,126 @@ def test_lengths_may_change(rule: fb.Rule) -> None:
         assert all(p.grad.any() for p in learner.model.encoder.parameters())
 
 
+def by_factors_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (v.mT @ (k @ q.mT).softmax(1)).mT
+
+
+def by_einsum_of_values_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (2, -1)) for t in (q, k, v))
+    weights = torch.einsum("nshd,nthd->nhst", k, q).softmax(2)
+    return torch.einsum("nhst,nshd->nthd", weights, v).flatten(2)
+
+
+def by_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Additive attention (Bahdanau et al. 2015), without a product."""
+    weights = (q[:, :, None] + k[:, None]).tanh().sum(-1, keepdim=True).softmax(2)
+    return (weights * v[:, None]).sum(2)
+
+
+def by_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A loop over the steps of a decoder, each of which starts with the state before (Luong et al. 2015)."""
+    state, outputs = v.mean(1), []
+    for step in q.unbind(1):
+        weights = (k @ (state + step).unsqueeze(-1)).softmax(1)
+        state = torch.tanh(step + (weights.mT @ v).squeeze(1))
+        outputs.append(state)
+    return torch.stack(outputs, 1)
+
+
+def by_steps_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    made, state = torch.zeros_like(q), v.mean(1)
+    for i in range(q.shape[1]):
+        state = torch.tanh(state + q[:, i] + k.amax(1))
+        made[:, i] = state
+    return made
+
+
+def by_prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Tokens in front of others, and attention among all of them."""
+    t = torch.cat([k + v, q], 1)
+    return (t + by_matmul(t, t, t))[:, k.shape[1] :]
+
+
+# of two streams: what may not depend on the order of the second
+FROM_ALL: dict[str, Mix] = {
+    **ATTENTION,
+    "distances": lambda q, k, v: (-torch.cdist(q, k)).softmax(-1) @ v,
+    "factors transposed": by_factors_transposed,
+    "values first": by_einsum_of_values_first,
+    "additive": by_sums,
+    "linear attention": lambda q, k, v: q @ (k.mT @ v),
+    "three factors": lambda q, k, v: torch.einsum("ntd,nsd,nse->nte", q, k, v),
+    "one query at a time": lambda q, k, v: torch.cat(
+        [by_matmul(q[:, i : i + 1], k, v) for i in range(q.shape[1])], 1
+    ),
+    "one sample at a time": lambda q, k, v: torch.stack(
+        [(a @ b.T).softmax(-1) @ c for a, b, c in zip(q, k, v, strict=True)]
+    ),
+    "steps": by_steps,
+    "steps written": by_steps_written,
+    "prefix": by_prefix,
+    "mean": lambda q, k, v: q + v.mean(1, keepdim=True),
+    "gate": lambda q, k, v: q * v.sum(1)[:, None].expand_as(q),
+    "latents": lambda q, k, v: by_matmul(q, *[by_matmul(torch.ones_like(q) / 3, k, v)] * 2),
+    "copies by number": lambda q, k, v: (
+        q
+        + torch.zeros_like(q).scatter_add(
+            2, torch.zeros(N, q.shape[1], k.shape[1], dtype=torch.int64), q @ (k + v).mT
+        )
+    ),
+    "windows of the queries": lambda q, k, v: by_matmul(q.reshape(N, -1, 2, D).flatten(1, 2), k, v),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no segment trains these parameters")
+@pytest.mark.parametrize("kind", FROM_ALL)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("s", [1, S, T])
+def test_tokens_are_apart_whose_order_does_not_matter(kind: str, skip: bool, s: int) -> None:
+    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return FROM_ALL[kind](q, k, v) + skip * q
+
+    learner = attached(fb.DFA(operator=fb.Dense()), mix, s)
+    x, y, _ = inputs(s)
+    with torch.no_grad():
+        torch.testing.assert_close(learner.model(x.flip(1), y), learner.model(x, y))
+    assert [site.apart for site in learner.sites] == [True, True, False]
+
+
+def recurrent(net: Seq2Seq, kind: str, attention: Mix) -> Mix:
+    rnn = {"gru": nn.GRU, "lstm": nn.LSTM}[kind]
+    net.encode, net.decode = (rnn(D, D, batch_first=True).double() for _ in range(2))
+
+    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        memory, state = net.encode(k)
+        output, _ = net.decode(q, state)
+        return output + attention(output, memory, memory + v.amax(1, keepdim=True))
+
+    return mix
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("attention", [by_matmul, by_steps])
+@pytest.mark.parametrize("s", [S, T])
+def test_last_state_of_a_recurrent_encoder_belongs_to_no_token(
+    kind: str, attention: Mix, s: int
+) -> None:
+    torch.manual_seed(0)
+    net = Seq2Seq().double()
+    net.mix = recurrent(net, kind, attention)
+    sites = ["encoder.1", "encoder.3", "query", "act"]
+    learner = fb.attach(net, fb.DFA(), example=inputs(s)[:2], sites=sites)
+    assert [site.apart for site in learner.sites] == [True, True, False, False]
+
+
+def test_example_of_one_token() -> None:
+    torch.manual_seed(0)
+    sites = ["encoder.1", "encoder.3", "act"]
+    learner = fb.attach(Seq2Seq().double(), fb.DFA(), example=inputs(S, 1)[:2], sites=sites)
+    assert [site.apart for site in learner.sites] == [True, True, False]
+    assert learner(*inputs(2, 6)[:2]).shape == (N, 6, C)
+
+
 class Mixed(nn.Module):
     """Layers of tokens that mix them by other means than attention to another sequence."""
 
@@ -119,7 +239,7 @@ class Mixed(nn.Module):
         super().__init__()
         self.mix, self.first, self.act = mix, nn.Linear(D, D), nn.Tanh()
         self.over = nn.Parameter(torch.randn(T, T))
-        self.along = nn.Linear(T, T)
+        self.along, self.kernel = nn.Linear(T, T), nn.Parameter(torch.randn(D, D, 3))
         self.rnn = nn.GRU(D, D, batch_first=True)
         self.query, self.key = nn.Linear(D, D), nn.Linear(D, D)
         self.head = nn.Linear(D, C)
@@ -137,6 +257,29 @@ KEPT: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "a constant matrix of each sample": lambda m, h: torch.ones(len(h), T, T).tril() @ h,
     "a recurrent layer": lambda m, h: m.rnn(h)[0],
     "a sum along tokens": lambda m, h: h.cumsum(1),
+    "attention with factors transposed": lambda m, h: by_factors_transposed(
+        m.query(h), m.key(h), h
+    ),
+    "additive attention": lambda m, h: by_sums(m.query(h), m.key(h), h),
+    "a softmax of a matrix of tokens": lambda m, h: m.over.softmax(-1).expand(N, T, T) @ h,
+    "windows": lambda m, h: by_matmul(*[h.view(N * 2, 2, D)] * 3).view(N, T, D),
+    "a loop": lambda m, h: torch.stack([m.query(t).tanh() for t in h.unbind(1)], 1),
+    "a loop of slices": lambda m, h: torch.cat(
+        [by_matmul(h[:, i : i + 1], h[:, : i + 1], h[:, : i + 1]) for i in range(T)], 1
+    ),
+    "a token in front": lambda m, h: by_matmul(*[torch.cat([h[:, :1] * 0, h], 1)] * 3)[:, 1:],
+    "half as many tokens": lambda m, h: m.key(h.view(N, 2, 2, D).sum(2)).repeat_interleave(2, 1),
+    "a product for each token": lambda m, h: (
+        (m.key(h).view(-1, 2, 3).mT @ h.view(-1, 2, 3)).flatten(1)[:, :D].reshape(N, T, D)
+    ),
+    "distances": lambda m, h: (-torch.cdist(m.query(h), h)).softmax(-1) @ h,
+    "channels that attend": lambda m, h: ((m.query(h).mT @ m.key(h)).softmax(-1) @ h.mT).mT,
+    "experts": lambda m, h: (
+        torch.zeros(N * T, D)
+        .index_add(0, torch.arange(N * T)[1:], m.key(h.flatten(0, 1)[1:]))
+        .view(N, T, D)
+    ),
+    "a convolution of tokens": lambda m, h: nn.functional.conv1d(h.mT, m.kernel, padding=1).mT,
 }
 
 

@@ -9,6 +9,7 @@ TIME = "core/test_time.py"
 CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
 FIT = "engine/fit.py"
 APART, CLICKS = "core/test_apart.py", "experiment/test_clicks.py"
+TOKENS, PARTS = "model/token_axis.py", "model/axis_parts.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
     "learner.py",
@@ -394,8 +395,20 @@ MUTATIONS = (
     ("graph.py", "            and not site.apart\n", "", APART),
     ("graph.py", "return self.source.tokens if self.site.apart else 0", "return 0", APART),
     ("engine/autograd.py", "t = t.flatten(1, edge.summed).sum(1)", "t = t.flatten(1, edge.summed).mean(1)", APART),
-    ("model/autograd_graph.py", "if mixed and parameter_behind(edges[0][0]) is None else", "if mixed else", APART),
-    ("model/autograd_graph.py", "edges[:1] if mixed and", "edges if mixed and", APART),
+    ("model/sites.py", "apart=not self._axis.is_in(made, site.shape[0])", "apart=False", APART),
+    (TOKENS, "({last - 1}, {last})", "({last - 1}, set())", APART),
+    (TOKENS, "({last - 1}, {last})", "(set(), {last})", APART),
+    (TOKENS, "elif not own and other[0] not in self._varying:", "elif False:", APART),
+    (TOKENS, "elif not own and other[0] not in self._varying:", "elif not own:", APART),
+    (TOKENS, "return tokens == 1", "return False", APART),
+    (TOKENS, "2 * len(shown) > len(followed(whole))", "shown", APART),
+    (TOKENS, "walk(untold, lambda output: [] if output in told else _operands(output))", "[]", APART),
+    (TOKENS, "along = dim is None or any(", "along = True or any(", APART),
+    (PARTS, "yield None", "return", APART),
+    (PARTS, "few = len(numbers) == 1 or 2 * len(numbers) <= takings[0].room", "few = True", APART),
+    (PARTS, "own = few and (parent, step) not in self._before", "own = few", APART),
+    (PARTS, "if own and number == step.first:", "if False:", APART),
+    (PARTS, "first = part.first + start - part.at", "first = part.first", APART),
     ("rules/local/heads.py", "and not site.apart", "", APART),
     ("measure/cost.py", "lead = edge.leading + edge.repeats - 1", "lead = edge.leading - 1", APART),
     # clicks

@@ -14,8 +14,6 @@ Output = tuple[Node, int]
 
 # how the nodes of matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
-# products in which no factor need be a weight
-_OF_ACTIVITIES = ("Bmm", "Baddbmm", "ScaledDot")
 # what may be picked by the data
 _BY_DATA = ("Embedding", "Index", "Gather", "Take")
 # or is repeated for every sample
@@ -84,6 +82,37 @@ def is_leaf(node: Node) -> bool:
     return hasattr(node, "variable")
 
 
+def shapes_of(node: Node) -> list[tuple[int, ...]]:
+    """The shapes of what a node made, or of a leaf."""
+    if is_leaf(node):
+        return [tuple(node.variable.shape)]
+    return [tuple(made.shape) for made in node._input_metadata]
+
+
+def shape_of(output: Output) -> tuple[int, ...]:
+    """The shape of what a node made, or of a leaf."""
+    node, number = output
+    shapes = shapes_of(node)
+    return shapes[number] if number < len(shapes) else ()
+
+
+def signed(number: int) -> int:
+    """The number that autograd saved: it stores a negative one as an unsigned number."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def moved_dims(node: Node, count: int) -> list[int] | None:
+    """Of an operation that only reorders so many dimensions, where each came from; None of another."""
+    name, order = node.name(), list(range(count))
+    if name.startswith("Transpose"):
+        a, b = signed(node._saved_dim0) % count, signed(node._saved_dim1) % count
+        order[a], order[b] = b, a
+        return order
+    if name.startswith("Permute"):
+        return [signed(d) % count for d in node._saved_dims]
+    return order[::-1] if name == "TBackward0" else None
+
+
 def is_product(node: Node) -> bool:
     """Whether the node is of a matrix product or a convolution."""
     return bool(node.name().startswith(PRODUCTS))
@@ -101,23 +130,6 @@ def outputs_behind(tensor: Tensor) -> set[Output]:
 
     def onward(output: Output) -> list[Output]:
         return [edge for edge in output[0].next_functions if edge[0] is not None]
-
-    return set(walk([(tensor.grad_fn, tensor.output_nr)], onward))
-
-
-def places_behind(tensor: Tensor) -> set[Output]:
-    """As `outputs_behind`, by paths that leave every token at its place, so that token t of one belongs to token t of the other.
-
-    Skip paths, layers and queries do. The keys and values of attention do not: a decoder sees an encoder's tokens by these alone.
-    """
-    if tensor.grad_fn is None:
-        return set()
-
-    def onward(output: Output) -> list[Output]:
-        edges = [edge for edge in output[0].next_functions if edge[0] is not None]
-        mixed = output[0].name().startswith(_OF_ACTIVITIES)
-        # the rows of a product are those of its first factor, unless that is a matrix which mixes the tokens of the second
-        return edges[:1] if mixed and parameter_behind(edges[0][0]) is None else edges
 
     return set(walk([(tensor.grad_fn, tensor.output_nr)], onward))
 

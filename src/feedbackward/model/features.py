@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from feedbackward.model.autograd_graph import Output, is_leaf
+from feedbackward.model.autograd_graph import Output, moved_dims, shape_of
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -49,15 +49,15 @@ def feature_axis(tensor: Tensor, made: dict[Output, nn.Module]) -> int | None:
             first = isinstance(layer, CHANNELS_FIRST) or (
                 product and output[0].name().startswith("Convolution")
             )
-            axis = 1 if first else len(_shape(output)) - 1
-            found = _through(axis, _shape(output), path)
+            axis = 1 if first else len(shape_of(output)) - 1
+            found = _through(axis, shape_of(output), path)
             if found is not None:
                 return found
             continue
         below = list(_below(output))
         stack += [(parent, (output, path)) for parent in reversed(below)]
     for output, path in norms:
-        found = _through(len(_shape(output)) - 1, _shape(output), path)
+        found = _through(len(shape_of(output)) - 1, shape_of(output), path)
         if found is not None:
             return found
     return None
@@ -65,13 +65,13 @@ def feature_axis(tensor: Tensor, made: dict[Output, nn.Module]) -> int | None:
 
 def _below(output: Output) -> Iterator[Output]:
     """The operands that have the dimensions of the result, those of the same shape first."""
-    node, shape = output[0], _shape(output)
+    node, shape = output[0], shape_of(output)
     parents = [parent for parent in node.next_functions if parent[0] is not None]
-    if _moves(node) or node.name().startswith(_VIEWS):
+    if moved_dims(node, len(shape)) is not None or node.name().startswith(_VIEWS):
         yield from parents
         return
-    yield from (parent for parent in parents if _shape(parent) == shape)
-    alike = [p for p in parents if len(_shape(p)) == len(shape) and _shape(p) != shape]
+    yield from (parent for parent in parents if shape_of(parent) == shape)
+    alike = [p for p in parents if len(shape_of(p)) == len(shape) and shape_of(p) != shape]
     # a pool or a slice has one operand; among several operands, those of size 1 are broadcast
     if node.name().startswith("Cat") or len(parents) == 1:
         yield from alike
@@ -82,17 +82,16 @@ def _through(axis: int, shape: tuple[int, ...], path: _Path) -> int | None:
     found: int | None = axis
     while path is not None and found is not None:
         output, path = path
-        after = _shape(output)
+        after = shape_of(output)
         found = _after(output[0], found, shape, after)
         shape = after
     return found
 
 
 def _after(node: Any, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
-    order = _moves(node)
-    if order:
-        dims = [d % len(before) for d in order(len(before))]
-        return dims.index(axis)
+    order = moved_dims(node, len(before))
+    if order is not None:
+        return order.index(axis)
     if node.name().startswith(_VIEWS):
         if before[: axis + 1] == after[: axis + 1]:
             return axis
@@ -106,34 +105,3 @@ def _after(node: Any, axis: int, before: tuple[int, ...], after: tuple[int, ...]
 # products with a weight that no module applies
 _PRODUCTS = ("Convolution", "Addmm", "Linear")
 _VIEWS = ("View", "UnsafeView", "Reshape", "Alias", "Squeeze", "Unsqueeze", "Flatten", "Unflatten")
-
-
-def _moves(node: Any) -> Any:
-    """For an operation that only reorders dimensions, a function of their number: where each came from."""
-    name = node.name()
-    if name.startswith("Transpose"):
-        return lambda n: _swapped(n, _signed(node._saved_dim0) % n, _signed(node._saved_dim1) % n)
-    if name.startswith("Permute"):
-        return lambda n: [_signed(d) for d in node._saved_dims]
-    if name == "TBackward0":
-        return lambda n: list(reversed(range(n)))
-    return None
-
-
-def _signed(dim: int) -> int:
-    """The dimension that autograd saved: it stores a negative one as an unsigned number."""
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
-def _swapped(n: int, a: int, b: int) -> list[int]:
-    order = list(range(n))
-    order[a], order[b] = b, a
-    return order
-
-
-def _shape(output: Output) -> tuple[int, ...]:
-    node, number = output
-    if is_leaf(node):
-        return tuple(node.variable.shape)
-    metadata = node._input_metadata
-    return tuple(metadata[number].shape) if number < len(metadata) else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from feedbackward.activity import HookPoint, ModelInput, PreActivation, Site, Source
 from feedbackward.errors import AttachError, SiteError
-from feedbackward.model.autograd_graph import made_by, outputs_behind, places_behind
+from feedbackward.model.autograd_graph import made_by, outputs_behind
 from feedbackward.model.blocks import block_names
 from feedbackward.model.places import (
     activity_place,
@@ -21,6 +22,7 @@ from feedbackward.model.places import (
 )
 from feedbackward.model.repeated import every_call
 from feedbackward.model.source import source_tensor
+from feedbackward.model.token_axis import TokenAxis
 from feedbackward.model.trace import ELEMENTWISE, Call, Trace
 
 Sites = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -120,14 +122,17 @@ class _Finder:
         self.trace, self.source = trace, source
         self.source_tensor, self.source_end = source_tensor(trace, source)
         self.upstream = outputs_behind(self.source_tensor)
-        self.places = places_behind(self.source_tensor) if source.tokens else set()
 
     def placed(self, site: S) -> S:
         """The site, `apart` if its tokens are not those of the source."""
         if not self.source.tokens or site.tokens != 1 or site.every:
             return site
-        apart = made_by(self.trace.tensor_at(site.points[0])) not in self.places
-        return replace(site, apart=apart)
+        made = made_by(self.trace.tensor_at(site.points[0]))
+        return replace(site, apart=not self._axis.is_in(made, site.shape[0]))
+
+    @functools.cached_property
+    def _axis(self) -> TokenAxis:
+        return TokenAxis(self.source_tensor, self.source.tokens)
 
     def layers(self) -> list[Site]:
         """The activity that enters each parametric layer after the first; one site per distinct tensor."""
