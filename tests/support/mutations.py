@@ -201,7 +201,7 @@ MUTATIONS = (
     ("rules/direct/drtp.py", "return target / len(target)", "return target", "rules/test_rules_local.py"),
     ("engine/autograd.py", "torch.ones(shape, dtype=dtype", "torch.zeros(shape, dtype=dtype", "rules/test_rules_local.py"),
     # feedback graphs and what is a site
-    ("graph.py", "int(site.every and not stepped)", "0", TIME),
+    ("graph.py", "(site.every and not stepped)", "False", TIME),
     ("engine/cuts.py", "        return tensor.detach()\n", "        return tensor\n", TIME),
     ("engine/cuts.py", "        return h.detach()\n\n    def on_beside", "        return h\n\n    def on_beside", TIME),
     ("engine/autograd.py", "t = t.unsqueeze(1).expand", "t = t.unsqueeze(1).div(shape[1]).expand", TIME),
