@@ -1,7 +1,8 @@
-"""Helpers for the optimizer: parameter groups, updates inside the backward pass, weights of fixed norm."""
+"""For the optimizer: parameter groups, updates inside the backward pass, weights of fixed norm, and Muon."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -148,3 +149,102 @@ def step_in_backward(
     return [
         p.register_post_accumulate_grad_hook(hook(make([p]))) for p in parameters if p.requires_grad
     ]
+
+
+class Muon(torch.optim.Optimizer):
+    r"""Muon for matrices and kernels, AdamW for all else (Jordan et al. 2024; Liu et al. 2025).
+
+    A kernel counts as the matrix `[outputs, all else]`. With the momentum :math:`M`,
+
+    .. math:: M \leftarrow \mu M + G, \qquad
+        W \leftarrow (1 - \eta\lambda) W - 0.2\,\eta \sqrt{\max(m, n)}\; U V^\top,
+
+    where :math:`U S V^\top` is the singular value decomposition of :math:`G + \mu M` (of :math:`M` without `nesterov`), whose
+    singular values five steps of Newton and Schulz bring near one. All directions of a matrix so learn alike, also where
+    errors of low rank, such as those of feedback alignment, point in few of them. The updates are as large as AdamW's, so one
+    rate suits both. `torch.optim.Muon` takes two-dimensional parameters alone.
+
+    params: parameters or groups. A group with `"matrices": False` is AdamW's as a whole: embeddings of many rows, for example.
+    lr, weight_decay: of both. momentum, nesterov: of matrices. betas, eps: of all else.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> from feedbackward.optim import Muon
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> learner = fb.attach(model, fb.DKP(), example=x)
+        >>> optimizer = Muon(learner.parameters(), lr=0.002)
+        >>> nn.functional.cross_entropy(learner(x), y).backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not (0 <= momentum < 1 and lr >= 0):
+            raise ValueError(
+                f"lr must be at least 0 and momentum in [0, 1), not {lr} and {momentum}"
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults | {"betas": betas, "eps": eps, "matrices": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update. `closure` computes the loss again, as in every optimizer of PyTorch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix = group["matrices"] and p.dim() > 1
+                    update = self._muon if matrix else self._adam
+                    p.sub_(update(p.grad, self.state[p], group))
+        return loss
+
+    @staticmethod
+    def _muon(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        mu = group["momentum"]
+        M = state.setdefault("momentum_buffer", torch.zeros_like(G)).mul_(mu).add_(G)
+        matrix = (G + mu * M if group["nesterov"] else M).flatten(1)
+        size = 0.2 * group["lr"] * math.sqrt(max(matrix.shape))
+        return size * orthogonalized(matrix).view_as(G)
+
+    @staticmethod
+    def _adam(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        first, second = group["betas"]
+        state["step"] = state.get("step", 0) + 1
+        mean = state.setdefault("exp_avg", torch.zeros_like(G)).lerp_(G, 1 - first)
+        square = state.setdefault("exp_avg_sq", torch.zeros_like(G))
+        square.mul_(second).addcmul_(G, G, value=1 - second)
+        root = (square / (1 - second ** state["step"])).sqrt() + group["eps"]
+        return group["lr"] / (1 - first ** state["step"]) * mean / root
+
+
+def orthogonalized(G: Tensor) -> Tensor:
+    r"""A matrix with the singular vectors of `G` and singular values near one: five steps of Newton and Schulz (Jordan et al. 2024).
+
+    .. math:: X \leftarrow a X + b\, X X^\top X + c\, (X X^\top)^2 X
+    """
+    X = G.mT if G.shape[0] > G.shape[1] else G
+    X = X / X.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = X @ X.mT
+        X = 3.4445 * X + (2.0315 * gram @ gram - 4.7750 * gram) @ X
+    return X.mT if G.shape[0] > G.shape[1] else X

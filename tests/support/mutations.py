@@ -8,8 +8,8 @@ from __future__ import annotations
 TIME = "core/test_time.py"
 CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
 FIT = "engine/fit.py"
-APART, CLICKS = "core/test_apart.py", "experiment/test_clicks.py"
 TOKENS, PARTS = "model/token_axis.py", "model/axis_parts.py"
+APART, CLICKS, MUON = "core/test_apart.py", "experiment/test_clicks.py", "core/test_muon.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
     "learner.py",
@@ -417,6 +417,12 @@ MUTATIONS = (
     ("experiment/data/clicks.py", "order[:eighth], order[eighth : 3", "order[:eighth], order[: 3", CLICKS),
     ("experiment/nets/deepfm.py", "v.square().sum(1)).sum(1, keepdim=True) / 2", "v.square().sum(1)).sum(1, keepdim=True)", CLICKS),
     ("experiment/training/run.py", "seen.append((output.float().cpu(), labels.cpu()))", "seen[:] = [(output.float().cpu(), labels.cpu())]", CLICKS),
+    # Muon
+    ("optim.py", "2.0315 * gram @ gram - 4.7750 * gram", "2.0315 * gram @ gram + 4.7750 * gram", MUON),
+    ("optim.py", "G + mu * M if group", "G + M if group", MUON),
+    ("optim.py", "math.sqrt(max(matrix.shape))", "math.sqrt(min(matrix.shape))", MUON),
+    ("optim.py", "1 - second ** state", "second ** state", MUON),
+    ("optim.py", "1 - group[\"lr\"] * group[\"weight_decay\"]", "1 - group[\"weight_decay\"]", MUON),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

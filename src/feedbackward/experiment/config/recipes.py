@@ -19,11 +19,11 @@ class Optimizer:
     """How one set of weights is updated.
 
     Attributes:
-        name: sgd, adam, adamw, or package.module:Class.
+        name: sgd, adam, adamw, muon, or package.module:Class.
         lr: the learning rate; the peak of it where the schedule varies it.
-        momentum: of sgd; adam and adamw have their usual betas.
-        nesterov: of sgd.
-        weight_decay: added to the gradient as L2 by sgd and adam, decoupled by adamw.
+        momentum: of sgd and muon; adam and adamw have their usual betas.
+        nesterov: of sgd and muon.
+        weight_decay: added to the gradient as L2 by sgd and adam, decoupled by adamw and muon.
         schedule: of the rate: constant, one-cycle, cosine (to zero) or step (times gamma after every epoch).
         gamma: factor of the step schedule.
         clip: largest norm of the gradient of all these weights together; 0 does not clip.
@@ -41,7 +41,7 @@ class Optimizer:
     renormalize_weights: bool = False
 
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
 
 
 @dataclass(frozen=True)

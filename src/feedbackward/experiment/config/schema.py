@@ -26,12 +26,12 @@ class Changes:
     """What to change in a recipe's optimizer. None keeps the recipe's value.
 
     Attributes:
-        name: the optimizer: sgd, adam, adamw, or another as package.module:Class, which is given those of lr, momentum,
+        name: the optimizer: sgd, adam, adamw, muon, or another as package.module:Class, which is given those of lr, momentum,
             nesterov and weight_decay that it takes.
         lr: the learning rate; its peak if the schedule varies it.
-        momentum: momentum of SGD.
-        nesterov: use Nesterov momentum in SGD.
-        weight_decay: weight decay; an L2 term in SGD and Adam, decoupled in AdamW.
+        momentum: momentum of SGD and Muon.
+        nesterov: use Nesterov momentum in SGD and Muon.
+        weight_decay: weight decay; an L2 term in SGD and Adam, decoupled in AdamW and Muon.
         schedule: how the rate changes over the run.
         gamma: factor of the rate after every epoch, for the step schedule.
         clip: clip the gradient to this norm; 0 does not clip.

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from feedbackward.errors import ConfigError
 from feedbackward.experiment.config.recipes import Optimizer
 from feedbackward.experiment.imported import imported
-from feedbackward.optim import renormalize_weights
+from feedbackward.optim import Muon, renormalize_weights
 
 
 class Weights:
@@ -73,7 +73,7 @@ _OFFERED = ("lr", "momentum", "nesterov", "weight_decay")
 
 def find_optimizer(name: str) -> Any:
     """The class of this name, or `package.module:Class`. Raises ConfigError for what is no optimizer."""
-    named = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+    named = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon}
     if name in named:
         return named[name]
     found = imported(name, "optimizer")
