@@ -35,6 +35,9 @@ from feedbackward.operators.base import within
 from feedbackward.rule import Rule
 from feedbackward.rules import RULES
 
+# feedback of fewer bytes is not worth a warning, however small the model is
+LARGE = 64 * 2**20
+
 # how the places of each kind that a rule feeds are found
 FINDERS: dict[type[Site], Callable[[nn.Module, Trace, Sites, Source], Sequence[Site]]] = {
     Site: find_sites,
@@ -166,7 +169,7 @@ def _named(name: str) -> Rule:
 
 
 def _warn(learner: Learner) -> None:
-    """Warn of parameters that nothing trains, and of feedback that is larger than the model and whose form the user chooses."""
+    """Warn of parameters that nothing trains, and of large feedback, larger than the model, whose form the user chooses."""
     if learner.plan.unreached:
         names = ", ".join(learner.plan.unreached)
         warnings.warn(
@@ -181,7 +184,7 @@ def _warn(learner: Learner) -> None:
     }
     feedback = sum(count_bytes(weights) for weights in chosen.values())
     own = count_bytes(learner.model.parameters())
-    if feedback > own:
+    if feedback > max(own, LARGE):
         kinds = (w.dtype for weights in chosen.values() for w in weights if w.is_floating_point())
         warnings.warn(
             f"the feedback weights take {in_bytes(feedback)}, the model's own parameters {in_bytes(own)}. Smaller feedback: "

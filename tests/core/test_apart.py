@@ -308,7 +308,6 @@ def test_its_cost_is_that_of_all_tokens() -> None:
     assert cost.feedback == N * (2 * S + T) * C * D
 
 
-@pytest.mark.filterwarnings("ignore:the feedback weights take")
 def test_transformer_of_pytorch() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

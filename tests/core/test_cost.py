@@ -15,8 +15,6 @@ from wired import Net
 
 import feedbackward as fb
 
-pytestmark = pytest.mark.filterwarnings("ignore:the feedback weights take")
-
 # of 6-8-5-3 units: forward; weight and input gradients; signals; learning; bytes of weights, errors and signals; steps
 FORWARD, UP, OUT, HIDDEN = N * (48 + 40 + 15), N * (40 + 15), N * 3, 8 + 5
 BY_HAND = {

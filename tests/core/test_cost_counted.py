@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import feedbackward as fb
 from feedbackward.experiment import nets
 
-pytestmark = pytest.mark.filterwarnings("ignore:the feedback weights take")
 CHAINS = (fb.FA(), fb.KolenPollack(), fb.rules.SymmetricAlignment(), fb.rules.PFA())
 ALL = (fb.BP(), *CHAINS, fb.DFA(), fb.DKP.published(), fb.DRTP(), fb.DGL(), fb.Frozen())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -151,7 +152,8 @@ def test_feedback_that_would_not_fit_is_refused_before_any_is_made(
         fb.attach(model, fb.DFA(), example=x)
 
 
-def test_the_advice_is_smaller_than_what_there_is() -> None:
+def test_the_advice_is_smaller_than_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feedbackward.attaching.LARGE", 0)
     model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.append(nn.Linear(64, 10))
     small, large = torch.randn(2, 1, 10, 10), torch.randn(2, 1, 100, 100)
@@ -163,6 +165,18 @@ def test_the_advice_is_smaller_than_what_there_is() -> None:
         with pytest.warns(UserWarning, match="the feedback weights take") as caught:
             fb.attach(model, rule, example=x, sites=["1"]).detach()
         assert ('operator="auto"' in str(caught[0].message)) == advised
+
+
+def test_only_large_feedback_is_warned_of() -> None:
+    x, names = torch.randn(2, 1, 160, 160), ["1"]
+    for channels, warned in ((8, 0), (128, 1)):
+        model = nn.Sequential(nn.Conv2d(1, channels, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        model.extend([nn.Flatten(), nn.Linear(channels, 10)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            # [10, channels, 158, 158] of four bytes: 8 MB, and 128 MB
+            fb.attach(model, fb.DFA(), example=x, sites=names)
+        assert len(caught) == warned
 
 
 def test_free_memory_is_known_here() -> None:
