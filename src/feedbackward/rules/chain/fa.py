@@ -23,7 +23,8 @@ class FA(Rule):
     paths are differentiated exactly; so with `B = W` it is backprop.
 
     init, scale: of the feedback weights, see :class:`LayerShaped`. With `"like_weight"` they are as large as the layer's own
-        weights are at `attach`, so that the signals neither vanish nor explode with depth.
+        weights are at `attach`, so that the signals neither vanish nor explode with depth. With `"mirrored"` they begin near the
+        weights, as far as noise at each layer's input shows these, and stay (one-time soft alignment, arXiv:2505.20892).
 
     Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep
     learning", Nature Communications 7:13276, 2016 (arXiv:1411.0247). BioTorch draws `B` and `W` by one law, `"xavier_uniform"`;
