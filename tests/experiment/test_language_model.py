@@ -214,7 +214,8 @@ def test_default_sites_divide_the_net_into_its_layers(name):
     held = [n for part in (*learner.plan.segments, learner.plan.head) for n in part.parameters]
     assert sorted(held) == sorted(n for n, _ in model.named_parameters())
     for site, segment in zip(learner.sites[1:], learner.plan.segments[1:], strict=True):
-        assert all(n.startswith(f"{site.name}.") for n in segment.parameters)
+        layer = site.name.removesuffix(".steps.0")
+        assert all(n.startswith(f"{layer}.") for n in segment.parameters)
         # the feedback is shared by the tokens
         assert site.tokens == 1
     assert {tuple(B.shape) for B in learner.feedback.buffers()} == {(11, model.head.in_features)}

@@ -11,7 +11,7 @@ class DataConfig:
 
     Attributes:
         name: fashion-mini (embedded), fashion-mnist, cifar10, cifar100, tiny-imagenet, or the path of an image
-            folder; for a language model tiny-shakespeare, or the path of a text file; for node classification cora,
+            folder; for a language model tiny-shakespeare, wikitext-2, or the path of a text file; for node classification cora,
             citeseer or amazon-photo; for music jsb-chorales, nottingham, musedata or piano-midi; or the path of an .npz
             file like these; for regression picture (embedded), or the path of an image; for recommendation clicks
             (embedded), or the path of an .npz file with fields and clicks.
@@ -23,7 +23,8 @@ class DataConfig:
         size: resize the images to size x size pixels when decoding; the picture of a regression has 64.
         augment: none, flip, crop or crop-flip, applied to training batches; or your own transform of an image, as
             package.module:name, for example torchvision.transforms.v2:TrivialAugmentWide.
-        context: characters in a sequence of a text, by default 64; or frames in a piece of music, by default all.
+        tokens: read a text as so many different byte-pair tokens; by default as characters.
+        context: tokens in a sequence of a text, by default 64; or frames in a piece of music, by default all.
     """
 
     name: str = "fashion-mini"
@@ -34,4 +35,5 @@ class DataConfig:
     classes: int | None = None
     size: int | None = None
     augment: str = "none"
+    tokens: int | None = None
     context: int | None = None

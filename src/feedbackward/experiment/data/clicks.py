@@ -27,7 +27,7 @@ def load_clicks(config: DataConfig) -> SplitData:
     `clicks`, [n] of 0 and 1.
     Raises DataError for a file that is missing or has other arrays, and ConfigError for an option that is not of clicks.
     """
-    refuse_options(config, "clicks", "classes", "size", "augment", "context")
+    refuse_options(config, "clicks", "classes", "size", "augment", "tokens", "context")
     if config.name == EMBEDDED:
         fields, clicks, chance = drawn()
     else:

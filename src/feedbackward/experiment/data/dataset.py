@@ -22,6 +22,7 @@ from feedbackward.experiment.data.decode import Decoded, Images, decode
 from feedbackward.experiment.data.digest import digests_of
 from feedbackward.experiment.data.fashion_mini import fashion_mini
 from feedbackward.experiment.data.loader import AUGMENTATIONS, Loader, find_transform
+from feedbackward.experiment.data.named import refuse_options
 from feedbackward.experiment.data.sources import DATASETS, DatasetSpec, Source, find_source
 from feedbackward.experiment.data.splits import split_order
 
@@ -135,6 +136,7 @@ def _warned(source: Source, decoded: Decoded, first: int | None) -> list[str]:
 
 
 def _check(config: DataConfig) -> None:
+    refuse_options(config, "images", "tokens", "context")
     find_transform(config.augment)
     least = {"train_limit": 1, "validation": 1, "test_limit": 1, "classes": 2, "size": 1}
     for option, smallest in least.items():

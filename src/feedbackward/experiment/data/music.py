@@ -84,7 +84,7 @@ def load_music(config: DataConfig) -> SplitData:
 
     Raises DataError for a file that is missing or does not fit, and ConfigError for an option that is not of music.
     """
-    refuse_options(config, "music", "classes", "size", "augment")
+    refuse_options(config, "music", "classes", "size", "augment", "tokens")
     if config.context is not None and config.context < 1:
         raise ConfigError(f"data.context is {config.context}: it must be at least 1")
     path = find_file(config, MUSIC, "music")

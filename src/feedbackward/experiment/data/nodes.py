@@ -80,7 +80,7 @@ def load_graph(config: DataConfig) -> SplitData:
 
     Raises DataError for a file that is missing or does not fit, and ConfigError for an option that is not of graphs.
     """
-    refuse_options(config, "a graph", "classes", "size", "augment", "context")
+    refuse_options(config, "a graph", "classes", "size", "augment", "tokens", "context")
     path = find_file(config, GRAPHS, "graph")
     arrays = read_arrays(path, _ARRAYS)
     labels = torch.from_numpy(arrays["y"].astype(np.int64))

@@ -26,7 +26,7 @@ def load_picture(config: DataConfig) -> SplitData:
     drawn, in a fixed random order. The picture is the embedded one or that of an image file.
     Raises DataError for a file that is missing or no image, and ConfigError for an option that is not of pictures.
     """
-    refuse_options(config, "a picture", "classes", "augment", "context")
+    refuse_options(config, "a picture", "classes", "augment", "tokens", "context")
     side = SIDE if config.size is None else config.size
     if side < 4:
         raise ConfigError(f"data.size is {side}: a picture needs at least 4 pixels a side")
