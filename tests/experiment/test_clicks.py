@@ -167,7 +167,7 @@ def test_too_few_rows_are_refused(tmp_path):
     np.savez(tmp_path / "few.npz", fields=np.ones((7, 2), int), clicks=np.ones(7))
     with pytest.raises(ConfigError, match=r"a split of .* has no rows"):
         load_clicks(DataConfig(name=str(tmp_path / "few.npz")))
-    with pytest.raises(ConfigError, match=r"data\.context is for texts and music"):
+    with pytest.raises(ConfigError, match=r"data\.context is for texts, sentences and music"):
         load_clicks(DataConfig(name="clicks", context=3))
 
 

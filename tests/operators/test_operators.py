@@ -331,3 +331,15 @@ def test_per_shape_chooses_and_serves_nothing_itself() -> None:
     ):
         with pytest.raises(fb.AttachError, match="use the one that fit"):
             call()
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 2, 3)])
+def test_identity_sends_the_error_itself(shape: tuple[int, ...]) -> None:
+    operator = fb.Dense("identity", scale=0.5)
+    weights = operator.fit(shape, shape, 0).create(shape, shape, torch.Generator())
+    d = torch.randn(4, *shape)
+    torch.testing.assert_close(operator.send(weights, d, shape), 0.5 * d)
+    with pytest.raises(
+        fb.AttachError, match="identity feedback needs a source and a site of one shape"
+    ):
+        operator.fit(shape, (*shape, 1), 0)

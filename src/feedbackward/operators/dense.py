@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from feedbackward.errors import AttachError
 from feedbackward.operators.base import Operator, Shape, Weights
 from feedbackward.operators.options import check_init, check_scale
 
@@ -22,7 +23,8 @@ class Dense(Operator):
 
     init: the initial weights, for a site with n features. `"zeros"`; `"kaiming_uniform"`: U(-b, b) with b = sqrt(6 / n), as in
         the DKP authors' CIFAR-10 net; `"scaled_normal"`: N(0, 1) / sqrt(n); or `"scaled_uniform"`: U(-1, 1) / sqrt(n). The last
-        three give a signal whose norm does not depend on the width of the site.
+        three give a signal whose norm does not depend on the width of the site. `"identity"`: the error itself, where source and site
+        have the same units: along a residual stream, or from a layer's output to its steps.
     scale: a factor on the initial weights.
 
     Example:
@@ -41,10 +43,21 @@ class Dense(Operator):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_init(self.init, INITS)
+        check_init(self.init, (*INITS, "identity"))
         check_scale(self.scale)
 
+    def fit(self, source: Shape, site: Shape, seed: int) -> Operator:
+        if self.init == "identity" and source != site:
+            raise AttachError(
+                f"identity feedback needs a source and a site of one shape, not {list(source)} and {list(site)}: choose another init, "
+                "or an error_at whose output has the site's shape."
+            )
+        return self
+
     def create(self, source: Shape, site: Shape, generator: torch.Generator) -> Weights:
+        if self.init == "identity":
+            units = math.prod(source)
+            return (torch.eye(units).reshape(units, *site).mul_(self.scale),)
         B = draw(self.init, (math.prod(source), *site), math.prod(site), generator)
         return (B.mul_(self.scale),)
 

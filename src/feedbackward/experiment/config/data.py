@@ -13,7 +13,8 @@ class DataConfig:
         name: fashion-mini (embedded), fashion-mnist, cifar10, cifar100, tiny-imagenet, or the path of an image
             folder; for a language model tiny-shakespeare, wikitext-2, or the path of a text file; for node classification cora,
             citeseer or amazon-photo; for music jsb-chorales, nottingham, musedata or piano-midi; or the path of an .npz
-            file like these; for regression picture (embedded), or the path of an image; for recommendation clicks
+            file like these; for regression picture (embedded), or the path of an image; for
+            sentences sst2, trec6, mr, subj, or a folder of Parquet files; for recommendation clicks
             (embedded), or the path of an .npz file with fields and clicks.
         root: folder with data sets in the hub's layout, read offline; without it they come from the hub.
         train_limit: use at most so many training images (or sequences, nodes, pixels, impressions).
@@ -24,7 +25,8 @@ class DataConfig:
         augment: none, flip, crop or crop-flip, applied to training batches; or your own transform of an image, as
             package.module:name, for example torchvision.transforms.v2:TrivialAugmentWide.
         tokens: read a text as so many different byte-pair tokens; by default as characters.
-        context: tokens in a sequence of a text, by default 64; or frames in a piece of music, by default all.
+        context: tokens in a sequence of a text, by default 64; words of a sentence, by default 64; or frames in a
+            piece of music, by default all.
     """
 
     name: str = "fashion-mini"

@@ -120,6 +120,14 @@ RECIPES: dict[str, Recipe] = {
         epochs=100,
         forward=Optimizer(name="adam", lr=3e-3, momentum=0.0, nesterov=False, weight_decay=0.0),
     ),
+    "sentences": Recipe(
+        about="Adam with a one-cycle rate and clipped gradients for W and B; what sentences have by default",
+        batch_size=64,
+        epochs=5,
+        forward=Optimizer(
+            name="adam", lr=2e-3, momentum=0.0, nesterov=False, weight_decay=0.0, clip=1.0
+        ),
+    ),
     "recommendation": Recipe(
         about="Adam with a one-cycle rate for W and B; what a recommendation has by default",
         batch_size=256,

@@ -80,6 +80,7 @@ KINDS = {
     "node_classification": Kind("nodes", ACCURACY, "node_classification"),
     "music": Kind("frames", NLL, "music"),
     "regression": Kind("pixels", PSNR, "regression"),
+    "sentences": Kind("sentences", ACCURACY, "sentences"),
     "recommendation": Kind("impressions", LOG_LOSS, "recommendation"),
 }
 

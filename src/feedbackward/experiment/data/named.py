@@ -14,7 +14,7 @@ from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.config.data import DataConfig
 
 # what an option of data is for, where it is not for all
-_MEANT_FOR = {"context": "for texts and music", "tokens": "for texts"}
+_MEANT_FOR = {"context": "for texts, sentences and music", "tokens": "for texts"}
 
 
 def find_file(config: DataConfig, known: Mapping[str, str], what: str) -> Path:

@@ -19,8 +19,9 @@ from feedbackward.experiment.nets.custom import build_custom
 from feedbackward.experiment.nets.deepfm import DeepFM
 from feedbackward.experiment.nets.field import Field
 from feedbackward.experiment.nets.mlp import MLP
-from feedbackward.experiment.nets.recurrent import Recurrent
+from feedbackward.experiment.nets.recurrent import Recurrent, Rows
 from feedbackward.experiment.nets.resnet import ResNet
+from feedbackward.experiment.nets.sentences import Sentences
 
 __all__ = [
     "NETS",
@@ -75,6 +76,16 @@ def _recurrent(kind: type[nn.RNNBase], steps: bool = False) -> Net:
         + (", a site of every step" if steps else ""),
         sites=(f"layers.0{inside}", f"layers.1{inside}"),
         task="language_model",
+    )
+
+
+def _rows(kind: type[nn.RNNBase], steps: bool) -> Net:
+    inside = ".steps.0" if steps else ""
+    return Net(
+        partial(Rows, kind=kind, steps=steps),
+        f"2 {kind.__name__} layers of width 128 over the rows of an image"
+        + (", a site of every step" if steps else ""),
+        sites=(f"layers.0{inside}", f"layers.1{inside}"),
     )
 
 
@@ -189,6 +200,20 @@ NETS: dict[str, Net] = {
     "field": Net(
         Field, "Fourier features and 4 fc, for the colours of a picture", task="regression"
     ),
+    **{
+        f"rows_{kind.__name__.lower()}{'_steps' if steps else ''}": _rows(kind, steps)
+        for steps in (False, True)
+        for kind in (nn.GRU, nn.LSTM)
+    },
+    **{
+        f"sentence_{kind}": Net(
+            partial(Sentences, attention=kind == "transformer"),
+            f"2 {what} of width 64 over the words of a sentence, then their mean",
+            sites=("layers.0", "layers.1"),
+            task="sentences",
+        )
+        for kind, what in (("gru", "GRU layers"), ("transformer", "blocks of attention"))
+    },
     "deepfm": Net(
         DeepFM,
         "a factorisation machine beside 3 fc, over the same embeddings (Guo et al. 2017), for clicks",

@@ -1,5 +1,6 @@
-"""Recurrent networks that predict what comes next: a token, or a frame of keys."""
+"""Recurrent networks that predict what comes next, a token or a frame of keys, and one that reads images by rows."""
 
+import itertools
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -42,3 +43,34 @@ class Recurrent(nn.Module):
         for layer in self.layers:
             h, _ = layer(h)
         return self.head(self.drop(h))
+
+
+class Rows(nn.Module):
+    """Images [N, C, H, W] as sequences of H rows, recurrent layers, and a linear head on the last step: [N, classes].
+
+    `kind`, `steps` and `norm`: as in :class:`Recurrent`.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        classes: int,
+        norm: bool = True,
+        *,
+        kind: Callable[..., nn.RNNBase] = nn.GRU,
+        width: int = 128,
+        depth: int = 2,
+        steps: bool = False,
+    ) -> None:
+        super().__init__()
+        channels, _, columns = in_shape
+        widths = [channels * columns] + [width] * depth
+        layers = [kind(a, b, batch_first=True) for a, b in itertools.pairwise(widths)]
+        self.layers = nn.ModuleList(unroll(layer) if steps else layer for layer in layers)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = images.transpose(1, 2).flatten(2)
+        for layer in self.layers:
+            h, _ = layer(h)
+        return self.head(h[:, -1])

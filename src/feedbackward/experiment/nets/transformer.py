@@ -16,7 +16,10 @@ def micro_sites(depth: int) -> tuple[str, ...]:
 
 
 class Attention(nn.Module):
-    """Causal self-attention [N, T, d] -> [N, T, d], its projections Linear modules of their own."""
+    """Self-attention [N, T, d] -> [N, T, d], its projections Linear modules of their own.
+
+    Causal, unless it is told at which places a token is `there`, bool [N, T]: then all tokens see all that are.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -25,12 +28,18 @@ class Attention(nn.Module):
         # the heads' outputs, a module so that they can be a site
         self.mixed = nn.Identity()
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, there: Tensor | None = None) -> Tensor:
         q, k, v = (
             layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if there is None else there[:, None, None],
+            is_causal=there is None,
+        )
         return self.out(self.mixed(mixed.transpose(1, 2).flatten(2)))
 
 

@@ -10,6 +10,7 @@ from feedbackward.experiment.data.loader import Batches
 from feedbackward.experiment.data.music import PieceLoader, fingerprint_music, load_music
 from feedbackward.experiment.data.nodes import NodeLoader, fingerprint_graph, load_graph
 from feedbackward.experiment.data.picture import fingerprint_picture, load_picture
+from feedbackward.experiment.data.sentences import fingerprint_sentences, load_sentences
 from feedbackward.experiment.data.splits import PairLoader
 from feedbackward.experiment.data.text import fingerprint_text, load_text
 from feedbackward.experiment.tasks.task import AnyData, Classes, Clicks, Frames, Task, Values
@@ -52,6 +53,7 @@ _ALL = (
     Values(
         "regression", load_picture, fingerprint_picture, _plain(PairLoader), 4096, labelled=False
     ),
+    Classes("sentences", load_sentences, fingerprint_sentences, _plain(PairLoader), 256),
     Clicks(
         "recommendation", load_clicks, fingerprint_clicks, _plain(PairLoader), 4096, ranked=True
     ),
