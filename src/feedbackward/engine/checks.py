@@ -66,6 +66,6 @@ def _check_every(rule: Rule, graph: Graph) -> None:
     if any(edge.rule.in_phase for edge in apart):
         raise AttachError(
             f"{rule.label} learns its feedback in a phase, in which a token's activity must belong to a token's error, and those of "
-            f"{apart[0].site.name!r} are others than those of {apart[0].source.name!r} (an encoder's, seen by attention alone). Use "
+            f"{apart[0].site.name!r} are others than those of {apart[0].source.name!r} (an encoder's, or a context). Use "
             "DFA or DKP, or sites in the decoder."
         )
