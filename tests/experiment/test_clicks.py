@@ -155,6 +155,8 @@ def test_less_is_better():
         ({"fields": np.ones((9, 2), int), "clicks": np.full(9, 2)}, "clicks 0 or 1"),
         ({"fields": np.ones((9, 2), int), "clicks": np.zeros(8)}, "do not fit"),
         ({"fields": np.ones((0, 2), int), "clicks": np.zeros(0)}, "do not fit"),
+        ({"fields": np.full((9, 2), 10**12), "clicks": np.zeros(9)}, "from 0: np.unique"),
+        ({"fields": np.full((9, 2), 2**64 - 1, np.uint64), "clicks": np.zeros(9)}, "np.unique"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(arrays, message, tmp_path):
@@ -190,3 +192,15 @@ def test_nets_for_it():
     ).shape == (4, 2)
     with pytest.raises(ConfigError, match="choose deepfm"):
         nets.build("vgg6", (3, 9), 2, task="recommendation")
+
+
+def test_area_of_many_rows_is_exact():
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randperm(300_000, generator=draw)
+    clicks = torch.randint(2, scores.shape, generator=draw)
+    order = clicks[scores.argsort()].tolist()
+    # of every click, how many of the others have a lower score, in whole numbers
+    lower = pairs = 0
+    for click in order:
+        lower, pairs = lower + (not click), pairs + click * lower
+    assert area(scores, clicks) == pytest.approx(pairs / (lower * sum(order)), rel=1e-12)

@@ -413,6 +413,8 @@ MUTATIONS = (
     ("rules/local/heads.py", "and not site.apart", "", APART),
     ("measure/cost.py", "lead = edge.leading + edge.repeats - 1", "lead = edge.leading - 1", APART),
     # clicks
+    ("experiment/data/clicks.py", "    count = count.double()\n", "", CLICKS),
+    ("experiment/data/clicks.py", "if values > MOST_VALUES:", "if False:", CLICKS),
     ("experiment/data/clicks.py", "(count - 1) / 2)[place]", "count / 2)[place]", CLICKS),
     ("experiment/data/clicks.py", "starts = np.cumsum(sizes) - sizes", "starts = np.zeros_like(sizes)", CLICKS),
     ("experiment/data/clicks.py", "order[:eighth], order[eighth : 3", "order[:eighth], order[: 3", CLICKS),

@@ -17,6 +17,8 @@ EMBEDDED = "clicks"
 # the fields of the embedded clicks, and how many values each has
 FIELDS = {"user": 200, "item": 300, "category": 20, "hour": 24, "device": 3}
 COUNT = 160_000
+# a table of more embeddings fits no machine
+MOST_VALUES = 2**30
 
 
 def load_clicks(config: DataConfig) -> SplitData:
@@ -88,6 +90,7 @@ def drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def area(scores: Tensor, clicks: Tensor) -> float:
     """The area under the ROC curve: the probability that a click has a higher score than what was not clicked; a tie counts half."""
     _, place, count = scores.double().unique(return_inverse=True, return_counts=True)
+    count = count.double()
     # the mean rank of each score's ties, from 1
     rank = (count.cumsum(0) - (count - 1) / 2)[place]
     positive = clicks > 0
@@ -118,5 +121,11 @@ def _read(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(
             f"the arrays of {path} do not fit: fields must be integers from 0, [n, fields], and clicks 0 or 1, [n]; they are "
             f"{fields.dtype} {list(fields.shape)} and {clicks.dtype} {list(clicks.shape)}"
+        )
+    values = sum(int(largest) + 1 for largest in fields.max(0))
+    if values > MOST_VALUES:
+        raise DataError(
+            f"the fields of {path} go up to {int(fields.max())}, so a table of embeddings would have {values:,} rows. "
+            "Number the values of every field from 0: np.unique(column, return_inverse=True)[1]."
         )
     return fields.astype(np.int64), clicks.astype(np.int64)
