@@ -52,6 +52,11 @@ def per_token(site: Site, source: Source) -> bool:
 
 def count_classes(label: str, site: Site, source: Source) -> int:
     """The classes that the source holds scores of. Raises AttachError where it holds none per sample or token."""
+    if site.apart and source.tokens:
+        raise AttachError(
+            f"{label} classifies at site {site.name!r}, whose tokens are others than those of {source.name!r} (an encoder's, or a "
+            "context), so none of them has a class: name sites in the decoder, or use a rule with feedback (DFA, DKP)."
+        )
     if len(source.shape) != 1 + (source.tokens if per_token(site, source) else 0):
         raise AttachError(
             f"{label} classifies at site {site.name!r}, but the source {source.name!r} of shape {list(source.shape)} holds no class "
