@@ -64,7 +64,7 @@ def outcome(test: str, mutation: tuple[str, str, str] | None = None) -> int:
     context.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "numpy"])
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "feedbackward"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("experiment"))
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutation is not None:
             file, old, new = mutation
             text = (copy / file).read_text()
