@@ -294,7 +294,9 @@ def test_tokens_that_stay_at_their_place_get_their_own_error(kind: str) -> None:
 
 
 def test_what_needs_a_token_for_a_token_is_refused() -> None:
-    with pytest.raises(fb.AttachError, match=r"DGL classifies at site 'encoder\.1', whose tokens are others"):
+    with pytest.raises(
+        fb.AttachError, match=r"DGL classifies at site 'encoder\.1', whose tokens are others"
+    ):
         attached(fb.DGL())
     with pytest.raises(fb.AttachError, match="learns its feedback in a phase"):
         attached(fb.rules.FDFA())

@@ -5,12 +5,14 @@ Each is (file under src/feedbackward, the line's old text, its new text, the tes
 
 from __future__ import annotations
 
+from mutations_experiment import EXPERIMENT
+from mutations_rules import RULES
+
 TIME = "core/test_time.py"
 CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.py"
 FIT = "engine/fit.py"
 TOKENS, PARTS = "model/token_axis.py", "model/axis_parts.py"
-APART, CLICKS, MUON = "core/test_apart.py", "experiment/test_clicks.py", "core/test_muon.py"
-SENTENCES = "experiment/test_sentences.py"
+APART = "core/test_apart.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
     "learner.py",
@@ -36,15 +38,6 @@ SIGNS, ALIGNED, PRODUCTS = (
     "rules/test_rules_alignment.py",
     "rules/test_rules_pfa.py",
 )
-PREDICTIVE = "rules/test_rules_predictive.py"
-HIGHWAY = "rules/test_rules_highway.py"
-HEADS = "rules/test_rules_local_heads.py"
-AUGMENTED = "rules/test_rules_augmented.py"
-PEPITA = "rules/test_rules_pepita.py"
-CCL = "rules/test_rules_ccl.py"
-CWCOMP = "rules/test_rules_cwcomp.py"
-AUGLOCAL = "rules/test_rules_auglocal.py"
-INFOPRO = "rules/test_rules_infopro.py"
 
 MUTATIONS = (
     # cuts and broadcasts
@@ -83,70 +76,6 @@ MUTATIONS = (
     ("model/autograd_graph.py", "(found := parameter_behind(node)) is not None", "True", ANY_CLASS),
     ("operators/layer.py", "folded, period - folded)", "folded, period - folded - 1)", CHAIN),
     ("operators/layer.py", "return position % size", "return position.clamp(0, size - 1)", CHAIN),
-    # predictive coding
-    ("rules/direct/dkp_pc.py", "z - self.gamma * n * slope", "z - self.gamma * slope", PREDICTIVE),
-    ("rules/direct/dkp_pc.py", "/ (2 * n)", "/ n", PREDICTIVE),
-    ("rules/direct/dkp_pc.py", "range(self.steps)", "range(1)", PREDICTIVE),
-    ("rules/direct/dkp_pc.py", "gradients=True, weights=weights)", "gradients=True)", PREDICTIVE),
-    ("engine/phase.py", "p - rate * p.grad", "p - p.grad", PREDICTIVE),
-    ("engine/phase.py", "weight.grad = grad if weight.grad is None else weight.grad + grad", "weight.grad = grad", PREDICTIVE),
-    # layer-wise chains
-    ("operators/signed.py", "W.sign() * self.magnitudes", "W.sign().abs() * self.magnitudes", SIGNS),
-    ("operators/signed.py", "return self.layer.bound / 3**0.5", "return self.layer.bound", SIGNS),
-    ("operators/signed.py", "weights[0][1] += 1", "pass", SIGNS),
-    ("rules/chain/sign_symmetry.py", '(form, "like_layer",', '(form, "kaiming_fan_out",', SIGNS),
-    ("rules/chain/sign_symmetry.py", "widened * self.scale", "self.scale", SIGNS),
-    (CUTS, "own = tuple(B.clone() for B in own)", "pass", SIGNS),
-    ("optim.py", "W.mul_(torch.where(now > 0, norm / now, 1.0))", "pass", SIGNS),
-    ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", ALIGNED),
-    ("rules/chain/weight_mirror.py", "self.decay * B - mirrored", "self.decay * B + mirrored", ALIGNED),
-    # local losses
-    ("rules/direct/augmented.py", "sent * DERIVATIVES[self.derivative](h)", "sent", AUGMENTED),
-    ("rules/direct/augmented.py", "return edge.site.activation(h) if", "return h if", AUGMENTED),
-    ("rules/local/pepita.py", "return a + shift.reshape(a.shape)", "return a - shift.reshape(a.shape)", PEPITA),
-    ("rules/local/pepita.py", "len(error) * error", "error", PEPITA),
-    ("rules/local/pepita.py", "/ (len(before) * places)", "/ len(before)", PEPITA),
-    ("rules/local/cwcomp.py", "self.reader(h.square())", "self.reader(h).square()", CWCOMP),
-    ("rules/local/cwcomp.py", "* classes // reader.width", "% classes", CWCOMP),
-    ("rules/local/auglocal.py", "self.taper * (self.depth - 1)", "self.taper * self.depth", AUGLOCAL),
-    ("rules/local/auglocal.py", "+ depth) // (2 * depth)", ") // (2 * depth)", AUGLOCAL),
-    ("rules/local/auglocal.py", "form.groups if not shape[0] % form.groups else 1", "1", AUGLOCAL),
-    ("rules/local/auglocal.py", "(i > last and", "(True and", AUGLOCAL),
-    ("rules/local/auglocal.py", "nn.LayerNorm if per_token(site, source) else nn.BatchNorm1d", "nn.BatchNorm1d", AUGLOCAL),
-    ("rules/local/auglocal.py", "_pooled(shape, layer.entering[1:])", "[]", AUGLOCAL),
-    ("model/context.py", "if start >= made", "if start > made", AUGLOCAL),
-    ("model/context.py", "in calls[:-1]", "in calls", AUGLOCAL),
-    ("model/context.py", "and not projection", "", AUGLOCAL),
-    ("rules/local/infopro.py", "share * prediction", "prediction", INFOPRO),
-    ("rules/local/infopro.py", "* place / max(1, len(sites) - 1)", "* place / len(sites)", INFOPRO),
-    ("rules/local/infopro.py", "kept if same else 0", "0", INFOPRO),
-    (CUTS, "tape.read[index] = cut, cut._version", "tape.read[index] = cut.clone(), 0", INFOPRO),
-    ("rules/local/ccl.py", "        with torch.no_grad():\n            c = above", "        if True:\n            c = above", CCL),
-    ("rules/local/ccl.py", "F.normalize(h) * counted", "h * counted", CCL),
-    ("rules/local/ccl.py", "self.spread * apart", "apart", CCL),
-    ("rules/local/predsim.py", "(1 - self.similarity) * prediction", "prediction", HEADS),
-    ("rules/local/predsim.py", "x = x.flatten(2).std(2)", "x = x.flatten(2).mean(2)", HEADS),
-    ("rules/local/predsim.py", "x = x - x.mean(1, keepdim=True)", "pass", HEADS),
-    ("rules/local/predsim.py", "(z - z.detach()) @ self.back.t()", "(z - z.detach()) @ self.decoder.weight.t()", HEADS),
-    ("activity.py", "return self.unflattened", "return ()", HEADS),
-    ("model/autograd_graph.py", 'startswith(("Permute", "Transpose"))', 'startswith("None")', "core/test_sites.py"),
-    ("rules/local/predsim.py", "(wanted > 0)", "(wanted < 0)", HEADS),
-    ("rules/local/lls.py", "F.normalize(self.reader(h), dim=1)", "self.reader(h)", HEADS),
-    ("rules/local/lls.py", "scores / self.temperature", "scores", HEADS),
-    ("rules/local/heads.py", "h.flatten(1, self.averaged).mean(1).flatten(1)", "h.flatten(1, self.averaged).sum(1).flatten(1)", HEADS),
-    # skip paths
-    ("engine/autograd.py", "before = ctx.held.pop() if ctx.held else torch.zeros_like(grad)", "before = grad", HIGHWAY),
-    ("engine/autograd.py", "            held.clear()\n", "            pass\n", HIGHWAY),
-    ("engine/autograd.py", "for _ in range(ctx.sweeps)", "for _ in range(1)", HIGHWAY),
-    ("measure/cost.py", "passed + isinstance(child, DEFER)", "passed", HIGHWAY),
-    (BLOCKS, "return [] if gate or joint or", "return [] if joint or", "core/test_blocks.py"),
-    (BLOCKS, 'startswith(("Cat", "Stack"))', 'startswith("Stack")', "core/test_blocks.py"),
-    (BLOCKS, "apart = isinstance(child, _RUNS) or stages or", "apart = isinstance(child, _RUNS) or", "core/test_blocks.py"),
-    (BLOCKS, "name for name in whole if items.get(name) in runs", "n for n in calls if items.get(n) in runs", "core/test_blocks.py"),
-    (BLOCKS, "trace.counts[c.name] == 1 and", "", "core/test_blocks.py"),
-    (BLOCKS, "if listed := whole & {*items}", "if listed := {*items} & {*calls}", "core/test_blocks.py"),
-    ("model/branches.py", "min(through, fewest.get(other, through))", "through", HIGHWAY),
-    ("model/branches.py", "for skip in (0, 1)", "for skip in (0,)", HIGHWAY),
     # relays
     ("operators/base.py", "len(d) * places.clamp_min(1)", "len(d)", "core/test_relays.py"),
     ("rules/direct/relayed_kp.py", "B - edge.operator.average", "B + edge.operator.average", "core/test_relays.py"),
@@ -412,28 +341,6 @@ MUTATIONS = (
     (PARTS, "first = part.first + start - part.at", "first = part.first", APART),
     ("rules/local/heads.py", "and not site.apart", "", APART),
     ("measure/cost.py", "lead = edge.leading + edge.repeats - 1", "lead = edge.leading - 1", APART),
-    # clicks
-    ("experiment/data/clicks.py", "    count = count.double()\n", "", CLICKS),
-    ("experiment/data/clicks.py", "if values > MOST_VALUES:", "if False:", CLICKS),
-    ("experiment/data/clicks.py", "(count - 1) / 2)[place]", "count / 2)[place]", CLICKS),
-    ("experiment/data/clicks.py", "starts = np.cumsum(sizes) - sizes", "starts = np.zeros_like(sizes)", CLICKS),
-    ("experiment/data/clicks.py", "order[:eighth], order[eighth : 3", "order[:eighth], order[: 3", CLICKS),
-    ("experiment/nets/deepfm.py", "v.square().sum(1)).sum(1, keepdim=True) / 2", "v.square().sum(1)).sum(1, keepdim=True)", CLICKS),
-    ("experiment/training/run.py", "seen.append((output.float().cpu(), labels.cpu()))", "seen[:] = [(output.float().cpu(), labels.cpu())]", CLICKS),
-    # sentences and byte-pair tokens
-    ("experiment/nets/sentences.py", "self.rnn(h)[0] * there.unsqueeze(-1)", "self.rnn(h)[0]", SENTENCES),
-    ("experiment/nets/sentences.py", "self.ffn(self.norm2(h))) * there.unsqueeze(-1)", "self.ffn(self.norm2(h)))", SENTENCES),
-    ("experiment/nets/transformer.py", "None if there is None else there[:, None, None]", "None", SENTENCES),
-    ("experiment/data/sentences.py", "_tokenizer(rows[0][0])", "_tokenizer(rows[2][0])", SENTENCES),
-    ("experiment/data/sentences.py", "found[name] = [texts[i] for i in taken], labels[taken]", "found[name] = [texts[i] for i in taken], labels[: len(taken)]", SENTENCES),
-    ("experiment/data/text.py", "train_from_iterator(lines[0],", "train_from_iterator(lines[2],", "experiment/test_tokens.py"),
-    ("operators/dense.py", "reshape(units, *site).mul_(self.scale)", "reshape(units, *site)", "operators/test_operators.py"),
-    # Muon
-    ("optim.py", "2.0315 * gram @ gram - 4.7750 * gram", "2.0315 * gram @ gram + 4.7750 * gram", MUON),
-    ("optim.py", "G + mu * M if group", "G + M if group", MUON),
-    ("optim.py", "math.sqrt(max(matrix.shape))", "math.sqrt(min(matrix.shape))", MUON),
-    ("optim.py", "1 - second ** state", "second ** state", MUON),
-    ("optim.py", "1 - group[\"lr\"] * group[\"weight_decay\"]", "1 - group[\"weight_decay\"]", MUON),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),
@@ -442,4 +349,6 @@ MUTATIONS = (
     (PROBE, "rule.sign() == bp.sign()", "rule.sign() != bp.sign()", MEASURES),
     (PROBE, "torch.autograd.grad(sent(error), error, h)", "torch.autograd.grad(sent(error), error, -h)", MEASURES),
     (HOOKS, "tensor.clone()", "tensor", MEASURES),
+    *RULES,
+    *EXPERIMENT,
 )  # fmt: skip

@@ -195,6 +195,43 @@ class Trace:
         return tensor.dim() - 2 if near and isinstance(near[0].module, FEATURES_LAST) else 0
 
 
+class _Recorder:
+    """Writes down the calls of a pass as its hooks tell of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._open: list[Call] = []
+        self._seen: Counter[str] = Counter()
+        self._clock = itertools.count()
+
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given, _ = by_place(args, kwargs)
+        places = [place for place, t in given.items() if isinstance(t, Tensor)]
+        call = Call(
+            name,
+            module,
+            self._seen[name],
+            next(self._clock),
+            [(given[place], given[place]._version) for place in places],
+            places,
+            list(given),
+            grad_enabled=torch.is_grad_enabled(),
+        )
+        call.entered = [made_by(t) for t, _ in call.inputs]
+        self._seen[name] += 1
+        self.calls.append(call)
+        self._open.append(call)
+
+    def leave(self, output: Any) -> None:
+        call = self._open.pop()
+        call.end = next(self._clock)
+        call.structured = not isinstance(output, Tensor)
+        call.outputs = [
+            (t, t._version) if isinstance(t, Tensor) else (t, -1) for t in tree_leaves(output)
+        ]
+        call.left = [made_by(t) for t, _ in call.outputs]
+
+
 def trace(model: nn.Module, example: Any, evaluation: bool = False) -> Trace:
     """Run the model once on the example and record every module call; nothing of the model changes.
 
@@ -207,33 +244,7 @@ def trace(model: nn.Module, example: Any, evaluation: bool = False) -> Trace:
             "attach outside torch.inference_mode(), under which no graph is recorded."
         )
     _refuse_lazy(model)
-    calls: list[Call] = []
-    open_calls: list[Call] = []
-    seen: Counter[str] = Counter()
-    clock = itertools.count()
-
-    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given, _ = by_place(args, kwargs)
-        inputs = [(t, t._version) for t in given.values() if isinstance(t, Tensor)]
-        places = [place for place, t in given.items() if isinstance(t, Tensor)]
-        grad = torch.is_grad_enabled()
-        call = Call(
-            name, module, seen[name], next(clock), inputs, places, list(given), grad_enabled=grad
-        )
-        call.entered = [made_by(t) for t, _ in inputs]
-        seen[name] += 1
-        calls.append(call)
-        open_calls.append(call)
-
-    def leave(output: Any) -> None:
-        call = open_calls.pop()
-        call.end = next(clock)
-        call.structured = not isinstance(output, Tensor)
-        call.outputs = [
-            (t, t._version) if isinstance(t, Tensor) else (t, -1) for t in tree_leaves(output)
-        ]
-        call.left = [made_by(t) for t, _ in call.outputs]
-
+    recorder = _Recorder()
     parts = Parts(model)
     with ExitStack() as stack:
         stack.callback(parts.restore)
@@ -244,9 +255,11 @@ def trace(model: nn.Module, example: Any, evaluation: bool = False) -> Trace:
                 module.training = False
         for name, module in model.named_modules():
             pre = module.register_forward_pre_hook(
-                lambda m, a, k, name=name: enter(name, m, a, k), prepend=True, with_kwargs=True
+                lambda m, a, k, name=name: recorder.enter(name, m, a, k),
+                prepend=True,
+                with_kwargs=True,
             )
-            post = module.register_forward_hook(lambda m, a, out: leave(out))
+            post = module.register_forward_hook(lambda m, a, out: recorder.leave(out))
             stack.callback(pre.remove)
             stack.callback(post.remove)
         output = run_example(model, example)
@@ -256,7 +269,7 @@ def trace(model: nn.Module, example: Any, evaluation: bool = False) -> Trace:
             f"{made!r} is made in the first forward pass, so attach would have to undo it and could not see its gradients. Run the "
             "model once on a batch before attaching, and make the optimizer after that."
         )
-    return Trace(calls, output)
+    return Trace(recorder.calls, output)
 
 
 def _refuse_lazy(model: nn.Module) -> None:
