@@ -90,7 +90,6 @@ class Edge:
         kept, calls = source.tokens, self.repeats
         if (
             kept
-            and not site.apart
             and kept == site.tokens - calls
             and source.shape[:kept] == site.shape[calls:][:kept]
         ):

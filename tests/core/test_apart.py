@@ -304,10 +304,10 @@ def test_what_needs_a_token_for_a_token_is_refused() -> None:
 
 def test_its_cost_is_that_of_all_tokens() -> None:
     x, y, _ = inputs()
-    learner = attached(fb.DFA())
-    cost = fb.count_cost(learner, (x, y))
-    # a product with B [C, D] for each token of two sites of S tokens and one of T
-    assert cost.feedback == N * (2 * S + T) * C * D
+    # a product with B [C, D] for each token of two sites of S tokens and one of T; sparse feedback has two weights for each unit
+    for operator, weights in ((fb.Dense(), C * D), (fb.Sparse(2), 2 * D)):
+        cost = fb.count_cost(attached(fb.DFA(operator=operator)), (x, y))
+        assert cost.feedback == N * (2 * S + T) * weights
 
 
 def test_transformer_of_pytorch() -> None:

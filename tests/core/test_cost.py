@@ -264,3 +264,25 @@ def test_the_dictionary_is_plain() -> None:
 def test_a_rule_that_needs_more_than_a_step_says_so() -> None:
     with pytest.raises(fb.FeedbackError, match="Delayed"):
         counted(fb.rules.DSP(), mlp(6, 8, 3), torch.randn(N, 6))
+
+
+class Joined(nn.Module):
+    """Two branches of unequal length from one activity to one sum, whichever comes first."""
+
+    def __init__(self, long_first: bool) -> None:
+        super().__init__()
+        self.long_first = long_first
+        self.lower, self.act, self.head = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+        self.long, self.short = mlp(6, 6, 6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.lower(x))
+        if self.long_first:
+            return self.head(self.long(h) + self.short(h))
+        return self.head(self.short(h) + self.long(h))
+
+
+@pytest.mark.parametrize("long_first", [True, False])
+def test_the_longest_path_counts(long_first: bool) -> None:
+    """The head, and the three layers of the long branch."""
+    assert counted(fb.BP(), Joined(long_first), torch.randn(N, 6)).steps == 4

@@ -229,6 +229,30 @@ def test_checkpointed_modules_inside_segments() -> None:
             assert_close(grad, found[0][name], name, tolerance=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rule", "schedule"),
+    [(fb.DFA(), "replay"), (fb.DGL(), "eager"), (fb.rules.DRTP(), "eager")],
+    ids=repr,
+)
+def test_a_site_inside_a_checkpoint(rule: fb.Rule, schedule: str) -> None:
+    """The hooks of the checkpoint must not take the error or the local loss for parts of what they repeat."""
+    from torch.utils.checkpoint import checkpoint
+
+    def wiring(m: Net, x: Tensor) -> Tensor:
+        return m.out(checkpoint(lambda h: m.act(m.b(m.act(m.a(h)))), x, use_reentrant=False))
+
+    found, y = [], torch.arange(len(X)) % 3
+    for way in ("joint", schedule):
+        torch.manual_seed(0)
+        learner = fb.attach(two_layers(wiring, act=nn.Tanh()), rule, example=X, sites=["a", "b"])
+        learner.target(y)
+        learner.backward(X, lambda out: nn.functional.cross_entropy(out, y), schedule=way)
+        found.append({name: p.grad for name, p in learner.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        assert_close(found[1][name], grad, name, tolerance=1e-6)
+
+
 def test_spectral_norm_takes_one_power_step() -> None:
     """A buffer that a forward pass reads and writes: repeated from the state before, changed once."""
     torch.manual_seed(0)

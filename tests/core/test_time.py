@@ -359,10 +359,19 @@ class Backwards(Looped):
         return super().forward(x.flip(1)).flip(1)
 
 
+class Ahead(Looped):
+    """Step t of the output is what call t + 1 makes, so that the last step alone is in its order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return torch.cat([out[:, 1:], out[:, -1:]], 1)
+
+
 def test_refused() -> None:
     x, _ = inputs()
-    with pytest.raises(fb.AttachError, match=r"not the steps of the source .* in their order"):
-        fb.attach(Backwards(nn.GRUCell(IN, HIDDEN)).double(), fb.DFA(), example=x, sites=["cell"])
+    for kind in (Backwards, Ahead):
+        with pytest.raises(fb.AttachError, match=r"not the steps of the source .* in their order"):
+            fb.attach(kind(nn.GRUCell(IN, HIDDEN)).double(), fb.DFA(), example=x, sites=["cell"])
     model = Looped(nn.LSTMCell(IN, HIDDEN)).double()
     with pytest.raises(fb.AttachError, match=r"called many times"):
         fb.attach(model, fb.rules.FDFA(), example=x, sites=["cell"])

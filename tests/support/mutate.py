@@ -27,6 +27,8 @@ def _test(folder: str, test: str) -> None:
     """In a process of its own: run a test file against the package in `folder`; exit as pytest does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.path.insert(0, folder)
+    # of the processes that a test starts
+    os.environ["PYTHONPATH"] = folder
     import pytest
     import torch
 

@@ -322,7 +322,7 @@ MUTATIONS = (
     ("engine/cuts.py", "check_met(end.site, h, tape.versions[place])", "pass", "rules/test_rules_local.py"),
     ("engine/cuts.py", "if self._fitting.get(id(edge)) != kinds:", "if id(edge) not in self._fitting:", "core/test_passes.py"),
     # tokens that are not those of the source
-    ("graph.py", "            and not site.apart\n", "", APART),
+    ("graph.py", "int(site.apart or (site.every and not stepped))", "int(site.every and not stepped)", APART),
     ("graph.py", "return self.source.tokens if self.site.apart else 0", "return 0", APART),
     ("engine/autograd.py", "t = t.flatten(1, edge.summed).sum(1)", "t = t.flatten(1, edge.summed).mean(1)", APART),
     ("model/sites.py", "apart=not self._axis.is_in(made, site.shape[0])", "apart=False", APART),
