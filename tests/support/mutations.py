@@ -339,7 +339,7 @@ MUTATIONS = (
     (PARTS, "own = few and (parent, step) not in self._before", "own = few", APART),
     (PARTS, "if own and number == step.first:", "if False:", APART),
     (PARTS, "first = part.first + start - part.at", "first = part.first", APART),
-    ("rules/local/heads.py", "and not site.apart", "", APART),
+    ("rules/local/heads.py", "if site.apart and source.tokens:", "if False:", APART),
     ("measure/cost.py", "lead = edge.leading + edge.repeats - 1", "lead = edge.leading - 1", APART),
     # the probe
     (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
