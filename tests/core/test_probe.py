@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -269,6 +270,32 @@ def test_no_side_effects(row: Row, training: bool) -> None:
         for name, m in model.named_modules()
     } == hooks
     assert repr(fb.probe(learner, noisy, x)) == repr(first)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_a_hook_makes_of_an_activity_is_what_is_compared(before: bool) -> None:
+    """The cut, and the gradient that is sent to it, are of what the user's hook returns."""
+    model, met = CONV.model(), dict[str, Tensor]()
+    x, y = CONV.batch()
+
+    def double(m: nn.Module, args: Any, out: Tensor) -> Tensor:
+        met["h"] = 2 * out
+        return met["h"]
+
+    if before:
+        model.pool1.register_forward_hook(double)
+    learner = CONV.attach(fb.DFA(), model)
+    if not before:
+        model.pool1.register_forward_hook(double)
+    with learner.exact():
+        (expected,) = torch.autograd.grad(loss_fn(y)(learner(x)), met["h"])
+    found = fb.probe(learner, loss_fn(y), x).sites["pool1"]
+    assert found.bp_norm == pytest.approx(expected.norm().item(), rel=1e-9)
+    edge = next(e for e in learner.graph.edges if e.site.name == "pool1")
+    with torch.no_grad():
+        e = (learner(x).softmax(1) - nn.functional.one_hot(y, 3)) / len(x)
+        sent = e @ learner.feedback_of(edge).flatten(1)
+    assert found.norm_ratio == pytest.approx((sent.norm() / expected.norm()).item(), rel=1e-9)
 
 
 def test_nothing_is_left_behind_by_a_probe_that_fails() -> None:

@@ -342,7 +342,7 @@ MUTATIONS = (
     ("rules/local/heads.py", "if site.apart and source.tokens:", "if False:", APART),
     ("measure/cost.py", "lead = edge.leading + edge.repeats - 1", "lead = edge.leading - 1", APART),
     # the probe
-    (PROBE, "install(self.model, prepend=True)", "install(self.model)", MEASURES),
+    (PROBE, "observer.install(self.model)", "observer.install(self.model, prepend=True)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),
     (PROBE, "rows[i].append(_rows(g).double().mean(0))", "rows[i].append(_rows(g).double()[0])", MEASURES),
     (PROBE, "rule.norm().item() / norm if norm", "norm / rule.norm().item() if norm", MEASURES),

@@ -8,20 +8,8 @@ from dataclasses import dataclass
 import oracles
 from oracles import Array, Known
 
-from feedbackward import (
-    BP,
-    DFA,
-    DKP,
-    DKPPC,
-    EBD,
-    FDFA,
-    Dense,
-    Flipped,
-    Frozen,
-    GrAPE,
-    Rule,
-    SignDFA,
-)
+from feedbackward import BP, DFA, DKP, Dense, Frozen, Rule
+from feedbackward.rules import DKPPC, EBD, FDFA, Flipped, GrAPE, SignDFA
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ class _observed:  # noqa: N801  (a context manager reads as a verb)
     def __enter__(self) -> Any:
         self.grad = torch.enable_grad()
         self.grad.__enter__()
-        self.handles = self.observer.install(self.model, prepend=True)
+        # behind hooks of the user that replace an activity; those of the learner come last
+        self.handles = self.observer.install(self.model)
         self.recording = self.observer.recording()
         return self.recording.__enter__()
 
