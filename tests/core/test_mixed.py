@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo import build, case
 
 import feedbackward as fb
+from feedbackward.engine.phase import Phase
 
 NAMES = {row.name: row for row in ROWS}
 
@@ -175,7 +176,7 @@ class Phased(fb.DKP):
     value: float = 1.0
     in_phase = True
 
-    def feedback_step(self, phase: fb.Phase) -> None:
+    def feedback_step(self, phase: Phase) -> None:
         met: list[str] = []
         phase.forward(change=lambda site, h: met.append(site.name) or h)
         assert met == [edge.site.name for edge in phase.edges]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import feedbackward as fb
+from feedbackward.engine.phase import Phase
 from feedbackward.model.autograd_graph import dominators
 from feedbackward.operators.layer import LayerForm, LayerShaped
 
@@ -265,9 +266,9 @@ def test_a_relay_moves_by_the_noise_of_its_own_sites_alone(monkeypatch: pytest.M
     model, x = linear_net()
     learner = attached(model, x, steps=2, samples=len(x))
     drawn: list[Tensor] = []
-    draw = fb.Phase.noise
+    draw = Phase.noise
     monkeypatch.setattr(
-        fb.Phase, "noise", lambda self, like: drawn.append(draw(self, like)) or drawn[-1]
+        Phase, "noise", lambda self, like: drawn.append(draw(self, like)) or drawn[-1]
     )
     learner.feedback_step(x)
     far = [i for i, edge in enumerate(learner.graph.edges) if edge.shares is None]
@@ -298,14 +299,14 @@ def test_a_kernel_is_the_average_over_the_places_of_the_map(
     edge = next(e for e in learner.graph.edges if e.site.name == "2.input")
     assert edge.source.name == "5"
     drawn: dict[tuple[int, ...], Tensor] = {}
-    draw = fb.Phase.noise
+    draw = Phase.noise
 
-    def keep(phase: fb.Phase, like: Tensor) -> Tensor:
+    def keep(phase: Phase, like: Tensor) -> Tensor:
         u = draw(phase, like)
         drawn[tuple(like.shape)] = u
         return u
 
-    monkeypatch.setattr(fb.Phase, "noise", keep)
+    monkeypatch.setattr(Phase, "noise", keep)
     learner.feedback_step(x)
     h = model[:2](x).detach().requires_grad_()
     u = drawn[tuple(h.shape)]

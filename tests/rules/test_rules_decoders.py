@@ -15,6 +15,7 @@ from test_rules_targets import PHASED, decoded, decoders, linear_net, path, soft
 from torch import Tensor
 
 import feedbackward as fb
+from feedbackward.engine.phase import Phase
 
 SLOPES: dict[str, Callable[[Array], Array]] = {
     "linear": np.ones_like,
@@ -40,13 +41,13 @@ def descended(
 
 def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
     drawn: list[Array] = []
-    original = fb.Phase.noise
+    original = Phase.noise
 
-    def noise(self: fb.Phase, like: Tensor) -> Tensor:
+    def noise(self: Phase, like: Tensor) -> Tensor:
         drawn.append(original(self, like).numpy())
         return torch.tensor(drawn[-1])
 
-    monkeypatch.setattr(fb.Phase, "noise", noise)
+    monkeypatch.setattr(Phase, "noise", noise)
     return drawn
 
 

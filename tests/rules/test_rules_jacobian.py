@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wired import Net
 
 import feedbackward as fb
+from feedbackward.engine.phase import Phase
 
 
 def linear_net() -> tuple[nn.Sequential, Tensor]:
@@ -33,13 +34,13 @@ def path_products(model: nn.Sequential, learner: fb.Learner) -> list[Tensor]:
 def noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The noise of all phases, in the order in which it is drawn."""
     drawn: list[Tensor] = []
-    draw = fb.Phase.noise
+    draw = Phase.noise
 
-    def keep(phase: fb.Phase, like: Tensor) -> Tensor:
+    def keep(phase: Phase, like: Tensor) -> Tensor:
         drawn.append(draw(phase, like))
         return drawn[-1]
 
-    monkeypatch.setattr(fb.Phase, "noise", keep)
+    monkeypatch.setattr(Phase, "noise", keep)
     return drawn
 
 
