@@ -23,7 +23,7 @@ types: .venv/dev
 	$(BIN)/mypy
 
 unit: .venv/dev
-	$(BIN)/pytest -n auto --dist worksteal --quick
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --quick
 
 nightly: .venv/dev dist
 	NIGHTLY=1 $(BIN)/pytest -n auto --dist worksteal -o timeout=0

@@ -281,6 +281,13 @@ def feedback_warnings(rule: fb.Rule, pair: Pair = BEFORE_POOL) -> list[str]:
     return [str(w.message) for w in caught if "feedback weights" in str(w.message)]
 
 
+@pytest.fixture
+def small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if feedback of any size were worth a warning."""
+    monkeypatch.setattr("feedbackward.attaching.LARGE", 0)
+
+
+@pytest.mark.usefixtures("small_is_told")
 def test_feedback_larger_than_the_model_is_told() -> None:
     """(256 + 24 + 5) features x 3 classes x 8 bytes; the net has 356 parameters."""
     parameters = sum(p.numel() for p in BEFORE_POOL.model().parameters())
@@ -298,11 +305,13 @@ def test_feedback_larger_than_the_model_is_told() -> None:
     [fb.BP(), fb.Frozen(), fb.FA(), fb.KolenPollack(), fb.DGL(), *(fb.DFA(operator=o) for o in (MAPS, *FIXED))],
     ids=str,
 )  # fmt: skip
+@pytest.mark.usefixtures("small_is_told")
 def test_other_feedback_is_not_told(rule: fb.Rule) -> None:
     """Chains and local losses have no form to choose; and what is small is small."""
     assert feedback_warnings(rule) == []
 
 
+@pytest.mark.usefixtures("small_is_told")
 def test_common_feedback_is_counted_once() -> None:
     """6 x 3 weights in all; as many for each site would be 54, next to 140 parameters of the net."""
     assert feedback_warnings(fb.DFA(operator=fb.operators.Shared()), MLP) == []

@@ -12,6 +12,7 @@ import copy
 import difflib
 import functools
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,7 +148,10 @@ class _Help(DefaultHelpFormatter):
         # `_normalised` reads them: jsonargparse would take --data for the mapping `data`
         names += [f"--{SHORT[action.dest]}"] if action.dest in SHORT else []
         value = f" {action.metavar}" if action.metavar else ""
-        return ", ".join(names) + value
+        # argparse breaks no line here, and choices may be many
+        broken = value.replace(",", ", ") if len(value) > 70 else value
+        lines = textwrap.wrap(", ".join(names) + broken, 78, subsequent_indent=" " * 8)
+        return "\n".join(lines).replace(", ", ",") if broken != value else "\n".join(lines)
 
 
 @functools.cache

@@ -58,11 +58,11 @@ class Settings:
             graph, (music) the next frame of a piano roll, (regression) the colours of a picture's pixels, classes of
             sentences, or (recommendation) whether what is shown is clicked.
         model: the network: small_cnn, alexnet, vgg6, vgg11, vgg13, vgg16, resnet18, resnet20, resnet56,
-            resnet110, mlp; for a language model transformer_small, transformer4, transformer6, transformer6_stages3, gru,
-            lstm; for nodes gcn, gcn4, gat, sage, gin; for music music_rnn, music_gru, music_lstm, and the same with _steps;
-            for regression field; for sentences sentence_gru, sentence_transformer; for recommendation deepfm; timm:resnet18
-            or any other of timm; hf:vit or any other of transformers, by its type, folder or repository; or your own as
-            package.module:callable or path/to/file.py:callable.
+            resnet110, mlp, rows_gru, rows_lstm; for a language model transformer_small, transformer4, transformer6,
+            transformer6_stages3, gru, lstm; for nodes gcn, gcn4, gat, sage, gin; for music music_rnn, music_gru, music_lstm (recurrent
+            ones also with _steps); for regression field; for sentences sentence_gru, sentence_transformer; for recommendation
+            deepfm; timm:resnet18 or any other of timm; hf:vit or any other of transformers, by its type, folder or repository; or
+            your own as package.module:callable or path/to/file.py:callable.
         model_options: an option of a net of your own, of timm or of transformers, as in --model-options.depth 4.
         norm: use batch norm in the named networks.
         dropout: probability of the network's dropout layers. A network without any gets them after its
