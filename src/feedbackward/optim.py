@@ -221,7 +221,7 @@ class Muon(torch.optim.Optimizer):
     @staticmethod
     def _muon(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         mu = group["momentum"]
-        M = state.setdefault("momentum_buffer", torch.zeros_like(G)).mul_(mu).add_(G)
+        M = _moment(state, "momentum_buffer", G).mul_(mu).add_(G)
         matrix = (G + mu * M if group["nesterov"] else M).flatten(1)
         size = 0.2 * group["lr"] * math.sqrt(max(matrix.shape))
         return size * orthogonalized(matrix).view_as(G)
@@ -230,11 +230,18 @@ class Muon(torch.optim.Optimizer):
     def _adam(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         first, second = group["betas"]
         state["step"] = state.get("step", 0) + 1
-        mean = state.setdefault("exp_avg", torch.zeros_like(G)).lerp_(G, 1 - first)
-        square = state.setdefault("exp_avg_sq", torch.zeros_like(G))
-        square.mul_(second).addcmul_(G, G, value=1 - second)
+        mean = _moment(state, "exp_avg", G).lerp_(G, 1 - first)
+        square = _moment(state, "exp_avg_sq", G).mul_(second).addcmul_(G, G, value=1 - second)
         root = (square / (1 - second ** state["step"])).sqrt() + group["eps"]
         return group["lr"] / (1 - first ** state["step"]) * mean / root
+
+
+def _moment(state: dict[str, Any], key: str, G: Tensor) -> Tensor:
+    """A running mean of the state, which begins at zero."""
+    if key not in state:
+        state[key] = torch.zeros_like(G)
+    found: Tensor = state[key]
+    return found
 
 
 def orthogonalized(G: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ EXPERIMENT = (
     ("experiment/training/run.py", "seen.append((output.float().cpu(), labels.cpu()))", "seen[:] = [(output.float().cpu(), labels.cpu())]", CLICKS),
     # sentences and byte-pair tokens
     ("experiment/nets/sentences.py", "self.rnn(h)[0] * there.unsqueeze(-1)", "self.rnn(h)[0]", SENTENCES),
-    ("experiment/nets/sentences.py", "self.ffn(self.norm2(h))) * there.unsqueeze(-1)", "self.ffn(self.norm2(h)))", SENTENCES),
+    ("experiment/nets/transformer.py", "h if there is None else h * there.unsqueeze(-1)", "h", SENTENCES),
     ("experiment/nets/transformer.py", "None if there is None else there[:, None, None]", "None", SENTENCES),
     ("experiment/data/sentences.py", "_tokenizer(rows[0][0])", "_tokenizer(rows[2][0])", SENTENCES),
     ("experiment/data/sentences.py", "found[name] = [texts[i] for i in taken], labels[taken]", "found[name] = [texts[i] for i in taken], labels[: len(taken)]", SENTENCES),

@@ -15,9 +15,9 @@ Output = tuple[Node, int]
 # how the nodes of matrix products and convolutions begin
 PRODUCTS = ("Convolution", "Addmm", "Mm", "Bmm", "Linear", "ScaledDot", "Baddbmm")
 # what may be picked by the data
-_BY_DATA = ("Embedding", "Index", "Gather", "Take")
+BY_DATA = ("Embedding", "Index", "Gather", "Take")
 # or is repeated for every sample
-_PICKED = (*_BY_DATA, "Expand", "Repeat")
+_PICKED = (*BY_DATA, "Expand", "Repeat")
 # how the nodes of a dropout begin, and those of a reshape
 _MASKING = ("NativeDropout", "Mul")
 _RESHAPING = ("View", "UnsafeView", "ReshapeAlias")
@@ -182,7 +182,7 @@ def weight_behind(operand: Output) -> Tensor | None:
     if node is None or (found := parameter_behind(node)) is not None:
         return found if node is not None else None
     nodes = walk([node])
-    if any(is_product(n) or n.name().startswith(_BY_DATA) for n in nodes):
+    if any(is_product(n) or n.name().startswith(BY_DATA) for n in nodes):
         return None
     size = sorted(node._input_metadata[number].shape)
     like = (n.variable for n in nodes if is_leaf(n) and sorted(n.variable.shape) == size)

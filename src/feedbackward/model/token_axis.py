@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 
 from feedbackward.model.autograd_graph import (
+    BY_DATA,
     Node,
     Output,
     is_leaf,
@@ -41,9 +42,8 @@ from feedbackward.model.axis_parts import (
 
 # of one output, in how many places the axis is followed
 _PLACES = 64
-_BY_DATA = ("Embedding", "Index", "Gather", "Take")
 # what takes, or writes, numbers whose places are given by number
-_BY_NUMBER = (*_BY_DATA, "Scatter", "Masked", "Put", "Sort", "Topk")
+_BY_NUMBER = (*BY_DATA, "Scatter", "Masked", "Put", "Sort", "Topk")
 _VIEWS = ("View", "UnsafeView", "Reshape", "Alias", "Squeeze", "Unsqueeze")
 
 
@@ -358,7 +358,7 @@ def _varying(root: Node) -> set[Node]:
         factors = factors[-2:] if name.startswith(("Addmm", "Baddbmm")) else factors[:2]
         made = (is_product(node) or "Rnn" in name) and None in factors
         below = (parent for parent, _ in node.next_functions)
-        if made or name.startswith(_BY_DATA) or any(parent in found for parent in below):
+        if made or name.startswith(BY_DATA) or any(parent in found for parent in below):
             found.add(node)
     return found
 

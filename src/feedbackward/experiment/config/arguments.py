@@ -148,10 +148,12 @@ class _Help(DefaultHelpFormatter):
         # `_normalised` reads them: jsonargparse would take --data for the mapping `data`
         names += [f"--{SHORT[action.dest]}"] if action.dest in SHORT else []
         value = f" {action.metavar}" if action.metavar else ""
-        # argparse breaks no line here, and choices may be many
-        broken = value.replace(",", ", ") if len(value) > 70 else value
-        lines = textwrap.wrap(", ".join(names) + broken, 78, subsequent_indent=" " * 8)
-        return "\n".join(lines).replace(", ", ",") if broken != value else "\n".join(lines)
+        head = ", ".join(names) + value
+        if len(head) <= 78:
+            return head
+        # choices may be many, and argparse breaks no line here
+        lines = textwrap.wrap(head.replace(",", ", "), 78, subsequent_indent=" " * 8)
+        return "\n".join(lines).replace(", ", ",")
 
 
 @functools.cache

@@ -17,17 +17,22 @@ from feedbackward.experiment.config.data import DataConfig
 _MEANT_FOR = {"context": "for texts, sentences and music", "tokens": "for texts"}
 
 
-def find_file(config: DataConfig, known: Mapping[str, str], what: str) -> Path:
-    """The file of the data: known by name below `config.root`, or a path. Raises ConfigError and DataError.
+def find_place(config: DataConfig, known: Mapping[str, str], what: str) -> Path:
+    """Where the data lie: known by name below `config.root`, or a path. Raises ConfigError for a name without a root.
 
-    `known`: where the files of each name lie. `what`: what a file holds, in one word.
+    `known`: where those of each name lie. `what`: what they are, in one word.
     """
     name, root = config.name, config.root
     if name in known and root is None:
         raise ConfigError(
-            f"the {what} '{name}' is read from a folder: give it with --data-root, with the file at {known[name]} in it."
+            f"the {what} '{name}' is read from a folder: give it with --data-root, with {known[name]} in it."
         )
-    path = Path(root or ".").expanduser() / known.get(name, name)
+    return Path(root or ".").expanduser() / known.get(name, name)
+
+
+def find_file(config: DataConfig, known: Mapping[str, str], what: str) -> Path:
+    """The file of the data, as `find_place`. Raises DataError where there is none."""
+    path = find_place(config, known, what)
     if not path.is_file():
         raise DataError(
             f"There is no {what} file {path}: this task needs one as data.name (known by name: {', '.join(known)})."
@@ -56,6 +61,18 @@ def read_arrays(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
             f"{path} has no array '{absent[0]}': it needs {', '.join(needed)}, and has {', '.join(arrays)}"
         )
     return arrays
+
+
+def read_columns(path: Path, *names: str) -> Any:
+    """A table with these columns of a Parquet file. Raises DataError where it cannot be read, or lacks one."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=list(names))
+        return table.select(names)
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
 def refuse_options(config: DataConfig, what: str, *names: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.config.data import DataConfig
-from feedbackward.experiment.data.named import file_digest, refuse_options
+from feedbackward.experiment.data.named import file_digest, find_place, read_columns, refuse_options
 from feedbackward.experiment.data.splits import Pairs, SplitData, split_order
 
 # sets known by name, and where they lie below the data root
@@ -56,11 +56,7 @@ def fingerprint_sentences(config: DataConfig) -> str:
 
 
 def _files(config: DataConfig) -> list[Path]:
-    if config.name in SENTENCES and config.root is None:
-        raise ConfigError(
-            f"the sentences '{config.name}' are read from a folder: give it with --data-root, with {SENTENCES[config.name]} in it."
-        )
-    folder = Path(config.root or ".").expanduser() / SENTENCES.get(config.name, config.name)
+    folder = find_place(config, SENTENCES, "set of sentences")
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise DataError(
@@ -71,16 +67,10 @@ def _files(config: DataConfig) -> list[Path]:
 
 def _read(config: DataConfig) -> dict[str, tuple[list[str], np.ndarray]]:
     """Texts and labels by the first part of each file's name."""
-    import pyarrow
-    import pyarrow.parquet
-
     found: dict[str, tuple[list[str], np.ndarray]] = {}
     for path in _files(config):
-        try:
-            table = pyarrow.parquet.read_table(path, columns=["text", "label"])
-            texts, labels = table["text"].to_pylist(), table["label"].to_numpy()
-        except (OSError, KeyError, pyarrow.ArrowException) as error:
-            raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        table = read_columns(path, "text", "label")
+        texts, labels = table["text"].to_pylist(), table["label"].to_numpy()
         if not len(texts) or labels.dtype.kind not in "iu" or labels.min() < 0 or None in texts:
             raise DataError(f"{path} must have a text, and as label a number from 0, in every row")
         before = found.get(path.stem.partition("-")[0], ([], labels[:0]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from feedbackward.errors import ConfigError, DataError
 from feedbackward.experiment.config.data import DataConfig
-from feedbackward.experiment.data.named import file_digest, find_file, refuse_options
+from feedbackward.experiment.data.named import file_digest, find_file, read_columns, refuse_options
 from feedbackward.experiment.data.splits import Pairs, SplitData
 
 # texts known by name, and where they lie below the data root
@@ -78,15 +78,9 @@ def _hub_parts(path: Path) -> tuple[str, list[str]]:
 
     Without a training part, nine tenths of the one for validation are trained on.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     found: dict[str, str] = {}
     for file in sorted(path.parent.glob("*.parquet")):
-        try:
-            lines = pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
-        except (OSError, pyarrow.ArrowException, KeyError) as error:
-            raise DataError(f"cannot read {file}: {' '.join(str(error).split())}") from error
+        lines = read_columns(file, "text")["text"].to_pylist()
         name = file.name.partition("-")[0]
         found[name] = found.get(name, "") + "".join(line or "" for line in lines)
     absent = [name for name in ("validation", "test") if not found.get(name)]

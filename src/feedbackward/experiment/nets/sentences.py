@@ -16,15 +16,6 @@ class MaskedGRU(nn.Module):
         return self.rnn(h)[0] * there.unsqueeze(-1)
 
 
-class MaskedBlock(Block):
-    """A block in which no word sees padding, and whose outputs are zero there."""
-
-    def forward(self, h: Tensor, there: Tensor) -> Tensor:  # type: ignore[override]
-        attended = self.drop1(self.attention(self.norm1(h), there))
-        h = self.attended(h + attended)
-        return (h + self.ffn(self.norm2(h))) * there.unsqueeze(-1)
-
-
 class Sentences(nn.Module):
     """Numbers of words int64 [N, T], 0 where there is none -> scores [N, classes].
 
@@ -46,7 +37,7 @@ class Sentences(nn.Module):
         length, words = in_shape
         self.embed = Embedding(length, words, width) if attention else nn.Embedding(words, width)
         self.layers = nn.ModuleList(
-            MaskedBlock(width, 4, dropout) if attention else MaskedGRU(width) for _ in range(depth)
+            Block(width, 4, dropout) if attention else MaskedGRU(width) for _ in range(depth)
         )
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)

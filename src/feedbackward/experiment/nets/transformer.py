@@ -44,7 +44,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """`h + attention(norm(h))`, then `h + ffn(norm(h))`."""
+    """`h + attention(norm(h))`, then `h + ffn(norm(h))`.
+
+    Told at which places a token is `there`, bool [N, T], its output is zero elsewhere.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -62,9 +65,10 @@ class Block(nn.Module):
             )
         )
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = self.attended(h + self.drop1(self.attention(self.norm1(h))))
-        return h + self.ffn(self.norm2(h))
+    def forward(self, h: Tensor, there: Tensor | None = None) -> Tensor:
+        h = self.attended(h + self.drop1(self.attention(self.norm1(h), there)))
+        h = h + self.ffn(self.norm2(h))
+        return h if there is None else h * there.unsqueeze(-1)
 
 
 class Stage(nn.Module):
