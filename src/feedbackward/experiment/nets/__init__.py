@@ -68,34 +68,32 @@ def _transformer(depth: int, width: int = 128, stages: int | None = None) -> Net
     )
 
 
-def _recurrent(kind: type[nn.RNNBase], steps: bool = False) -> Net:
+def _in_layers(build: partial[Any], about: str, depth: int, task: str) -> Net:
+    """A net of recurrent layers, which are its sites, or every step of them."""
+    steps = build.keywords["steps"]
     inside = ".steps.0" if steps else ""
     return Net(
-        partial(Recurrent, kind=kind, steps=steps),
-        f"2 {kind.__name__} layers of width 128, for characters"
-        + (", a site of every step" if steps else ""),
-        sites=(f"layers.0{inside}", f"layers.1{inside}"),
-        task="language_model",
+        build,
+        about + (", a site of every step" if steps else ""),
+        sites=tuple(f"layers.{i}{inside}" for i in range(depth)),
+        task=task,
     )
+
+
+def _recurrent(kind: type[nn.RNNBase], steps: bool = False) -> Net:
+    about = f"2 {kind.__name__} layers of width 128, for characters"
+    return _in_layers(partial(Recurrent, kind=kind, steps=steps), about, 2, "language_model")
 
 
 def _rows(kind: type[nn.RNNBase], steps: bool) -> Net:
-    inside = ".steps.0" if steps else ""
-    return Net(
-        partial(Rows, kind=kind, steps=steps),
-        f"2 {kind.__name__} layers of width 128 over the rows of an image"
-        + (", a site of every step" if steps else ""),
-        sites=(f"layers.0{inside}", f"layers.1{inside}"),
-    )
+    about = f"2 {kind.__name__} layers of width 128 over the rows of an image"
+    return _in_layers(partial(Rows, kind=kind, steps=steps), about, 2, "classification")
 
 
 def _music(kind: type[nn.RNNBase], steps: bool = False) -> Net:
-    return Net(
-        partial(Recurrent, kind=kind, width=64, depth=1, frames=True, steps=steps),
-        f"one {kind.__name__} layer of width 64, for frames of keys"
-        + (", a site of every step" if steps else ""),
-        sites=("layers.0.steps.0" if steps else "layers.0",),
-        task="music",
+    build = partial(Recurrent, kind=kind, width=64, depth=1, frames=True, steps=steps)
+    return _in_layers(
+        build, f"one {kind.__name__} layer of width 64, for frames of keys", 1, "music"
     )
 
 
