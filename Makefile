@@ -7,12 +7,16 @@ BIN := .venv/bin
 # most files of these packages are never imported: those that are get compiled then
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
 
+# images of containers often forbid Python to keep what it compiled: each process would then compile PyTorch again, for seconds
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types unit nightly clients docs dist end-to-end mutations bench-step bench-classes bench-depth bench-vgg-memory clean
 
 demo: .venv/demo
 	$(BIN)/feedbackward compare --config demo --out runs/demo --overwrite
 
-test: lint types unit docs end-to-end
+test: export SITE = $(CURDIR)/build/site
+test: lint types docs unit end-to-end
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -22,8 +26,11 @@ lint: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
+# three for two cores: many tests wait for processes of their own
+TESTERS = $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
+
 unit: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --quick
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TESTERS) --dist worksteal --quick
 
 nightly: .venv/dev dist
 	NIGHTLY=1 $(BIN)/pytest -n auto --dist worksteal -o timeout=0

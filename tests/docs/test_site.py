@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site that `make test` has just built, or one of the module's own."""
+    if "SITE" in os.environ:
+        return Path(os.environ["SITE"])
     out = tmp_path_factory.mktemp("site")
     environment = {
         **os.environ,

@@ -153,6 +153,8 @@ def test_compare_writes_its_report_and_is_quick_the_second_time(capsys, tmp_path
         "0",
         "--timing-steps",
         "1",
+        "--workers",
+        "1",
         "--out",
         folder,
     ]
