@@ -189,3 +189,30 @@ def test_feedback_of_another_form_or_error_is_not_loaded(
         learner.load_state_dict(saved)
     again = fb.attach(Words(), then, example=TOKENS, error_at=where)
     again.load_state_dict(saved)
+
+
+@pytest.mark.filterwarnings("ignore:no segment trains these parameters. head")
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_a_site_gets_the_errors_of_its_tokens(tied: bool) -> None:
+    """Row v is the sum of e_t B over all places t that hold v, but for the padding's; a tied head adds its true gradient."""
+    net = Words(lambda net, h: F.linear(h, net.embed.weight) if tied else net.head(h)).double()
+    net.embed.padding_idx = 3
+    tokens = TOKENS.clone()
+    tokens[0, :2], tokens[1, 0] = 3, int(tokens[2, 4])
+    learner = fb.attach(net, fb.DFA(), example=tokens, sites=["embed", "body.1"])
+    assert learner.source.name == "norm"
+    entered: list[Tensor] = []
+    net.norm.register_forward_hook(lambda *call: entered.append(call[2].detach()))
+    labels = torch.randint(V, (N, T))
+    F.cross_entropy(learner(tokens).flatten(0, 1), labels.flatten()).backward()
+
+    h = entered[-1].requires_grad_()
+    head = (net.embed.weight if tied else net.head.weight).detach().requires_grad_()
+    scores = F.linear(h, head, None if tied else net.head.bias.detach())
+    F.cross_entropy(scores.flatten(0, 1), labels.flatten()).backward()
+    assert h.grad is not None
+    signals = h.grad @ learner.feedback.get_buffer("embed")
+    there = tokens != 3
+    rows = torch.zeros(V, D).double().index_add(0, tokens[there], signals[there])
+    expected = rows + head.grad if tied else rows
+    torch.testing.assert_close(net.embed.weight.grad, expected, rtol=1e-12, atol=1e-12)
