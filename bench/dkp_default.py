@@ -130,6 +130,15 @@ def accuracy(
     return 100 * (found == y[TRAIN:]).float().mean().item()
 
 
+def images(root: Path, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """The training images, normalised, and after them those that are held out; and their labels."""
+    data = load_data(DataConfig(name="cifar10", root=root)).train
+    part = slice(offset, offset + TRAIN + HELD_OUT)
+    x = data.images[part].float() / 255
+    mean, std = (f(x[:TRAIN], (0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last), data.labels[part]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", type=Path, required=True)
@@ -142,12 +151,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("bench/results/dkp_default.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data = load_data(DataConfig(name="cifar10", root=options.data_root)).train
-    part = slice(options.offset, options.offset + TRAIN + HELD_OUT)
-    x = data.images[part].float() / 255
-    mean, std = (f(x[:TRAIN], (0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-    y = data.labels[part]
+    x, y = images(options.data_root, options.offset)
     known = json.loads(options.json.read_text()) if options.json.exists() else []
     keys = ("net", "form", "optimizer", "rate", "seed", "offset")
     done = {tuple(run[key] for key in keys) for run in known}

@@ -255,6 +255,67 @@ def test_weights_outside_called_layers_are_refused(how, extra, where: str) -> No
         fb.attach(Wired(how, **extra), fb.FA(), example=x)
 
 
+class Factors(nn.Module):
+    """Parameters and a buffer that a net makes a matrix of."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.register_buffer("turn", torch.randn(4, 4))
+
+
+LOW = {"left": (4, 2), "right": (2, 4)}
+COMPOSED = {
+    "low rank": (LOW, lambda f: f.left @ f.right),
+    "low rank, scaled": (LOW, lambda f: 0.5 * (f.left @ f.right).t()),
+    "three factors": ({**LOW, "middle": (2, 2)}, lambda f: f.left @ f.middle @ f.right),
+    "by einsum": (LOW, lambda f: torch.einsum("ir,rj->ij", f.left, f.right)),
+    "turned by a buffer": ({"W": (4, 4)}, lambda f: f.W @ f.turn),
+    "turned by a part of one": ({"W": (4, 2)}, lambda f: f.W @ f.turn[:2]),
+    "with a square beside it": ({"W": (4, 4), "low": (2, 4)}, lambda f: f.W + f.low.t() @ f.low),
+    "by its spectral norm": ({"W": (4, 4)}, lambda f: f.W / (f.turn[0] @ f.W @ f.turn[1])),
+    "symmetric": ({"W": (4, 2)}, lambda f: f.W @ f.W.t()),
+}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", COMPOSED)
+@pytest.mark.parametrize("batch", [4, 5])  # a batch may have as many samples as a matrix has rows
+def test_a_weight_that_is_a_product_is_a_hidden_weight(kind: str, batch: int) -> None:
+    shapes, make = COMPOSED[kind]
+    factors = Factors(**shapes)
+    x = torch.randn(batch, 4)
+    for how in (
+        lambda m, x: m.head(F.relu(m.stem(x)) @ make(m.factors)),
+        lambda m, x: m.head(F.linear(m.stem(x), make(m.factors), m.middle.bias)),
+        lambda m, x: m.head((make(m.factors) @ m.stem(x)[..., None])[..., 0]),
+    ):
+        with pytest.raises(fb.AttachError, match=r"cannot see into 'factors'.*true weights"):
+            fb.attach(Wired(how, factors=factors), fb.FA(), example=x)
+
+
+def test_queries_that_layers_make_of_parameters_are_no_weights() -> None:
+    """What a called layer makes of a parameter is its own product, which is fed."""
+
+    class Asked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked = nn.Parameter(torch.randn(3, 4))
+            self.stem, self.query, self.key, self.head = (nn.Linear(4, n) for n in (4, 4, 4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.stem(x)
+            shares = (self.query(self.asked) @ self.key(h).mT).softmax(-1)
+            return self.head((shares @ h).mean(1))
+
+    learner = fb.attach(Asked(), fb.FA(), example=torch.randn(5, 6, 4))
+    assert {edge.site.weight for edge in learner.graph.edges} >= {"key.weight", "head.weight"}
+    # the parameter is a site itself, and its segment has nothing else
+    assert learner.plan.segments[0].parameters == ("asked",)
+    assert not learner.plan.unreached
+
+
 def test_parameters_that_are_only_added_are_harmless() -> None:
     class Added(nn.Module):
         def __init__(self) -> None:

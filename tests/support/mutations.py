@@ -13,6 +13,7 @@ CUTS, HOOKS, FUNCTIONS = "engine/cuts.py", "engine/hooks.py", "engine/autograd.p
 FIT = "engine/fit.py"
 TOKENS, PARTS = "model/token_axis.py", "model/axis_parts.py"
 APART = "core/test_apart.py"
+DECORRELATED, DECORRELATION = "decorrelation.py", "core/test_decorrelation.py"
 DENSE, LEARNER, PROBE, TRACE = (
     "operators/dense.py",
     "learner.py",
@@ -341,6 +342,21 @@ MUTATIONS = (
     (PARTS, "first = part.first + start - part.at", "first = part.first", APART),
     ("rules/local/heads.py", "if site.apart and source.tokens:", "if False:", APART),
     ("measure/cost.py", "lead = edge.leading + edge.repeats - 1", "lead = edge.leading - 1", APART),
+    # weights that are products, and parameters that are sites
+    ("model/autograd_graph.py", "all(storage_of(t) in own for t in _saved(node) if _is_given(t))", "True", CHAIN),
+    ("model/autograd_graph.py", "known = alone.issuperset(below(node)) and", "known =", CHAIN),
+    ("model/layers.py", "if hidden and not any(id(p) in layers for p in behind):", "if hidden:", CHAIN),
+    ("model/layers.py", "weights_behind(factor, alone)", "[]", CHAIN),
+    ("engine/plan.py", "get_gradient_edge(t).node for t in tensors if t.requires_grad", "t.grad_fn for t in tensors", CHAIN),
+    # decorrelated layers
+    (DECORRELATED, "common = (1 - self.variance) * C", "common = self.variance * C", DECORRELATION),
+    (DECORRELATED, "self.variance * (own - 1)", "self.variance * own", DECORRELATION),
+    (DECORRELATED, "seen, layer.seen = layer.seen, None", "seen = layer.seen", DECORRELATION),
+    (DECORRELATED, "if self.training:", "if True:", DECORRELATION),
+    (DECORRELATED, "step)[..., ::gap]", "step)[..., :side]", DECORRELATION),
+    (DECORRELATED, "x[::sample], tuple(", "x, tuple(", DECORRELATION),
+    (DECORRELATED, "x @ self.R.t()", "x @ self.R", DECORRELATION),
+    (DECORRELATED, "uses[m.weight] == 1", "uses[m.weight] > 0", DECORRELATION),
     # the probe
     (PROBE, "observer.install(self.model)", "observer.install(self.model, prepend=True)", MEASURES),
     (PROBE, "batch, params, exact=True)", "batch, params, exact=False)", MEASURES),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from feedbackward.activity import Site
 from feedbackward.engine.autograd import BROADCAST, JOIN
@@ -202,8 +203,8 @@ def _held(nodes: set[Any], names: dict[int, str]) -> tuple[str, ...]:
 
 
 def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
-    """All nodes of these tensors' autograd graphs."""
-    return _behind(t.grad_fn for t in tensors)
+    """All nodes of these tensors' autograd graphs. A parameter that is a site itself has a node too."""
+    return _behind(get_gradient_edge(t).node for t in tensors if t.requires_grad)
 
 
 def _behind(nodes: Iterable[Any]) -> set[Any]:

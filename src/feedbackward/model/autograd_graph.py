@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Node = Any
 # a node and the number of its output
@@ -187,6 +188,48 @@ def weight_behind(operand: Output) -> Tensor | None:
     size = sorted(node._input_metadata[number].shape)
     like = (n.variable for n in nodes if is_leaf(n) and sorted(n.variable.shape) == size)
     return next((p for p in like if p.dim() > 1), None)
+
+
+def made_of_weights(tensors: Iterable[Tensor], own: set[int]) -> set[Node]:
+    """The nodes behind the tensors that took nothing but parameters and buffers.
+
+    own: where the storages of the model's parameters and buffers begin.
+    """
+    alone = set[Node]()
+    for node in reversed(walk(t.grad_fn for t in tensors)):
+        if is_leaf(node):
+            known = storage_of(node.variable) in own
+        else:
+            known = alone.issuperset(below(node)) and not node.name().startswith(BY_DATA)
+            known = known and all(storage_of(t) in own for t in _saved(node) if _is_given(t))
+        if known:
+            alone.add(node)
+    return alone
+
+
+def weights_behind(operand: Output, alone: set[Node]) -> list[Tensor]:
+    """The parameters whose product a factor is, with each other or with buffers: a low-rank or a turned weight.
+
+    alone: the nodes that took nothing but parameters and buffers.
+    """
+    nodes = walk([operand[0]]) if operand[0] in alone else []
+    return [n.variable for n in nodes if is_leaf(n)] if any(map(is_product, nodes)) else []
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _saved(node: Node) -> Iterator[Tensor]:
+    """The tensors that a node keeps for its backward pass."""
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            yield from (t for t in tree_leaves(getattr(node, name)) if isinstance(t, Tensor))
+
+
+def _is_given(tensor: Tensor) -> bool:
+    """Whether a tensor was made without gradients and is more than a number."""
+    return tensor.grad_fn is None and not tensor.requires_grad and tensor.dim() > 0
 
 
 def of_parameters(tensor: Tensor) -> bool:

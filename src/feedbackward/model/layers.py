@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,11 @@ from feedbackward.model.autograd_graph import (
     dominators,
     is_leaf,
     is_product,
+    made_of_weights,
+    storage_of,
     walk,
     weight_behind,
+    weights_behind,
 )
 from feedbackward.model.branches import branch_inputs
 from feedbackward.model.features import CONVOLUTIONS
@@ -192,19 +196,21 @@ def _refuse_hidden_weights(model: nn.Module, outputs: Iterable[Tensor], calls: l
     """Refuse a product of an activity with a parameter outside a layer: it would send the error through true weights."""
     names = {id(p): name for name, p in model.named_parameters()}
     layers = {id(p) for call in calls for p in call.module.parameters(recurse=False)}
+    own = {storage_of(t) for t in itertools.chain(model.parameters(), model.buffers())}
+    outputs = list(outputs)
+    alone = made_of_weights(outputs, own)
     for node in walk(t.grad_fn for t in outputs):
         recurrent = "Rnn" in node.name() or "Lstm" in node.name() or "Gru" in node.name()
-        if not recurrent and not is_product(node):
+        if (not recurrent and not is_product(node)) or node in alone:
+            # below what weights alone have made nothing gets an error
             continue
-        operands = [weight_behind(other) for other in node.next_functions if other[0] is not None]
-        if all(p is not None for p in operands) and not recurrent:
-            # nothing below it gets an error
-            continue
-        # a tensor from outside the model is left alone
-        own = [p for p in operands if p is not None and id(p) in names]
-        hidden = [p for p in own if p.dim() > 1 and id(p) not in layers]
-        if hidden:
-            raise AttachError(_hidden_weight(model, names[id(hidden[0])]))
+        for factor in node.next_functions:
+            single = weight_behind(factor) if factor[0] is not None else None
+            behind = [single] if single is not None else weights_behind(factor, alone)
+            # a layer's own product is fed, and a tensor from outside the model is left alone
+            hidden = [p for p in behind if id(p) in names and p.dim() > 1]
+            if hidden and not any(id(p) in layers for p in behind):
+                raise AttachError(_hidden_weight(model, names[id(hidden[0])]))
 
 
 def _hidden_weight(model: nn.Module, name: str) -> str:
