@@ -9,6 +9,7 @@ from pairs import F64, MLP, TOKENS, assert_close, grads, loss_fn, signals, step
 from torch import nn
 
 import feedbackward as fb
+from feedbackward.experiment.nets.transformer import Transformer
 
 # --- EBD -------------------------------------------------------------------------------------------------------
 
@@ -146,3 +147,21 @@ def test_rules_that_send_targets_do_not_scale_with_the_loss() -> None:
         n for n, rule in fb.RULES.items() if not rule.linear
     }
     assert not [n for n, rule in fb.RULES.items() if rule.linear and rule.needs == "target"]
+
+
+def test_the_identity_is_what_a_skip_path_does_to_an_error() -> None:
+    """Backprop where the branches above are silent; where they speak, the part of backprop that passes none of them."""
+    torch.manual_seed(0)
+    x, y = torch.randint(9, (4, 5)), torch.randint(9, (4, 5))
+    net = Transformer((5,), 9, width=8, depth=3).double()
+    for block in net.blocks[1:]:
+        for silent in (block.attention.out, block.ffn.out):
+            nn.init.zeros_(silent.weight)
+    found = []
+    for rule in (fb.BP(), fb.DFA(operator=fb.Dense("identity"))):
+        learner = fb.attach(net, rule, example=x, sites="blocks", error_at="blocks.2")
+        net.zero_grad()
+        nn.functional.cross_entropy(learner(x).flatten(0, 1), y.flatten()).backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    for exact, sent in zip(*found, strict=True):
+        torch.testing.assert_close(sent, exact, rtol=1e-10, atol=1e-12)
