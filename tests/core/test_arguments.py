@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -234,7 +235,7 @@ class Reordered(nn.Module):
         return self.out(x)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20, 200)
 @given(*[st.tuples(st.booleans(), st.booleans(), st.integers(0, 3))] * 2)
 def test_arguments_may_come_in_another_order_and_manner_than_on_the_example(
     first_turn: tuple[bool, bool, int], turn: tuple[bool, bool, int]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -126,7 +127,7 @@ def gradients(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Tensor | N
     return {name: p.grad for name, p in learner.model.named_parameters()}
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60, 600)
 @given(
     st.lists(st.sampled_from(sorted(CHANGES)), min_size=1, max_size=2, unique=True),
     st.sampled_from(RULES),

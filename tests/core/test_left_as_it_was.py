@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -204,7 +205,7 @@ HABITS = st.tuples(
 ).map(lambda pair: (pair[0], *pair[1]))
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, 250)
 @given(HABITS)
 def test_attach_probe_and_phases_leave_no_trace(habits: tuple[str, ...]) -> None:
     model, example = Model(habits), batch()
@@ -221,7 +222,7 @@ def test_attach_probe_and_phases_leave_no_trace(habits: tuple[str, ...]) -> None
     assert noted(model, example) == before
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, 250)
 @given(HABITS)
 def test_training_runs_one_pass_per_batch_and_replay_gives_the_same(
     habits: tuple[str, ...],

@@ -8,7 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ def leads_to(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [torch.stack([row[i].flatten(1).norm(dim=1) for row in rows]) for i in range(len(kept))]
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80, 800)
 @given(
     st.lists(st.sampled_from(sorted(MOVES)), min_size=2, max_size=5),
     st.booleans(),
@@ -114,7 +115,7 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, 250)
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=4), st.integers(3, 9))
 def test_feedback_reaches_the_tokens_that_made_the_error(moves: list[str], steps: int) -> None:
     torch.manual_seed(len(moves))

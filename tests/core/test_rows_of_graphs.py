@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -99,7 +100,7 @@ def behind(model: GraphNet, example: tuple[Any, ...], act: nn.Module) -> bool:
     return count > 0.9 * len(output)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60, 600)
 @given(
     st.integers(7, 15),
     st.sampled_from(["ring", "directed", "both ways"]),
