@@ -136,12 +136,11 @@ def test_a_learner_gets_the_gradients_of_its_cut_points(rule: Any, schedule: Any
         old.load_state_dict({"weight": turned.detach(), "bias": layer.bias.detach()})
     plain[1].load_state_dict(model[1].state_dict())
     gradients = []
-    learner = fb.attach(model, rule(), example=x, seed=3)
+    learners = [fb.attach(one, rule(), example=x, seed=3) for one in (model, plain)]
     assert all(layer.seen is None for layer in decorrelation.layers)
-    for one in (model, plain):
-        learner = fb.attach(one, rule(), example=x, seed=3) if one is plain else learner
+    for learner in learners:
         learner.backward(x, lambda out: F.cross_entropy(out, y), schedule=schedule)
-        gradients.append([p.grad for p in one.parameters()])
+        gradients.append([p.grad for p in learner.model.parameters()])
         # the pass was seen, and replayed or not, R waits for a step
         assert all(layer.seen is not None for layer in decorrelation.layers)
     layers = iter(decorrelation.layers)
