@@ -90,19 +90,29 @@ def convolution(inputs: int, outputs: int, pool: bool) -> list[nn.Module]:
     return [*layers, nn.MaxPool2d(2)] if pool else layers
 
 
-def net(depth: int) -> nn.Sequential:
-    """`depth` convolutions of 16, 32 and 64 channels, three pools, and two linear layers."""
+def net(depth: int, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Sequential:
+    """`depth` convolutions of three widths, three pools, and two linear layers."""
     layers: list[nn.Module] = []
     before = 3
-    for channels in (16, 32, 64):
+    for channels in widths:
         for i in range(depth // 3):
             layers += convolution(before, channels, pool=i == depth // 3 - 1)
             before = channels
-    top = [nn.Flatten(), nn.Linear(1024, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)]
+    top = [
+        nn.Flatten(),
+        nn.Linear(16 * before, 128),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    ]
     return nn.Sequential(*layers, *top).to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
-NETS: dict[str, Callable[[], nn.Sequential]] = {"3 conv": lambda: net(3), "6 conv": lambda: net(6)}
+NETS: dict[str, Callable[[], nn.Sequential]] = {
+    "3 conv": lambda: net(3),
+    "6 conv": lambda: net(6),
+    "3 conv wide": lambda: net(3, (32, 64, 128)),
+}
 
 
 def accuracy(
@@ -142,7 +152,7 @@ def images(root: Path, offset: int = 0) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--nets", default=",".join(NETS))
+    parser.add_argument("--nets", default="3 conv,6 conv", help=", ".join(NETS))
     parser.add_argument("--forms", default=";".join(FORMS), help="names, with ; between them")
     parser.add_argument("--optimizers", default="nesterov")
     parser.add_argument("--rates", default="0.02,0.05")

@@ -39,10 +39,12 @@ if TYPE_CHECKING:
         FA,
         RULES,
         Frozen,
+        HighwayKP,
         KolenPollack,
         Mixed,
         RelayedKP,
         Rule,
+        SegmentedKP,
     )
     from feedbackward.schedules.delayed import Delayed
     from feedbackward.topologies import chain, star
@@ -64,7 +66,7 @@ _PUBLIC_IN = {
     "feedbackward.operators": "Dense LowRank Operator PerShape Pooled Shape Sparse Weights",
     "feedbackward.optim": "param_groups renormalize_weights step_in_backward",
     "feedbackward.rules": """
-        BP DFA DGL DKP DRTP FA RULES Frozen KolenPollack Mixed Properties RelayedKP Rule
+        BP DFA DGL DKP DRTP FA RULES Frozen HighwayKP KolenPollack Mixed RelayedKP Rule SegmentedKP
     """,
     "feedbackward.schedules.delayed": "Delayed",
     "feedbackward.topologies": "chain star",
@@ -139,6 +141,7 @@ __all__ = [
     "FeedbackError",
     "Frozen",
     "Graph",
+    "HighwayKP",
     "KolenPollack",
     "LayerInput",
     "Learner",
@@ -150,6 +153,7 @@ __all__ = [
     "Probe",
     "RelayedKP",
     "Rule",
+    "SegmentedKP",
     "Shape",
     "Site",
     "SiteError",

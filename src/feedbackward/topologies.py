@@ -1,8 +1,9 @@
 """Feedback graphs in common use, for the `graph` method of a rule.
 
 `star` feeds every site from one source, and `chain` feeds every layer from its own output.
-`relays` is between the two: a few layers send on their error. In a `ladder` each site is fed from
-the site above it. `modules` makes direct connections within groups of sites.
+`segments` and `relays` are between the two. `segments` are short chains, each of which begins with a
+direct edge; in `relays` a few layers send on their error. In a `ladder` each site is fed from the site
+above it. `modules` makes direct connections within groups of sites.
 
 Example:
     >>> import torch
@@ -26,7 +27,7 @@ from feedbackward.errors import AttachError
 from feedbackward.graph import Edge, Graph
 from feedbackward.operators.base import Operator
 
-__all__ = ["chain", "ladder", "modules", "relays", "star"]
+__all__ = ["chain", "ladder", "modules", "relays", "segments", "star"]
 
 
 def chain(
@@ -162,6 +163,64 @@ def _passed_over(run: Sequence[LayerInput]) -> float:
     sizes = [math.prod(layer_input.source.shape) for layer_input in run]
     counts = [1 + max(0.0, math.log2(size / sizes[-1])) for size in sizes[:-1]]
     return sum(sum(counts[i:]) for i in range(len(counts)))
+
+
+def segments(
+    layer_inputs: Sequence[Any],
+    source: Source,
+    steps: int,
+    operator: Operator,
+    form: Callable[[LayerInput], Operator],
+) -> Graph:
+    """Divide the layers into chains of at most `steps` products, and feed the top of each directly.
+
+    The highest segment begins at the source and is a :func:`chain`. The highest layer input of any other gets the source's error by
+    one edge, and those below it that of their layer's output. A segment may begin only where everything below reaches the
+    source through the layer before; where a segment would be too long without such a place, AttachError is raised.
+
+    layer_inputs: sites of a rule with `feeds = LayerInput`.
+    operator: of the direct edges.
+    form: the operator of the edges within segments, which get the gradients of the layers' weights.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import feedbackward as fb
+        >>> x = torch.randn(16, 4)
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+        >>> model = nn.Sequential(*layers)
+        >>> learner = fb.attach(model, fb.FA(), example=x)
+        >>> shaped = fb.operators.LayerShaped
+        >>> graph = fb.topologies.segments(
+        ...     learner.sites, learner.source, 1, fb.Dense(), lambda layer: shaped(layer.form)
+        ... )
+        >>> [(edge.source.name, edge.site.name) for edge in graph.edges]  # one step: all are fed directly
+        [('4', '2.input'), ('4', '4.input')]
+    """
+    within = chain(layer_inputs, form, shared=True)
+    entries = _entries(layer_inputs, steps)
+    edges = (
+        Edge(source, edge.site, operator) if edge.site in entries else edge for edge in within.edges
+    )
+    return Graph(within.sites, tuple(edges))
+
+
+def _entries(layer_inputs: Sequence[LayerInput], steps: int) -> list[LayerInput]:
+    """The layer inputs that the source feeds directly: as few as may be, so as high as their segments let them."""
+    entries: list[LayerInput] = []
+    top = len(layer_inputs)  # the first above the segment that is made long now
+    while top > steps:
+        lowest = top - 1 - steps
+        fit = [i for i in range(lowest, top - 1) if layer_inputs[i].dominates]
+        if not fit:
+            names = [layer_input.name for layer_input in layer_inputs[lowest:top]]
+            raise AttachError(
+                f"no segment of at most {steps} products can end within {', '.join(names)}: it may end only below a layer that no "
+                "other path (a skip connection, a branch) bypasses. Allow more steps, or use HighwayKP for a net of skip paths."
+            )
+        entries.append(layer_inputs[fit[0]])
+        top = fit[0] + 1
+    return entries
 
 
 def ladder(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:

@@ -158,6 +158,14 @@ def test_weights_that_are_loaded_afterwards_are_told_once() -> None:
     assert "'4.weight'" in warned(learner)[0]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_copy_tells_what_was_loaded_and_nothing_else(loaded: bool) -> None:
+    learner = fb.attach(net(), fb.KolenPollack(), example=torch.ones(5, 4))
+    if loaded:
+        learner.model.load_state_dict(net().state_dict())
+    assert len(warned(copy.deepcopy(learner))) == loaded
+
+
 def test_weights_that_feedback_goes_with_are_not_told() -> None:
     x = torch.ones(5, 4)
     assert not warned(fb.attach(net(), fb.KolenPollack(), example=x))

@@ -18,6 +18,9 @@ import feedbackward as fb
 # pairs of rules whose gradients are the same by theory, and why
 EQUAL: dict[frozenset[str], str] = {
     frozenset(("kp", "relayed_kp")): "a net of at most six layers has a relay for every layer",
+    frozenset(("kp", "segmented_kp")): "a net of at most six layers is one segment",
+    frozenset(("relayed_kp", "segmented_kp")): "both are Kolen-Pollack on these nets",
+    frozenset(("segmented_kp", "highway_kp")): "both are Kolen-Pollack on these nets",
     frozenset(("kp", "highway_kp")): "no path of these nets passes more than two branches",
     frozenset(("relayed_kp", "highway_kp")): "both are Kolen-Pollack on these nets",
 }

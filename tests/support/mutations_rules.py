@@ -14,9 +14,19 @@ HIGHWAY = "rules/test_rules_highway.py"
 INFOPRO = "rules/test_rules_infopro.py"
 PEPITA = "rules/test_rules_pepita.py"
 PREDICTIVE = "rules/test_rules_predictive.py"
+SEGMENTED = "rules/test_rules_segmented.py"
 SIGNS = "rules/test_rules_signs.py"
 
 RULES = (
+    # segments
+    ("topologies.py", "within = chain(layer_inputs, form, shared=True)", "within = chain(layer_inputs, form)", SEGMENTED),
+    ("topologies.py", "top = fit[0] + 1", "top = fit[0]", SEGMENTED),
+    ("topologies.py", "lowest = top - 1 - steps", "lowest = max(0, top - 2 - steps)", SEGMENTED),
+    ("topologies.py", "if layer_inputs[i].dominates]", "]", SEGMENTED),
+    ("rules/direct/segmented_kp.py", "DKP(strength=self.strength, operator", "DKP(operator", SEGMENTED),
+    ("rules/direct/segmented_kp.py", "return self._entry.feedback_grad(edge, weights, d, h)", "return self._entry.feedback_grad(edge, weights, -d, h)", SEGMENTED),
+    ("engine/mirrored.py", "new if before == after else (-1, new[1])", "new", "core/test_mirrored.py"),
+    ("engine/mirrored.py", "new if before == after else (-1, new[1])", "before", "core/test_mirrored.py"),
     # predictive coding
     ("rules/direct/dkp_pc.py", "z - self.gamma * n * slope", "z - self.gamma * slope", PREDICTIVE),
     ("rules/direct/dkp_pc.py", "/ (2 * n)", "/ n", PREDICTIVE),

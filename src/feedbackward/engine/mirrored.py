@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -45,6 +47,17 @@ class Mirrored:
                     stacklevel=5,
                 )
                 return
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mirrored:
+        """A copy's tensors have versions of their own; what had changed before the copy stays noted as changed."""
+        copied = copy.copy(self)
+        copied._model, copied._feedback = copy.deepcopy((self._model, self._feedback), memo)
+        now, there = self._versions(self._edges), copied._versions(self._edges)
+        copied._noted = [
+            new if before == after else (-1, new[1])
+            for before, after, new in zip(self._noted, now, there, strict=True)
+        ]
+        return copied
 
     def _versions(self, edges: dict[Edge, str]) -> list[tuple[int, int]]:
         weights = [weight_named(self._model, name) for name in edges.values()]

@@ -37,6 +37,7 @@ from feedbackward.rules.direct.ifa import IFA
 from feedbackward.rules.direct.kernel_dfa import KernelDFA
 from feedbackward.rules.direct.pdfa import PDFA
 from feedbackward.rules.direct.relayed_kp import RelayedKP
+from feedbackward.rules.direct.segmented_kp import SegmentedKP
 from feedbackward.rules.direct.shared_dfa import SharedDFA
 from feedbackward.rules.direct.sign_dfa import SignDFA
 from feedbackward.rules.direct.sparse_dfa import SparseDFA
@@ -61,6 +62,7 @@ from feedbackward.schedules.dsp import DSP
 # what we would use ourselves, and what it is compared with
 RECOMMENDED: dict[str, type[Rule]] = {
     "dkp": DKP,
+    "segmented_kp": SegmentedKP,
     "relayed_kp": RelayedKP,
     "highway_kp": HighwayKP,
     "kp": KolenPollack,
@@ -174,6 +176,7 @@ __all__ = [
     "RecLRA",
     "RelayedKP",
     "Rule",
+    "SegmentedKP",
     "SelfAlignment",
     "SharedDFA",
     "SignDFA",

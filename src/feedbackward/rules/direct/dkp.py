@@ -103,9 +103,13 @@ class DKP(Augmented):
     def least_batch(self) -> int:
         return 2 if self.center else 1
 
+    @property
+    def form(self) -> Operator:
+        """The operator of its edges."""
+        return Orthogonal(self.operator, self.strength) if self.orthogonal else self.operator
+
     def graph(self, sites: Sequence[Site], source: Source) -> Graph:
-        form = Orthogonal(self.operator, self.strength) if self.orthogonal else self.operator
-        return star(sites, source, form)
+        return star(sites, source, self.form)
 
     def feedback_grad(self, edge: Edge, weights: Weights, d: Tensor, h: Tensor) -> Weights:
         h, center = activity(edge, h), self.center

@@ -1,0 +1,99 @@
+"""What a net's gates cost a direct rule: activations by pools, accuracy on held-out images of CIFAR-10.
+
+python bench/gates.py --data-root DIR
+python bench/gates.py --data-root DIR --slopes 0,0.3 --pools max,average --rules 'bp;dkp' --rates 0.05,0.1 --seeds 0,1,2
+
+Six convolutions and two linear layers with batch norm (`net` of dkp_default.py), leaky ReLU of each slope (0 is ReLU), and
+each pool. 8,000 training images, 2,000 others held out, 5 epochs in batches of 100, SGD with Nesterov momentum 0.9, a one-cycle
+rate for W and B alike, decay 5e-4; feedback to all layers. Runs are appended to --json as they come, with the angle to
+backprop's signal at every site on 500 held-out images after training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from dkp_default import OPTIMIZERS, TRAIN, accuracy, images, net
+from torch import nn
+
+import feedbackward as fb
+
+RULES: dict[str, fb.Rule] = {
+    "bp": fb.BP(),
+    "dkp": fb.DKP(),
+    "dfa": fb.DFA(),
+    "kp": fb.KolenPollack(),
+    "dgl": fb.DGL(),
+    "segmented_kp": fb.SegmentedKP(),
+    "segmented_kp, 3 steps": fb.SegmentedKP(steps=3),
+    "frozen": fb.Frozen(),
+}
+POOLS: dict[str, type[nn.Module]] = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
+
+
+def with_gates(model: nn.Sequential, slope: float, pool: str) -> nn.Sequential:
+    """The model with leaky ReLUs of the slope, and with the pools; its weights stay as they are."""
+    for name, module in model.named_children():
+        if isinstance(module, nn.ReLU) and slope:
+            model.register_module(name, nn.LeakyReLU(slope))
+        elif isinstance(module, nn.MaxPool2d):
+            model.register_module(name, POOLS[pool](2))
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--depth", type=int, default=6, help="convolutions, a multiple of 3")
+    parser.add_argument("--slopes", default="0,0.1,0.3,0.5")
+    parser.add_argument("--pools", default="max,average")
+    parser.add_argument("--rules", default="bp;dkp;dfa", help=f"of {';'.join(RULES)}")
+    parser.add_argument("--rates", default="0.05")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--offset", type=int, default=0, help="the first image")
+    parser.add_argument("--json", type=Path, default=Path("bench/results/gates.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    x, y = images(options.data_root, options.offset)
+    runs = json.loads(options.json.read_text()) if options.json.exists() else []
+    keys = ("depth", "offset", "seed", "rate", "slope", "pool", "rule")
+    done = {tuple(run[k] for k in keys) for run in runs}
+    few = slice(TRAIN, TRAIN + 500)
+    for key in itertools.product(
+        [options.depth],
+        [options.offset],
+        map(int, options.seeds.split(",")),
+        map(float, options.rates.split(",")),
+        map(float, options.slopes.split(",")),
+        options.pools.split(","),
+        options.rules.split(";"),
+    ):
+        if key in done:
+            continue
+        depth, _, seed, rate, slope, pool, rule = key
+        start = time.perf_counter()
+        torch.manual_seed(seed)
+        model = with_gates(net(depth), slope, pool)
+        learner = fb.attach(model, RULES[rule], example=x[:4], seed=seed)
+        weights = [p for p in learner.parameters() if p.requires_grad]
+        found = accuracy(learner, OPTIMIZERS["nesterov"](weights, rate), seed, x, y)
+        row = dict(zip(keys, key, strict=True)) | {"held_out": round(found, 2)}
+        if rule not in ("bp", "frozen"):
+            probe = fb.probe(
+                learner, lambda out: F.cross_entropy(out, y[few]), x[few], jacobian=False
+            )
+            row["angles"] = {k: round(v.angle, 1) for k, v in probe.sites.items()}
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        runs.append(row)
+        options.json.write_text(json.dumps(runs, indent=1) + "\n")
+        print(*key[2:], f"{found:.1f}", f"{row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
