@@ -29,7 +29,6 @@ RULES: dict[str, fb.Rule] = {
     "dkp": fb.DKP(),
     "dfa": fb.DFA(),
     "kp": fb.KolenPollack(),
-    "dgl": fb.DGL(),
     "segmented_kp": fb.SegmentedKP(),
     "segmented_kp, 3 steps": fb.SegmentedKP(steps=3),
     "frozen": fb.Frozen(),

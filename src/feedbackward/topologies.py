@@ -197,12 +197,12 @@ def segments(
         >>> [(edge.source.name, edge.site.name) for edge in graph.edges]  # one step: all are fed directly
         [('4', '2.input'), ('4', '4.input')]
     """
-    within = chain(layer_inputs, form, shared=True)
     entries = _entries(layer_inputs, steps)
-    edges = (
-        Edge(source, edge.site, operator) if edge.site in entries else edge for edge in within.edges
-    )
-    return Graph(within.sites, tuple(edges))
+    edges = [
+        Edge(source, as_activity(edge.site), operator) if edge.site in entries else edge
+        for edge in chain(layer_inputs, form, shared=True).edges
+    ]
+    return Graph(tuple(edge.site for edge in edges), tuple(edges))
 
 
 def _entries(layer_inputs: Sequence[LayerInput], steps: int) -> list[LayerInput]:
@@ -296,3 +296,8 @@ def star(sites: Sequence[Site], source: Source, operator: Operator) -> Graph:
 
 def as_source(site: Site) -> Source:
     return Source(site.name, site.points, site.shape, site.tokens, site.unflattened)
+
+
+def as_activity(site: Site) -> Site:
+    """A layer's input as the activity that it is: cut for all that use it, so that what is below waits for nothing above."""
+    return Site(site.name, site.points, site.shape, site.tokens, site.unflattened, site.apart)

@@ -159,5 +159,6 @@ RULES = {
     "fa": fb.FA(),
     "kp": fb.KolenPollack(),
     "relayed": Relayed(),
+    "segmented": fb.SegmentedKP(steps=2),
     "frozen": fb.Frozen(),
 }

@@ -106,8 +106,10 @@ def test_waits_are_filled(tmp_path: Path, rule: str) -> None:
 def counted(rank: int) -> Any:
     """Bytes of a step that this rank received, by kind, for every rule."""
     found = {}
-    for name in ("dkp", "drtp", "dgl", "bp", "kp"):
-        pipe, _ = Case("plain", RULES[name], rows=(14,)).piped(3, cut=["3", "5"], timeout=120)
+    rules = {name: RULES[name] for name in ("dkp", "drtp", "dgl", "bp", "kp")}
+    rules["segmented"] = fb.SegmentedKP(steps=1)  # a segment ends at each cut
+    for name, rule in rules.items():
+        pipe, _ = Case("plain", rule, rows=(14,)).piped(3, cut=["3", "5"], timeout=120)
         found[name] = {"all": dict(pipe.mail.received), "backward": pipe.bytes_in_backward}
     return found
 
@@ -119,7 +121,8 @@ def test_bytes_on_the_wire(tmp_path: Path) -> None:
     error, activity = steps * rows * classes * size, steps * rows * features * size
     for rank, found in enumerate(ranks):
         below_last = rank < 2
-        assert found["dkp"]["backward"] == (error if below_last else 0)
+        for direct in ("dkp", "segmented"):
+            assert found[direct]["backward"] == (error if below_last else 0)
         assert found["drtp"]["backward"] == found["dgl"]["backward"] == 0
         for chain in ("bp", "kp"):
             assert found[chain]["backward"] == (activity if below_last else 0)

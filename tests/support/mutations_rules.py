@@ -19,7 +19,8 @@ SIGNS = "rules/test_rules_signs.py"
 
 RULES = (
     # segments
-    ("topologies.py", "within = chain(layer_inputs, form, shared=True)", "within = chain(layer_inputs, form)", SEGMENTED),
+    ("topologies.py", "chain(layer_inputs, form, shared=True).edges", "chain(layer_inputs, form).edges", SEGMENTED),
+    ("topologies.py", "Edge(source, as_activity(edge.site), operator)", "Edge(source, edge.site, operator)", "parallel/test_order.py"),
     ("topologies.py", "top = fit[0] + 1", "top = fit[0]", SEGMENTED),
     ("topologies.py", "lowest = top - 1 - steps", "lowest = max(0, top - 2 - steps)", SEGMENTED),
     ("topologies.py", "if layer_inputs[i].dominates]", "]", SEGMENTED),

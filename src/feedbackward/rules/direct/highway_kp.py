@@ -89,7 +89,7 @@ class HighwayKP(Rule):
         if not starts:
             warnings.warn(
                 f"{self.label} follows skip paths, and no sum here has a side with fewer products than the other: on this net it "
-                "is KolenPollack, whose layers wait for each other. For a plain net use RelayedKP or DKP.",
+                "is KolenPollack, whose layers wait for each other. For a plain net use SegmentedKP or DKP.",
                 stacklevel=2,
             )
             return graph

@@ -34,6 +34,7 @@ class SegmentedKP(Rule):
 
     Feedback within a segment begins mirrored and gets the gradients of the forward weights (:class:`KolenPollack`); feedback
     that enters one is learned from the error and the activity (:class:`DKP`). One optimizer and one rate serve all weights.
+    :func:`feedbackward.parallel.pipeline` divides the model at the tops of segments: no process waits for another's gradients.
 
     steps: the most products in sequence. A segment ends only below a layer that no other path bypasses, so it may be shorter.
     strength, operator: of the signals that enter segments, as in :class:`DKP`.
