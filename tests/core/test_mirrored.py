@@ -164,6 +164,8 @@ def test_a_copy_tells_what_was_loaded_and_nothing_else(loaded: bool) -> None:
     if loaded:
         learner.model.load_state_dict(net().state_dict())
     assert len(warned(copy.deepcopy(learner))) == loaded
+    warned(learner)
+    assert not warned(copy.deepcopy(learner))  # it was said, and nothing is compared any more
 
 
 def test_weights_that_feedback_goes_with_are_not_told() -> None:

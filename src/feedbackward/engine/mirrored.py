@@ -32,10 +32,9 @@ class Mirrored:
     def warn(self) -> None:
         """Once, in the first pass: a checkpoint that is loaded after `attach` leaves the feedback where it was."""
         edges, self._edges = self._edges, {}
-        if not edges:
-            return
-        now = self._versions(edges)
-        for before, after, name in zip(self._noted, now, edges.values(), strict=True):
+        noted, self._noted = self._noted, []
+        now = self._versions(edges) if edges else []
+        for before, after, name in zip(noted, now, edges.values(), strict=True):
             # shards and what a functional call puts in place have versions of their own
             weight = weight_named(self._model, name)
             own = isinstance(weight, nn.Parameter) and not is_shard(weight)

@@ -63,7 +63,6 @@ from feedbackward.schedules.dsp import DSP
 RECOMMENDED: dict[str, type[Rule]] = {
     "dkp": DKP,
     "segmented_kp": SegmentedKP,
-    "relayed_kp": RelayedKP,
     "highway_kp": HighwayKP,
     "kp": KolenPollack,
     "dgl": DGL,
@@ -96,8 +95,10 @@ BASELINES: dict[str, type[Rule]] = {
     "rec_lra": RecLRA,
     "dsp": DSP,
 }
-# published methods that few build on, that were measured in another setting only, or of which much had to be inferred
+# methods that few build on, that were measured in another setting only, of which much had to be inferred, or that a recommended
+# one has replaced
 CONTRIB: dict[str, type[Rule]] = {
+    "relayed_kp": RelayedKP,
     "brsf": BRSF,
     "frsf": FRSF,
     "binary_dfa": BinaryDFA,

@@ -28,7 +28,7 @@ _UNLOCKED = {
 _TIERS = {
     "control": "It is a control, which others are compared with.",
     "baseline": "It is a published baseline, and not among the recommended rules.",
-    "contrib": "It is a published method that is not among the recommended rules.",
+    "contrib": "It is a method that is not among the recommended rules.",
 }
 
 
