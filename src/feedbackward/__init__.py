@@ -42,7 +42,6 @@ if TYPE_CHECKING:
         HighwayKP,
         KolenPollack,
         Mixed,
-        RelayedKP,
         Rule,
         SegmentedKP,
     )
@@ -66,7 +65,7 @@ _PUBLIC_IN = {
     "feedbackward.operators": "Dense LowRank Operator PerShape Pooled Shape Sparse Weights",
     "feedbackward.optim": "param_groups renormalize_weights step_in_backward",
     "feedbackward.rules": """
-        BP DFA DGL DKP DRTP FA RULES Frozen HighwayKP KolenPollack Mixed RelayedKP Rule SegmentedKP
+        BP DFA DGL DKP DRTP FA RULES Frozen HighwayKP KolenPollack Mixed Rule SegmentedKP
     """,
     "feedbackward.schedules.delayed": "Delayed",
     "feedbackward.topologies": "chain star",
@@ -79,7 +78,7 @@ _MODULES = ("errors", "operators", "parallel", "rules", "topologies")
 _MOVED_TO = {
     "feedbackward.rules": """
         ActivationAlignment BRSF BinaryDFA CDFA DDTP DKPPC DSP DTP EBD FDFA FRSF Flipped GrAPE Han2020
-        IFA InformationAlignment KernelDFA LRA PDFA PFA RecLRA SDTP SelfAlignment SharedDFA SignDFA
+        IFA InformationAlignment KernelDFA LRA PDFA PFA RecLRA RelayedKP SDTP SelfAlignment SharedDFA SignDFA
         SignSymmetry SparseDFA SymmetricAlignment USF WeightMirror
     """,
     "feedbackward.operators": "Binary Kernel LayerKernel LayerShaped OPERATORS Seeded Shared",
@@ -151,7 +150,6 @@ __all__ = [
     "PerShape",
     "Pooled",
     "Probe",
-    "RelayedKP",
     "Rule",
     "SegmentedKP",
     "Shape",

@@ -142,7 +142,9 @@ def test_what_a_rule_unlocks_is_counted(name: str) -> None:
     assert steps == (1 if name in ("cdfa", "han2020") else said)
 
 
-@pytest.mark.parametrize("rule", [fb.FA(), fb.DFA(), fb.RelayedKP()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [fb.FA(), fb.DFA(), fb.rules.RelayedKP()], ids=lambda rule: rule.name
+)
 def test_the_forward_pass_costs_what_it_costs_in_backprop(rule: fb.Rule) -> None:
     """Also for a model on the meta device, whose rows nothing has shown: only its passes count."""
     with torch.device("meta"):

@@ -19,7 +19,7 @@ from feedbackward.operators.layer import LayerForm, LayerShaped
 
 
 def attached(model: nn.Module, x: Tensor, **options: int) -> fb.Learner:
-    return fb.attach(model.to(x.dtype), fb.RelayedKP(**options), example=x)
+    return fb.attach(model.to(x.dtype), fb.rules.RelayedKP(**options), example=x)
 
 
 def linear_net() -> tuple[nn.Sequential, Tensor]:
@@ -131,9 +131,9 @@ def test_a_relay_is_a_layer_that_nothing_leads_round() -> None:
         attached(Branched(forked=True), x, steps=2)
     attached(Branched(forked=True), x, steps=3)  # every layer by itself
     with pytest.raises(fb.AttachError, match="needs steps >= 1"):
-        fb.RelayedKP(steps=0)
+        fb.rules.RelayedKP(steps=0)
     with pytest.raises(fb.AttachError, match="size >= 1"):
-        fb.RelayedKP(size=0)
+        fb.rules.RelayedKP(size=0)
 
 
 def test_narrow_is_where_nothing_leads_round() -> None:

@@ -254,7 +254,9 @@ def test_parts_whose_signal_takes_more_products_get_it_late() -> None:
 
 def test_products_are_those_of_the_longest_way_down() -> None:
     model, x = chain_net()
-    relayed = fb.attach(model, fb.RelayedKP(steps=3), example=x)  # runs of two: 6, 5 | 4, 3 | 2, 1
+    relayed = fb.attach(
+        model, fb.rules.RelayedKP(steps=3), example=x
+    )  # runs of two: 6, 5 | 4, 3 | 2, 1
     assert products(relayed) == (3, 3, 2, 2, 1, 1, 0)
     relayed.detach()
     star = fb.attach(model, fb.DFA(), example=x)

@@ -205,7 +205,7 @@ def test_every_branch_is_found(name: str) -> None:
 def test_on_a_plain_net_it_is_kolen_pollack_and_says_so() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     x = torch.randn(4, 5)
-    with pytest.warns(UserWarning, match=r"skip paths.*KolenPollack.*RelayedKP"):
+    with pytest.warns(UserWarning, match=r"skip paths.*KolenPollack.*SegmentedKP"):
         learner = fb.attach(copy.deepcopy(model), HighwayKP(), example=x)
     chain = fb.attach(model, fb.KolenPollack(), example=x)
     for one in (learner, chain):

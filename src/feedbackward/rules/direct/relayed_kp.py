@@ -68,7 +68,7 @@ class RelayedKP(Rule):
         >>> import feedbackward as fb
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> learner = fb.attach(model, fb.RelayedKP(steps=1), example=x)
+        >>> learner = fb.attach(model, fb.rules.RelayedKP(steps=1), example=x)
         >>> F.cross_entropy(learner(x), y).backward()
         >>> learner.feedback_step(x)  # before the optimizer steps
         >>> all(B.grad is not None for B in learner.feedback.parameters())

@@ -1,4 +1,4 @@
-"""Relayed KP: a few layers relay the error, and the feedback learns in a short phase of its own."""
+"""Segmented KP: chains of three layers, each of which hears of the error directly: three products in sequence at any depth."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ model = nn.Sequential(*layers, nn.Linear(48, 5))
 x = torch.randn(256, 20)
 y = (x @ torch.randn(20, 5)).argmax(1)
 
-learner = fb.attach(model, fb.RelayedKP(steps=3), example=x)
+learner = fb.attach(model, fb.SegmentedKP(steps=3), example=x)
 print(learner)
 print("products in sequence:", fb.count_cost(learner, x).steps)
 
@@ -25,8 +25,6 @@ for _ in range(100):
     optimizer.zero_grad()
     loss = F.cross_entropy(learner(x), y)
     loss.backward()
-    # the response of the layers to noise, from which the longer edges learn
-    learner.feedback_step(x)
     optimizer.step()
     losses.append(loss.item())
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
