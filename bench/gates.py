@@ -32,7 +32,11 @@ RULES: dict[str, fb.Rule] = {
     "segmented_kp": fb.SegmentedKP(),
     "segmented_kp, 3 steps": fb.SegmentedKP(steps=3),
     "frozen": fb.Frozen(),
+    "bp, 2 frozen": fb.BP(),
+    "bp, 4 frozen": fb.BP(),
 }
+# of six convolutions, those that lie below the segments of five and of three steps that begin at the output
+FROZEN = {"bp, 2 frozen": 7, "bp, 4 frozen": 14}
 POOLS: dict[str, type[nn.Module]] = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
 
 
@@ -79,6 +83,7 @@ def main() -> None:
         start = time.perf_counter()
         torch.manual_seed(seed)
         model = with_gates(net(depth), slope, pool)
+        model[: FROZEN.get(rule, 0)].requires_grad_(False)
         learner = fb.attach(model, RULES[rule], example=x[:4], seed=seed)
         weights = [p for p in learner.parameters() if p.requires_grad]
         found = accuracy(learner, OPTIMIZERS["nesterov"](weights, rate), seed, x, y)
