@@ -10,17 +10,14 @@ norm of backprop's signals.
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dkp_default import BATCH, EPOCHS, HELD_OUT, OPTIMIZERS, TRAIN, images, net
-from gates import with_gates
+from dkp_default import OPTIMIZERS, accuracy, images, net
+from gates import CELL, cells, flags, with_gates
+from kept import Kept
 from torch import Tensor, nn
 
 import feedbackward as fb
@@ -69,74 +66,36 @@ class BestLinear:
 def run(
     slope: float, pool: str, depth: int, rate: float, seed: int, scaled: bool, x: Tensor, y: Tensor
 ) -> tuple[float, dict[str, float]]:
-    """Accuracy on the held-out images, and the angle to backprop's signal at each site in the last batch."""
+    """Accuracy on the held-out images, and the cosine to backprop's signal at each site in the last batch."""
     torch.manual_seed(seed)
     model = with_gates(net(depth), slope, pool)
-    rule = fb.DFA(operator=fb.Dense())
     twin = with_gates(net(depth), slope, pool).train()
-    learner = fb.attach(model, rule, example=x[:4], seed=seed)
+    learner = fb.attach(model, fb.DFA(operator=fb.Dense()), example=x[:4], seed=seed)
     weights = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS["nesterov"](weights, rate)
-    steps = EPOCHS * (TRAIN // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, cycle_momentum=False
-    )
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         mine.data = theirs.data  # the same storage: the twin has the weights of every step
     best = BestLinear(twin, learner, scaled)
-    generator = torch.Generator().manual_seed(seed)
-    learner.train()
-    for _ in range(EPOCHS):
-        for batch in torch.randperm(TRAIN, generator=generator).split(BATCH):
-            best.update(x[batch], y[batch])
-            optimizer.zero_grad()
-            F.cross_entropy(learner(x[batch]), y[batch]).backward()
-            optimizer.step()
-            schedule.step()
-    learner.eval()
-    with torch.no_grad():
-        found = torch.cat(
-            [learner(part).argmax(1) for part in x[TRAIN : TRAIN + HELD_OUT].split(500)]
-        )
-    return 100 * (found == y[TRAIN:]).float().mean().item(), best.cosines
+    found = accuracy(learner, OPTIMIZERS["nesterov"](weights, rate), seed, x, y, best.update)
+    return found, best.cosines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--depth", type=int, default=6, help="convolutions, a multiple of 3")
-    parser.add_argument("--slopes", default="0,0.3")
-    parser.add_argument("--pools", default="max,average")
+    parser = flags(__doc__, "bench/results/ceiling.json")
     parser.add_argument("--sizes", default="true,scaled")
-    parser.add_argument("--rates", default="0.05")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--offset", type=int, default=0, help="the first image")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/ceiling.json"))
-    options = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    x, y = images(options.data_root, options.offset)
-    runs = json.loads(options.json.read_text()) if options.json.exists() else []
-    keys = ("depth", "offset", "seed", "rate", "slope", "pool", "size")
-    done = {tuple(row[k] for k in keys) for row in runs}
-    for key in itertools.product(
-        [options.depth],
-        [options.offset],
-        map(int, options.seeds.split(",")),
-        map(float, options.rates.split(",")),
-        map(float, options.slopes.split(",")),
-        options.pools.split(","),
-        options.sizes.split(","),
-    ):
-        if key in done:
+    x, y = images(given.data_root, given.offset)
+    kept = Kept(given.json, (*CELL, "size"))
+    for key in cells(given, *given.sizes.split(",")):
+        if key in kept:
             continue
         depth, _, seed, rate, slope, pool, size = key
         start = time.perf_counter()
-        found, cosines = run(slope, pool, depth, rate, seed, size == "scaled", x, y)
-        row = dict(zip(keys, key, strict=True)) | {"held_out": round(found, 2)}
-        row["angles"] = {k: round(math.degrees(math.acos(c)), 1) for k, c in cosines.items()}
-        runs.append(row | {"seconds": round(time.perf_counter() - start, 1)})
-        options.json.write_text(json.dumps(runs, indent=1) + "\n")
-        print(*key[2:], f"{found:.1f}", row["angles"], flush=True)
+        accurate, cosines = run(slope, pool, depth, rate, seed, size == "scaled", x, y)
+        angles = {k: round(math.degrees(math.acos(c)), 1) for k, c in cosines.items()}
+        found = {"held_out": round(accurate, 2), "angles": angles}
+        kept.add(key, found | {"seconds": round(time.perf_counter() - start, 1)})
+        print(*key[2:], f"{accurate:.1f}", angles, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import platform
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from kept import Kept
 from torch import Tensor, nn
 
 import feedbackward as fb
@@ -116,9 +116,14 @@ NETS: dict[str, Callable[[], nn.Sequential]] = {
 
 
 def accuracy(
-    learner: fb.Learner, optimizer: torch.optim.Optimizer, seed: int, x: Tensor, y: Tensor
+    learner: fb.Learner,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    x: Tensor,
+    y: Tensor,
+    before: Callable[[Tensor, Tensor], None] = lambda x, y: None,
 ) -> float:
-    """Percent of the held-out images that are right after training; nan where the loss was."""
+    """Percent of the held-out images that are right after training; nan where the loss was. `before` is called with each batch."""
     steps, rate = EPOCHS * (TRAIN // BATCH), optimizer.param_groups[0]["lr"]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, cycle_momentum=False
@@ -127,6 +132,7 @@ def accuracy(
     learner.train()
     for _ in range(EPOCHS):
         for batch in torch.randperm(TRAIN, generator=generator).split(BATCH):
+            before(x[batch], y[batch])
             optimizer.zero_grad()
             loss = F.cross_entropy(learner(x[batch]), y[batch])
             loss.backward()
@@ -162,25 +168,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     x, y = images(options.data_root, options.offset)
-    known = json.loads(options.json.read_text()) if options.json.exists() else []
-    keys = ("net", "form", "optimizer", "rate", "seed", "offset")
-    done = {tuple(run[key] for key in keys) for run in known}
+    kept = Kept(options.json, ("net", "form", "optimizer", "rate", "seed", "offset"))
     choices = (options.nets, options.optimizers, options.rates, options.seeds)
     nets, optimizers, rates, seeds = (text.split(",") for text in choices)
     forms = options.forms.split(";")
     for name, form, kind, rate, seed in itertools.product(nets, forms, optimizers, rates, seeds):
         key = (name, form, kind, float(rate), int(seed), options.offset)
-        if key in done:
+        if key in kept:
             continue
         start = time.perf_counter()
         torch.manual_seed(key[4])
         learner = fb.attach(NETS[name](), FORMS[form], example=x[:4], seed=key[4])
         trained = [p for p in learner.parameters() if p.requires_grad]
         value = accuracy(learner, OPTIMIZERS[kind](trained, key[3]), key[4], x, y)
-        row = dict(zip(keys, key, strict=True))
-        row |= {"held_out": value, "seconds": round(time.perf_counter() - start, 1)}
-        known.append(row | {"torch": torch.__version__, "machine": platform.machine()})
-        options.json.write_text(json.dumps(known, indent=1) + "\n")
+        found = {"held_out": value, "seconds": round(time.perf_counter() - start, 1)}
+        kept.add(key, found | {"torch": torch.__version__, "machine": platform.machine()})
         print(f"{name}  {form:<24} {kind} {rate}  seed {seed}: {value:.1f}", flush=True)
 
 

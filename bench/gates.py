@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from dkp_default import OPTIMIZERS, TRAIN, accuracy, images, net
+from kept import Kept
 from torch import nn
 
 import feedbackward as fb
 
+CELL = ("depth", "offset", "seed", "rate", "slope", "pool")
 RULES: dict[str, fb.Rule] = {
     "bp": fb.BP(),
     "dkp": fb.DKP(),
@@ -50,34 +53,43 @@ def with_gates(model: nn.Sequential, slope: float, pool: str) -> nn.Sequential:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def flags(about: str, results: str) -> argparse.ArgumentParser:
+    """The flags that say which nets are trained, and how."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=6, help="convolutions, a multiple of 3")
-    parser.add_argument("--slopes", default="0,0.1,0.3,0.5")
+    parser.add_argument("--slopes", default="0,0.3")
     parser.add_argument("--pools", default="max,average")
-    parser.add_argument("--rules", default="bp;dkp;dfa", help=f"of {';'.join(RULES)}")
     parser.add_argument("--rates", default="0.05")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--offset", type=int, default=0, help="the first image")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/gates.json"))
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=Path(results))
+    return parser
+
+
+def cells(given: argparse.Namespace, *others: str) -> Iterator[tuple[Any, ...]]:
+    """The values of `CELL` and one of the others, for every combination that the flags name."""
+    return itertools.product(
+        [given.depth],
+        [given.offset],
+        map(int, given.seeds.split(",")),
+        map(float, given.rates.split(",")),
+        map(float, given.slopes.split(",")),
+        given.pools.split(","),
+        others,
+    )
+
+
+def main() -> None:
+    parser = flags(__doc__, "bench/results/gates.json")
+    parser.add_argument("--rules", default="bp;dkp;dfa", help=f"of {';'.join(RULES)}")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    x, y = images(options.data_root, options.offset)
-    runs = json.loads(options.json.read_text()) if options.json.exists() else []
-    keys = ("depth", "offset", "seed", "rate", "slope", "pool", "rule")
-    done = {tuple(run[k] for k in keys) for run in runs}
+    x, y = images(given.data_root, given.offset)
+    kept = Kept(given.json, (*CELL, "rule"))
     few = slice(TRAIN, TRAIN + 500)
-    for key in itertools.product(
-        [options.depth],
-        [options.offset],
-        map(int, options.seeds.split(",")),
-        map(float, options.rates.split(",")),
-        map(float, options.slopes.split(",")),
-        options.pools.split(","),
-        options.rules.split(";"),
-    ):
-        if key in done:
+    for key in cells(given, *given.rules.split(";")):
+        if key in kept:
             continue
         depth, _, seed, rate, slope, pool, rule = key
         start = time.perf_counter()
@@ -86,17 +98,16 @@ def main() -> None:
         model[: FROZEN.get(rule, 0)].requires_grad_(False)
         learner = fb.attach(model, RULES[rule], example=x[:4], seed=seed)
         weights = [p for p in learner.parameters() if p.requires_grad]
-        found = accuracy(learner, OPTIMIZERS["nesterov"](weights, rate), seed, x, y)
-        row = dict(zip(keys, key, strict=True)) | {"held_out": round(found, 2)}
-        if rule not in ("bp", "frozen"):
+        accurate = accuracy(learner, OPTIMIZERS["nesterov"](weights, rate), seed, x, y)
+        found: dict[str, Any] = {"held_out": round(accurate, 2)}
+        if not isinstance(RULES[rule], fb.BP | fb.Frozen):
             probe = fb.probe(
                 learner, lambda out: F.cross_entropy(out, y[few]), x[few], jacobian=False
             )
-            row["angles"] = {k: round(v.angle, 1) for k, v in probe.sites.items()}
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        runs.append(row)
-        options.json.write_text(json.dumps(runs, indent=1) + "\n")
-        print(*key[2:], f"{found:.1f}", f"{row['seconds']:.0f} s", flush=True)
+            found["angles"] = {k: round(v.angle, 1) for k, v in probe.sites.items()}
+        found["seconds"] = round(time.perf_counter() - start, 1)
+        kept.add(key, found)
+        print(*key[2:], f"{accurate:.1f}", f"{found['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

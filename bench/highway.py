@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dkp_default import BATCH, TRAIN, images
+from kept import Kept
 from torch import Tensor, nn
 
 import feedbackward as fb
-from feedbackward.experiment.data import DataConfig, load_data
 from feedbackward.experiment.nets.resnet import ResNet
 from feedbackward.rules import HighwayKP
 
-TRAIN, HELD_OUT, BATCH = 8000, 2000, 100
 LAYERS, BLOCKS = "layers", "blocks"
 RULES: dict[str, tuple[fb.Rule, str]] = {
     "bp": (fb.BP(), LAYERS),
@@ -46,15 +46,6 @@ def resnet20() -> ResNet:
     for block in model.stages:
         nn.init.zeros_(block.norm2.weight)  # type: ignore[union-attr, arg-type]
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def images(root: Path, offset: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out images together, scaled by the statistics of the first."""
-    data = load_data(DataConfig(name="cifar10", root=root)).train
-    part = slice(offset, offset + TRAIN + HELD_OUT)
-    x = data.images[part].float() / 255
-    mean, std = (f(x[:TRAIN], (0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last), data.labels[part]
 
 
 def trained(learner: fb.Learner, rate: float, epochs: int, seed: int, x: Tensor, y: Tensor) -> None:
@@ -76,7 +67,7 @@ def trained(learner: fb.Learner, rate: float, epochs: int, seed: int, x: Tensor,
             schedule.step()
 
 
-def measured(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, float]:
+def measured(learner: fb.Learner, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Held-out accuracy, and the angles of the first convolutions of the blocks."""
     learner.eval()
     with torch.no_grad():
@@ -101,24 +92,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     x, y = images(options.data_root, options.offset)
-    known = json.loads(options.json.read_text()) if options.json.exists() else []
-    keys = ("rule", "rate", "seed", "epochs", "offset")
-    done = {tuple(run[k] for k in keys) for run in known}
+    kept = Kept(options.json, ("rule", "rate", "seed", "epochs", "offset"))
     seeds, rates = options.seeds.split(","), options.rates.split(",")
     for seed, rate, name in itertools.product(seeds, rates, options.rules.split(";")):
         key = (name, float(rate), int(seed), options.epochs, options.offset)
-        if key in done:
+        if key in kept:
             continue
         start = time.perf_counter()
         torch.manual_seed(key[2])
         rule, sites = RULES[name]
         learner = fb.attach(resnet20(), rule, example=x[:4], sites=sites, seed=key[2])
         trained(learner, key[1], options.epochs, key[2], x, y)
-        row = dict(zip(keys, key, strict=True)) | measured(learner, x, y)
-        row |= {"seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__}
-        known.append(row | {"machine": platform.machine()})
-        options.json.write_text(json.dumps(known, indent=1) + "\n")
-        print(f"{name:<14} rate {rate}  seed {seed}: {row['held_out']:.1f}", flush=True)
+        found = measured(learner, x, y)
+        found["seconds"] = round(time.perf_counter() - start, 1)
+        kept.add(key, found | {"torch": torch.__version__, "machine": platform.machine()})
+        print(f"{name:<14} rate {rate}  seed {seed}: {found['held_out']:.1f}", flush=True)
 
 
 if __name__ == "__main__":

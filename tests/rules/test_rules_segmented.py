@@ -30,8 +30,7 @@ def mlp(widths: tuple[int, ...] = WIDTHS) -> nn.Sequential:
 
 def entries(learner: fb.Learner) -> list[int]:
     """The layers whose inputs the source feeds directly, by their place among all layers, the lowest first."""
-    sites = [edge.site for edge in learner.graph.edges]
-    return [i + 1 for i, s in enumerate(sites) if learner.graph.edges[i].shares is None]
+    return [i for i, edge in enumerate(learner.graph.edges, start=1) if edge.shares is None]
 
 
 def by_hand(

@@ -301,7 +301,7 @@ MUTATIONS = (
     ("schedules/segmentwise.py", "    if not same:", "    if False:", "core/test_schedules_repeated.py"),
     ("engine/structure.py", "if self._chain and name in self._hooked and other:", "if False:", CHANGED),
     ("engine/attached.py", "if not known.issuperset(self.whole_plan.unreached):", "if False:", CHANGED),
-    ("engine/mirrored.py", "before[0] != after[0] and before[1] == after[1]", "False", "core/test_mirrored.py"),
+    ("engine/mirrored.py", "before[0] != now[0] and before[1] == now[1]", "False", "core/test_mirrored.py"),
     ("engine/weights.py", "if feedback.on_meta() and not", "if False and not", "core/test_ambient.py"),
     ("model/autograd_graph.py", "    if tensor.dim() == 0:\n        return True", "", "core/test_arguments.py"),
     ("model/trace.py", "takers[:1] or", "", "core/test_dimensions.py"),

@@ -26,8 +26,8 @@ RULES = (
     ("topologies.py", "if layer_inputs[i].dominates]", "]", SEGMENTED),
     ("rules/direct/segmented_kp.py", "DKP(strength=self.strength, operator", "DKP(operator", SEGMENTED),
     ("rules/direct/segmented_kp.py", "return self._entry.feedback_grad(edge, weights, d, h)", "return self._entry.feedback_grad(edge, weights, -d, h)", SEGMENTED),
-    ("engine/mirrored.py", "new if before == after else (-1, new[1])", "new", "core/test_mirrored.py"),
-    ("engine/mirrored.py", "new if before == after else (-1, new[1])", "before", "core/test_mirrored.py"),
+    ("engine/mirrored.py", "there[edge] if before == now[edge] else (-1, there[edge][1])", "there[edge]", "core/test_mirrored.py"),
+    ("engine/mirrored.py", "there[edge] if before == now[edge] else (-1, there[edge][1])", "before", "core/test_mirrored.py"),
     # predictive coding
     ("rules/direct/dkp_pc.py", "z - self.gamma * n * slope", "z - self.gamma * slope", PREDICTIVE),
     ("rules/direct/dkp_pc.py", "/ (2 * n)", "/ n", PREDICTIVE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -21,24 +22,24 @@ class Mirrored:
 
     def __init__(self, model: nn.Module, feedback: nn.Module, graph: Graph) -> None:
         self._model, self._feedback = model, feedback
-        self._edges = {
-            edge: edge.site.weight
+        self._noted = self._versions(
+            edge
             for edge in graph.edges
             if isinstance(edge.site, LayerInput)
             and any(getattr(part, "init", None) in MEASURED_INITS for part in within(edge.operator))
-        }
-        self._noted = self._versions(self._edges)
+        )
 
     def warn(self) -> None:
         """Once, in the first pass: a checkpoint that is loaded after `attach` leaves the feedback where it was."""
-        edges, self._edges = self._edges, {}
-        noted, self._noted = self._noted, []
-        now = self._versions(edges) if edges else []
-        for before, after, name in zip(noted, now, edges.values(), strict=True):
+        if not self._noted:
+            return
+        noted, self._noted = self._noted, {}
+        for edge, now in self._versions(noted).items():
+            before, name = noted[edge], edge.site.weight  # type: ignore[attr-defined]
             # shards and what a functional call puts in place have versions of their own
             weight = weight_named(self._model, name)
             own = isinstance(weight, nn.Parameter) and not is_shard(weight)
-            if own and before[0] != after[0] and before[1] == after[1]:
+            if own and before[0] != now[0] and before[1] == now[1]:
                 warnings.warn(
                     f"{name!r} was loaded or initialised after the model was attached, but its feedback was measured on the "
                     "weight that was there before. Attach to the model that has the weights it will be trained from, or load the "
@@ -51,14 +52,19 @@ class Mirrored:
         """A copy's tensors have versions of their own; what had changed before the copy stays noted as changed."""
         copied = copy.copy(self)
         copied._model, copied._feedback = copy.deepcopy((self._model, self._feedback), memo)
-        now, there = self._versions(self._edges), copied._versions(self._edges)
-        copied._noted = [
-            new if before == after else (-1, new[1])
-            for before, after, new in zip(self._noted, now, there, strict=True)
-        ]
+        now, there = self._versions(self._noted), copied._versions(self._noted)
+        copied._noted = {
+            edge: there[edge] if before == now[edge] else (-1, there[edge][1])
+            for edge, before in self._noted.items()
+        }
         return copied
 
-    def _versions(self, edges: dict[Edge, str]) -> list[tuple[int, int]]:
-        weights = [weight_named(self._model, name) for name in edges.values()]
-        feedback = [weights_of(self._feedback, edge)[0] for edge in edges]
-        return [(W._version, B._version) for W, B in zip(weights, feedback, strict=True)]
+    def _versions(self, edges: Iterable[Edge]) -> dict[Edge, tuple[int, int]]:
+        """How often the weight of each edge's layer, and the feedback over it, were written."""
+        return {
+            edge: (
+                weight_named(self._model, edge.site.weight)._version,  # type: ignore[attr-defined]
+                weights_of(self._feedback, edge)[0]._version,
+            )
+            for edge in edges
+        }
